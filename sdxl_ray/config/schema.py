@@ -1,0 +1,319 @@
+"""Every setting: unit, range, default and reason. The template, the documentation and the error texts are made from this.
+
+A section is a frozen model. Stages receive sections; the functions below them take plain arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from sdxl_ray.config.units import Duration, DurationField, Warmup, WarmupField
+
+
+def setting(default: Any, text: str, *, unit: str = "", **limits: Any) -> Any:
+    """A field with its description and unit; `limits` are pydantic's (ge, gt, le, ...)."""
+    return Field(default=default, description=text, json_schema_extra={"unit": unit}, **limits)
+
+
+def _no_surrounding_space(text: str) -> str:
+    if text != text.strip():
+        raise ValueError("has spaces at its ends")
+    return text
+
+
+Strings = Annotated[tuple[str, ...], Field(strict=False)]  # TOML gives lists
+Trimmed = Annotated[str, AfterValidator(_no_surrounding_space)]
+
+
+class Section(BaseModel):
+    """Strict (no number from a string), frozen, and deaf to unknown keys never: they are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunSection(Section):
+    """What the run is called and where it leaves its results."""
+
+    name: Trimmed = setting("", 'Folder under `output`. Empty: the name of this file ("my.toml" gives "my").')
+    output: Trimmed = setting("runs", "Where runs are kept: a folder that all machines see.", unit="path")
+    seed: int = setting(0, "Fixes the order of the data, noise, timesteps and initial weights.", ge=0, lt=2**31)
+
+
+class ModelSection(Section):
+    """The base model: a folder in diffusers layout, a Hub id, or "builtin:tiny" (random weights, for trying things out)."""
+
+    path: Trimmed = setting("stabilityai/stable-diffusion-xl-base-1.0", "Folder, Hub id or builtin:tiny.", min_length=1)
+    revision: Trimmed = setting("", "Branch, tag or commit on the Hub. Empty: main.")
+    variant: Trimmed = setting("", 'Weight variant on the Hub or in the folder, such as "fp16". Empty: none.')
+    dtype: Literal["bf16", "fp32"] = setting("bf16", "Precision of the frozen U-Net. The adapter's masters are fp32.")
+
+
+class DatasetSection(Section):
+    """The images and their captions."""
+
+    path: Trimmed = setting("path/to/images", "Folder with images, searched recursively, or builtin:photographs.")
+    captions: Strings = setting(
+        ("textfile",),
+        "Where captions come from, the first that has one: textfile (cat.txt beside cat.jpg; each line is an "
+        "alternative caption), filename, instance_prompt.",
+        min_length=1,
+    )
+    instance_prompt: Trimmed = setting("", 'One caption for every image, when `captions` has "instance_prompt".')
+    trigger_word: Trimmed = setting("", "Put before captions that do not contain it. Empty: none.")
+    resolution: int = setting(1024, "Edge of the square bucket; the others have about its area.", unit="pixels", ge=64)
+    bucket_step: int = setting(64, "Bucket edges are multiples of this.", unit="pixels", ge=8, multiple_of=8)
+    crop: Literal["center", "random"] = setting("center", "Where to cut what does not fit the bucket.")
+    repeats: int = setting(1, "How often each image is seen in one epoch.", ge=1)
+    max_unreadable: float = setting(
+        0.2, "Stop when more than this share of the images cannot be read.", unit="share 0-1", ge=0, le=1
+    )
+    max_pixels: int = setting(
+        250_000_000, "Larger images are skipped: they may be decompression bombs.", unit="pixels", ge=1
+    )
+
+
+class CacheSection(Section):
+    """Stage 1: encoded images and captions, shared by every run that points to the same folder."""
+
+    path: Trimmed = setting("cache", "Where the encoded tensors are kept: a folder that all machines see.", unit="path")
+    vae_dtype: Literal["bf16", "fp32"] = setting("bf16", "Precision of the VAE. fp16 is not offered: SDXL's overflows.")
+    num_encoders: int = setting(1, "Encoders working side by side.", unit="Ray actors", ge=1)
+    gpus_per_encoder: float = setting(1.0, "Fractions share a GPU. Ignored where there is none.", unit="GPUs", gt=0)
+    batch_size: int = setting(8, "Images or captions encoded at once.", ge=1)
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    kind: Literal["lora"] = setting("lora", "Low-rank adaptation (arXiv:2106.09685).")
+    rank: int = setting(16, "Width of the low-rank update: capacity and file size.", ge=1, le=1024)
+    alpha: float = setting(16.0, "The update is scaled by alpha / rank. Equal to rank: scale 1.", gt=0)
+    dropout: float = setting(0.0, "Share of the adapter's inputs that is zeroed in training.", ge=0, lt=1)
+    targets: Literal["attention", "all-linear"] = setting(
+        "attention", "attention: q, k, v, out (560 layers). all-linear: every linear layer of the blocks (722)."
+    )
+
+
+class LossSection(Section):
+    """What the U-Net learns to predict, and how much each noise level counts."""
+
+    objective: Literal["epsilon", "v_prediction"] = setting(
+        "epsilon", "What the base model predicts: epsilon for SDXL base, v_prediction for models that say so."
+    )
+    min_snr_gamma: float = setting(
+        0.0, "Min-SNR weighting (arXiv:2303.09556), usually 5. 0: every noise level counts the same.", ge=0
+    )
+    caption_dropout: float = setting(
+        0.1, "Share of captions replaced by zeros, which is SDXL's own empty prompt.", unit="share 0-1", ge=0, le=1
+    )
+
+
+class TrainSection(Section):
+    """Stage 2: how long, how much at once."""
+
+    duration: DurationField = setting(Duration(2000, "steps"), 'Length of the run: "2000 steps" or "10 epochs".')
+    micro_batch_size: int = setting(4, "Images per worker and forward pass.", ge=1)
+    accumulation: int = setting(1, "Forward passes per worker and optimizer step.", ge=1)
+    num_workers: int = setting(
+        1, "Workers, one accelerator each. Global batch = micro_batch_size x accumulation x num_workers.", ge=1
+    )
+    gradient_checkpointing: Literal["none", "transformer", "full"] = setting(
+        "none",
+        "Recompute instead of keeping activations. transformer: 12 % of the memory for most of the blocks; "
+        "full: least memory, about 36 % more compute.",
+    )
+    max_grad_norm: float = setting(1.0, "Gradients longer than this are shortened to it. 0: never.", ge=0)
+    log_every: int = setting(10, "Period of progress lines and metrics.", unit="steps", ge=1)
+
+
+class OptimizerSection(Section):
+    """AdamW on the adapter's fp32 master weights (arXiv:1711.05101)."""
+
+    learning_rate: float = setting(1e-4, "Peak learning rate.", gt=0, le=10)
+    weight_decay: float = setting(0.01, "Decoupled weight decay.", ge=0, le=1)
+    beta1: float = setting(0.9, "Decay of the mean of the gradient.", ge=0, lt=1)
+    beta2: float = setting(0.999, "Decay of the mean of its square.", ge=0, lt=1)
+    epsilon: float = setting(1e-8, "Added to the denominator.", gt=0)
+
+
+class LrScheduleSection(Section):
+    """The learning rate over the run: a pure function of the optimizer step."""
+
+    name: Literal["constant", "linear", "cosine"] = setting("constant", "linear and cosine reach 0 at the last step.")
+    warmup: WarmupField = setting(Warmup(percent=5.0), 'Linear rise from 0: "100 steps", "1 epoch" or "5 %".')
+
+
+class EvalSection(Section):
+    """A stable loss on held-out images: always the same noise and timesteps, so that two values can be compared."""
+
+    holdout: float = setting(
+        0.05, "Share of the images kept out of training, chosen by content. 0: no evaluation.", ge=0, lt=1
+    )
+    every: DurationField = setting(Duration(200, "steps"), "Period of the evaluation.")
+    num_timesteps: int = setting(4, "Noise levels per image, spread evenly over 0-999.", ge=1, le=100)
+
+
+class ValidationSection(Section):
+    """Images drawn while training, to look at."""
+
+    prompts: Strings = setting((), "What to draw. Empty: no images.")
+    negative_prompt: str = setting("", "What to steer away from.")
+    every: DurationField = setting(Duration(500, "steps"), "Period of the images; also drawn before the first step.")
+    num_steps: int = setting(25, "Sampler steps per image.", ge=1, le=1000)
+    guidance_scale: float = setting(5.0, "Strength of classifier-free guidance. 1: off.", ge=1, le=30)
+    height: int = setting(1024, "Height of the images.", unit="pixels", ge=64, multiple_of=8)
+    width: int = setting(1024, "Width of the images.", unit="pixels", ge=64, multiple_of=8)
+    seed: int = setting(0, "The same noise every time, so that images can be compared.", ge=0)
+
+
+class CheckpointSection(Section):
+    """What a run can continue from."""
+
+    every: DurationField = setting(Duration(500, "steps"), "Period of the checkpoints; the last step always has one.")
+    keep: int = setting(3, "How many to keep; older ones are deleted.", ge=1)
+
+
+class ExportSection(Section):
+    """The finished LoRA."""
+
+    formats: Annotated[tuple[Literal["kohya", "diffusers"], ...], Field(strict=False)] = setting(
+        ("kohya", "diffusers"), "kohya: ComfyUI, A1111, Forge, InvokeAI. diffusers: load_lora_weights.", min_length=1
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Precision of the written weights.")
+
+
+class TrackingSection(Section):
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    tensorboard: bool = setting(True, "Also write TensorBoard event files into the run's folder.")
+    wandb_project: Trimmed = setting("", "Also send to this Weights & Biases project (needs sdxl-ray[wandb]).")
+
+
+class ClusterSection(Section):
+    """What the workers need from Ray."""
+
+    accelerator: Literal["auto", "gpu", "cpu"] = setting("auto", "auto: GPUs if the cluster has any.")
+    cpus_per_worker: float = setting(1.0, "CPU cores reserved for each training worker.", unit="cores", gt=0)
+    max_failures: int = setting(3, "Restarts from the last checkpoint before the run is given up.", ge=0)
+
+
+class SearchSpace(Section):
+    """How one parameter varies: exactly one of these keys."""
+
+    grid: tuple[Any, ...] | None = Field(default=None, strict=False, description="Every value is tried.")
+    choice: tuple[Any, ...] | None = Field(default=None, strict=False, description="One value is drawn per trial.")
+    uniform: tuple[float, float] | None = Field(default=None, strict=False, description="[low, high]")
+    loguniform: tuple[float, float] | None = Field(default=None, strict=False, description="[low, high], both above 0")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> SearchSpace:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of grid, choice, uniform, loguniform; found {', '.join(given) or 'none'}")
+        low_high = self.uniform or self.loguniform
+        if low_high is not None and not low_high[0] < low_high[1]:
+            raise ValueError(f"needs [low, high] with low < high, found {list(low_high)}")
+        if self.loguniform is not None and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform needs bounds above 0, found {list(self.loguniform)}")
+        if self.values == ():
+            raise ValueError("needs at least one value")
+        return self
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values to check against the schema: all of them, or the two bounds."""
+        for given in (self.grid, self.choice, self.uniform, self.loguniform):
+            if given is not None:
+                return given
+        return ()
+
+
+class SweepSection(Section):
+    """Stage 3: many short runs over one cache, the bad ones stopped early."""
+
+    parameters: dict[str, SearchSpace] = setting(
+        {}, 'What varies: "optimizer.learning_rate" = { loguniform = [1e-5, 1e-3] }, "adapter.rank" = { choice = [4, 16] }.'
+    )
+    num_trials: int = setting(8, "Trials; with a grid, repetitions of the whole grid are not added.", ge=1)
+    metric: Literal["eval/loss"] = setting("eval/loss", "What decides; lower is better.")
+    max_concurrent: int = setting(1, "Trials at the same time. Each needs train.num_workers workers.", ge=1)
+    grace_steps: int = setting(200, "No trial is stopped before this step.", unit="steps", ge=1)
+    reduction_factor: int = setting(2, "ASHA keeps one in this many at each rung (arXiv:1810.05934).", ge=2)
+
+
+class Config(Section):
+    """One file of settings for all three stages."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    dataset: DatasetSection = DatasetSection()
+    cache: CacheSection = CacheSection()
+    adapter: AdapterSection = AdapterSection()
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    lr_schedule: LrScheduleSection = LrScheduleSection()
+    eval: EvalSection = EvalSection()
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    export: ExportSection = ExportSection()
+    tracking: TrackingSection = TrackingSection()
+    cluster: ClusterSection = ClusterSection()
+    sweep: SweepSection = SweepSection()
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per optimizer step."""
+        return self.train.micro_batch_size * self.train.accumulation * self.train.num_workers
+
+
+CAPTION_SOURCES = ("textfile", "filename", "instance_prompt")
+
+
+def contradictions(config: Config) -> list[tuple[str, str]]:
+    """(key, problem) for settings that are fine alone but not together. Each problem names both keys."""
+    found: list[tuple[str, str]] = []
+    dataset, validation = config.dataset, config.validation
+    for source in dataset.captions:
+        if source not in CAPTION_SOURCES:
+            found.append(("dataset.captions", f'"{source}" is not a source; known: {", ".join(CAPTION_SOURCES)}'))
+    if "instance_prompt" in dataset.captions and not dataset.instance_prompt:
+        found.append(
+            ("dataset.instance_prompt", 'is empty, but dataset.captions has "instance_prompt". Write the prompt.')
+        )
+    if dataset.instance_prompt and "instance_prompt" not in dataset.captions:
+        found.append(
+            (
+                "dataset.instance_prompt",
+                'is set, but dataset.captions never uses it. Add "instance_prompt" to dataset.captions.',
+            )
+        )
+    if dataset.resolution % dataset.bucket_step:
+        found.append(
+            (
+                "dataset.resolution",
+                f"{dataset.resolution} is not a multiple of dataset.bucket_step = {dataset.bucket_step}",
+            )
+        )
+    warmup, duration = config.lr_schedule.warmup.duration, config.train.duration
+    if warmup is not None and warmup.unit == duration.unit and warmup.value > duration.value:
+        found.append(("lr_schedule.warmup", f'"{warmup}" is longer than train.duration = "{duration}"'))
+    if duration.value == 0:
+        found.append(("train.duration", "must be at least 1 step or 1 epoch"))
+    for key, every in (
+        ("eval.every", config.eval.every),
+        ("validation.every", validation.every),
+        ("checkpoint.every", config.checkpoint.every),
+    ):
+        if every.value == 0:
+            found.append((key, "must be at least 1 step or 1 epoch"))
+    if config.sweep.parameters and config.eval.holdout == 0:
+        found.append(("eval.holdout", "is 0, but sweep.metric needs an eval loss. Set eval.holdout = 0.05, say."))
+    for path in config.sweep.parameters:
+        if path.split(".")[0] in ("run", "model", "dataset", "cache", "sweep", "cluster", "tracking"):
+            found.append(
+                (f"sweep.parameters.{path}", "cannot vary between trials, which share the model, the cache and the cluster")
+            )
+    return found

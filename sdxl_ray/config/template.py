@@ -1,0 +1,140 @@
+"""Text generated from the schema: the file that `sdxl-ray init` writes, and docs/configuration.md."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from sdxl_ray.config.schema import Config
+
+# What differs from the defaults, by the memory of the GPU. The estimates behind them: docs/numerics.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "8gb": {"train.micro_batch_size": 1, "train.accumulation": 4, "train.gradient_checkpointing": "full"},
+    "16gb": {"train.micro_batch_size": 4, "train.gradient_checkpointing": "transformer"},
+    "24gb": {"train.micro_batch_size": 8, "train.gradient_checkpointing": "transformer"},
+    "80gb": {"train.micro_batch_size": 12},
+    "cpu": {
+        "model.dtype": "bf16",
+        "dataset.resolution": 512,
+        "train.micro_batch_size": 1,
+        "train.accumulation": 4,
+        "train.gradient_checkpointing": "transformer",
+        "train.duration": "100 steps",
+        "train.log_every": 1,
+        "eval.every": "50 steps",
+        "checkpoint.every": "50 steps",
+        "cluster.accelerator": "cpu",
+        "validation.height": 512,
+        "validation.width": 512,
+    },
+}
+PRESET_NOTES = {
+    "8gb": "a GPU with 8 GB",
+    "16gb": "a GPU with 16 GB",
+    "24gb": "a GPU with 24 GB",
+    "80gb": "a GPU with 80 GB",
+    "cpu": "no GPU: slow, for trying things out",
+}
+
+
+def render_template(*, file_name: str = "my.toml", preset: str = "24gb") -> str:
+    """A commented TOML file that is valid as it stands, every setting at its default or the preset's value."""
+    changes = PRESETS[preset]
+    blocks = [
+        f"# Settings of sdxl-ray, for {PRESET_NOTES[preset]}. Set dataset.path, then:\n"
+        f"#   sdxl-ray check {file_name}      what would happen, before it costs anything\n"
+        f"#   sdxl-ray train {file_name}      caches what is missing, then trains and exports\n"
+        "# Every setting can also be given on the command line: optimizer.learning_rate=2e-4"
+    ]
+    for section, field in Config.model_fields.items():
+        model: Any = field.annotation
+        lines = [f"# {line}" for line in _wrap(model.__doc__ or "")]
+        lines.append(f"[{section}]")
+        for name, setting in model.model_fields.items():
+            if setting.annotation is dict or get_origin(setting.annotation) is dict:
+                lines += _render_sweep_parameters(setting)
+                continue
+            value = changes.get(f"{section}.{name}", _plain(setting.default))
+            lines += [f"# {line}" for line in _wrap(_describe(setting))]
+            lines.append(f"{name} = {_toml(value)}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def render_reference() -> str:
+    """docs/configuration.md: a table for each section."""
+    parts = [
+        "# Settings\n",
+        "Generated from `sdxl_ray/config/schema.py` by `python scripts/make_docs.py`; a test fails when it is stale.\n",
+        "Durations carry their unit: `\"2000 steps\"`, `\"10 epochs\"`. Relative paths start at the current folder. "
+        "On the command line, any setting is `key.path=value`.\n",
+    ]
+    for section, field in Config.model_fields.items():
+        model: Any = field.annotation
+        parts.append(f"## [{section}]\n\n{model.__doc__.strip()}\n")
+        rows = ["| setting | default | range, unit | meaning |", "|---|---|---|---|"]
+        for name, setting in model.model_fields.items():
+            limits = ", ".join(filter(None, (_limits(setting), _unit(setting))))
+            description = (setting.description or "").replace("|", "\\|")
+            rows.append(f"| `{name}` | `{_toml(_plain(setting.default))}` | {limits} | {description} |")
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _describe(setting: FieldInfo) -> str:
+    extra = "; ".join(filter(None, (_unit(setting), _limits(setting))))
+    return f"{setting.description}{f' [{extra}]' if extra else ''}"
+
+
+def _unit(setting: FieldInfo) -> str:
+    extra = setting.json_schema_extra
+    return str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+
+
+def _limits(setting: FieldInfo) -> str:
+    choices = _literals(setting.annotation)
+    if choices:
+        return " | ".join(choices)
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "multiple of"}
+    found = []
+    for limit in setting.metadata:
+        for name, word in words.items():
+            value = getattr(limit, name, None)
+            if value is not None:
+                found.append(f"{word} {value}")
+    return ", ".join(found)
+
+
+def _literals(annotation: Any) -> list[str]:
+    """The choices of Literal[...], also inside tuple[Literal[...], ...]."""
+    args = get_args(annotation)
+    if args and all(isinstance(arg, str) for arg in args):
+        return [str(arg) for arg in args]
+    return [choice for arg in args for choice in _literals(arg)]
+
+
+def _render_sweep_parameters(setting: FieldInfo) -> list[str]:
+    lines = [f"# {line}" for line in _wrap(setting.description or "")]
+    return [*lines, "parameters = {}"]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel | dict):
+        return {}
+    if isinstance(value, tuple):
+        return list(value)
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    return "{}" if value == {} else tomli_w.dumps({"v": value}).partition("= ")[2].strip()
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), width=110)
