@@ -1,0 +1,129 @@
+"""Give each image its captions: from the text file beside it, its file name, or one prompt for all.
+
+An image never gets another image's caption: where one text file could belong to two images, that is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl_ray.errors import DatasetError
+
+
+class UnreadableCaption(Exception):
+    """A caption file that is no UTF-8 text; the image is skipped and listed with this reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionRules:
+    """`sources` are tried in order; `trigger_word` is put before captions that lack it."""
+
+    sources: tuple[str, ...] = ("textfile",)
+    instance_prompt: str = ""
+    trigger_word: str = ""
+
+
+def attach_captions(paths: Sequence[str], rules: CaptionRules) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """(captions of each image, reason for each image that is skipped).
+
+    Raises:
+        DatasetError: two images share one caption file; or images have no caption at all.
+    """
+    if "textfile" in rules.sources:
+        _refuse_shared_files(paths)
+    captions: dict[str, tuple[str, ...]] = {}
+    skipped: dict[str, str] = {}
+    without: list[str] = []
+    for path in paths:
+        try:
+            found = find_captions(path, rules)
+        except UnreadableCaption as error:
+            skipped[path] = str(error)
+            continue
+        if found:
+            captions[path] = found
+        else:
+            without.append(path)
+    if without:
+        raise DatasetError(_no_caption_text(without, len(paths), rules))
+    return captions, skipped
+
+
+def find_captions(path: str, rules: CaptionRules) -> tuple[str, ...]:
+    """The captions of one image, from the first source that has any; empty if none has."""
+    for source in rules.sources:
+        if source == "textfile":
+            found = _from_text_file(path)
+        elif source == "filename":
+            found = (Path(path).stem.replace("_", " ").replace("-", " ").strip(),)
+        else:
+            found = (rules.instance_prompt,)
+        if any(found):
+            return tuple(_with_trigger(caption, rules.trigger_word) for caption in found)
+    return ()
+
+
+def caption_file(path: str) -> str | None:
+    """`cat.jpg.txt` if it exists, else `cat.txt` if it exists."""
+    for candidate in (f"{path}.txt", f"{os.path.splitext(path)[0]}.txt"):  # noqa: PTH122  (called for every image)
+        if os.path.exists(candidate):  # noqa: PTH110
+            return candidate
+    return None
+
+
+def _from_text_file(path: str) -> tuple[str, ...]:
+    file = caption_file(path)
+    if file is None:
+        return ()
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig")  # Windows editors put a byte order mark in front
+    except UnicodeDecodeError as error:
+        name = Path(file).name
+        raise UnreadableCaption(
+            f"caption file {name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}. "
+            f"If it is Latin-1: iconv -f latin1 -t utf-8 {name}"
+        ) from None
+    except OSError as error:
+        raise UnreadableCaption(f"caption file {Path(file).name} cannot be read: {error.strerror}") from None
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _with_trigger(caption: str, trigger_word: str) -> str:
+    if not trigger_word or trigger_word.lower() in caption.lower():
+        return caption
+    return f"{trigger_word}, {caption}"
+
+
+def _refuse_shared_files(paths: Sequence[str]) -> None:
+    images_of: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        file = caption_file(path)
+        if file is not None:
+            images_of[file].append(path)
+    shared = [(file, images) for file, images in images_of.items() if len(images) > 1]
+    if not shared:
+        return
+    shown = "\n".join(
+        f"  {file} could belong to {' or '.join(Path(image).name for image in images)}" for file, images in shared[:10]
+    )
+    more = f"\n  and {len(shared) - 10} more" if len(shared) > 10 else ""
+    raise DatasetError(
+        f"{len(shared)} caption files could belong to several images:\n{shown}{more}\n"
+        'Name each after its whole image file ("cat.jpg.txt"), or remove the second image.'
+    )
+
+
+def _no_caption_text(without: Sequence[str], num_images: int, rules: CaptionRules) -> str:
+    first = "\n".join(f"  {path}" for path in without[:5])
+    more = f"\n  and {len(without) - 5} more" if len(without) > 5 else ""
+    example = Path(without[0])
+    return (
+        f"{len(without)} of {num_images} images have no caption:\n{first}{more}\n"
+        f"Expected {example.with_suffix('.txt').name} or {example.name}.txt beside {example.name} with at least one line "
+        f"(dataset.captions = {list(rules.sources)}). Write them, or add another source: "
+        'dataset.captions = ["textfile", "filename"], or "instance_prompt" with dataset.instance_prompt.'
+    )

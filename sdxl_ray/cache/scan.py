@@ -1,0 +1,168 @@
+"""Find the images: a content hash, the size as a person sees it, or the reason why not.
+
+Only headers are parsed; pixels are decoded once, later, in images.py. What was found is remembered by (path, size,
+modification time), so that a second run over unchanged files only lists the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from sdxl_ray.errors import DatasetError, storage_errors
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jfif"})
+_EXIF_ORIENTATION = 0x0112
+_ROTATED_BY_A_QUARTER = (5, 6, 7, 8)
+
+# Our own limit (dataset.max_pixels) is checked on the header, before any pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedFile:
+    """One file as it was found. `problem` is empty where the image can be used."""
+
+    path: str
+    size: int  # bytes
+    mtime_ns: int
+    image_hash: str  # sha256 of the bytes, hex
+    height: int  # after EXIF rotation
+    width: int
+    problem: str = ""
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        return (self.path, self.size, self.mtime_ns)
+
+
+def list_images(folder: str | Path) -> list[tuple[str, int, int]]:
+    """(path, size, mtime_ns) of every image file below `folder`, sorted by path; hidden ones are left out.
+
+    Links are followed; a folder reached twice, as in a loop of links, is read once.
+
+    Raises:
+        DatasetError: the folder does not exist, is a file, or holds no image.
+    """
+    root = Path(folder)
+    if not root.exists():
+        raise DatasetError(f"dataset.path: {root} does not exist. Set it to the folder that holds your images.")
+    if not root.is_dir():
+        raise DatasetError(f"dataset.path: {root} is a file, expected a folder of images.")
+    found = sorted(_walk(root))
+    if not found:
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise DatasetError(f"dataset.path: no images in {root} or its subfolders. Looked for {kinds}")
+    return found
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
+    seen: set[tuple[int, int]] = set()
+    pending = [str(root)]
+    while pending:
+        folder = pending.pop()
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                try:
+                    if entry.is_dir():
+                        pending.append(entry.path)
+                    elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122  (a Path per file doubles the time)
+                        file = entry.stat()
+                        yield (entry.path, file.st_size, file.st_mtime_ns)
+                except FileNotFoundError:  # a dangling link, or deleted while we look
+                    yield (entry.path, 0, 0)
+
+
+def scan_file(identity: tuple[str, int, int], max_pixels: int) -> ScannedFile:
+    """Read one file: hash its bytes, parse its header."""
+    path, size, mtime_ns = identity
+
+    def unusable(problem: str) -> ScannedFile:
+        return ScannedFile(path, size, mtime_ns, "", 0, 0, problem)
+
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        return unusable(f"cannot be read: {error.strerror or error}")
+    if not content:
+        return unusable("the file is empty")
+    try:
+        height, width = header_hw(content)
+    except UnidentifiedImageError:
+        return unusable("not an image that Pillow can read")
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's parsers raise on damaged headers
+        return unusable(f"damaged header: {error}")
+    if height * width > max_pixels:
+        return unusable(f"{width}x{height} is more than dataset.max_pixels = {max_pixels}")
+    return ScannedFile(path, size, mtime_ns, hashlib.sha256(content).hexdigest(), height, width)
+
+
+def header_hw(content: bytes) -> tuple[int, int]:
+    """(height, width) as a person sees the image: cameras store portrait photographs lying down, with an EXIF note."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about odd EXIF; only what it cannot read matters here
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    return (width, height) if orientation in _ROTATED_BY_A_QUARTER else (height, width)
+
+
+def scan_images(
+    files: Sequence[tuple[str, int, int]],
+    *,
+    memo: Mapping[tuple[str, int, int], ScannedFile],
+    max_pixels: int,
+    num_threads: int | None = None,
+) -> list[ScannedFile]:
+    """Every file, in the order given; those in `memo` are not opened. Threads, since reading and hashing free the GIL."""
+    unknown = [file for file in files if file not in memo]
+    with ThreadPoolExecutor(num_threads or min(32, 4 * (os.cpu_count() or 1))) as threads:
+        scanned = {file.identity: file for file in threads.map(lambda file: scan_file(file, max_pixels), unknown)}
+    return [memo.get(file) or scanned[file] for file in files]
+
+
+def read_memo(path: Path) -> dict[tuple[str, int, int], ScannedFile]:
+    """What earlier runs found. A memo is never needed for correctness, so a damaged one is as good as none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.exists():
+        return {}
+    try:
+        rows = pq.read_table(path).to_pylist()
+        files = [ScannedFile(**row) for row in rows]
+    except (pa.ArrowException, OSError, TypeError) as error:
+        warnings.warn(f"{path}: {error}; the images are scanned again", stacklevel=2)
+        return {}
+    return {file.identity: file for file in files}
+
+
+def write_memo(path: Path, files: Iterable[ScannedFile]) -> None:
+    """Replaces the memo in one move; of two jobs writing at once the later wins, and nothing but time is lost."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [asdict(file) for file in files]
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    with storage_errors("writing the list of scanned images", path, "Free some space; nothing encoded is lost."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(pa.Table.from_pylist(rows), temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,199 @@
+"""The header of a LoRA file: what browsers show about it, and what its maker wants to know in a year.
+
+    ss_*         kohya's keys; A1111's browser shows base version, tags, model and output name
+    modelspec.*  Stability's model metadata standard 1.0.1 (github.com/Stability-AI/ModelSpec)
+
+All values are strings, as safetensors demands. A file is passed around, so nothing of the machine goes in: no absolute path, no
+captions longer than a tag. What depends on the tensors (hashes, the folded alpha) is added by `formats` when it writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from sdxl_ray.export.formats import AdapterSpec
+
+ARCHITECTURE = "stable-diffusion-xl-v1-base/lora"
+_MAX_TAGS = 1000  # per folder; a header is read whole before the first tensor
+_MAX_WORDS_PER_TAG = 4
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetFacts:
+    """One folder of images.
+
+    captions  all of its captions; only short comma-separated pieces (tags, trigger words) reach the file
+    """
+
+    name: str
+    num_images: int
+    repeats: int = 1
+    captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFacts:
+    """What is worth knowing about a finished training. `None` and empty mean unknown, and are left out of the file.
+
+    name             the run's, and the file's without suffix
+    base_model       Hub id or file; of a path, the last part is kept
+    prediction_type  "epsilon" or "v_prediction"
+    resolution_hw    what the buckets' area comes from, pixels
+    buckets          {(height, width): number of images}
+    started_at, finished_at   seconds since 1970, UTC
+    """
+
+    name: str
+    base_model: str
+    num_steps: int
+    prediction_type: str = "epsilon"
+    resolution_hw: tuple[int, int] = (1024, 1024)
+    trigger_phrase: str | None = None
+    description: str | None = None
+    author: str | None = None
+    license: str | None = None
+    tags: tuple[str, ...] = ()
+    num_epochs: int | None = None
+    datasets: tuple[DatasetFacts, ...] = ()
+    buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    micro_batch_size: int | None = None
+    accumulation: int = 1
+    num_workers: int = 1
+    learning_rate: float | None = None
+    lr_schedule: str | None = None
+    warmup_steps: int | None = None
+    optimizer: str | None = None
+    mixed_precision: str | None = None
+    gradient_checkpointing: bool | None = None
+    min_snr_gamma: float | None = None
+    noise_offset: float | None = None
+    caption_dropout: float | None = None
+    seed: int | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    trainer_version: str | None = None
+
+    @property
+    def num_images(self) -> int:
+        return sum(dataset.num_images for dataset in self.datasets)
+
+    @property
+    def global_batch_size(self) -> int | None:
+        """Samples per optimizer step, over all workers."""
+        return self.micro_batch_size and self.micro_batch_size * self.accumulation * self.num_workers
+
+
+def build_metadata(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, str]:
+    """The whole header but for what only the writers of `formats` know. Known values only: a made-up "None" helps nobody."""
+    return _strings({**_kohya(facts, spec), **_modelspec(facts), "sdxl_ray.adapter": _as_trained(spec)})
+
+
+def public_name(model: str) -> str:
+    """`someone/some-model` as it is, of any path the last part: where a file lay is nobody's business."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not model.endswith((".safetensors", ".ckpt")):
+        return model
+    return _last_part(model)
+
+
+def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
+    """How often each tag occurs, most frequent first, counted as kohya does: split at commas, stripped, in lower case.
+
+    Pieces of more than four words are sentences rather than tags. They would make the header megabytes long, and publish
+    a data set's captions with every copy of the file.
+    """
+    pieces = (piece.strip().lower() for caption in captions for piece in caption.split(","))
+    counts = Counter(piece for piece in pieces if 0 < len(piece.split()) <= _MAX_WORDS_PER_TAG)
+    return dict(counts.most_common(_MAX_TAGS))
+
+
+def _kohya(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, Any]:
+    """`ss_*`, as train_network.py names them. Resolutions are (width, height) here, unlike anywhere else in this package."""
+    height, width = facts.resolution_hw
+    folders = {_last_part(dataset.name): dataset for dataset in facts.datasets}
+    buckets = [
+        {"resolution": [bucket_width, bucket_height], "count": count}
+        for (bucket_height, bucket_width), count in sorted(facts.buckets.items())
+    ]
+    return {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": False,
+        "ss_sd_model_name": public_name(facts.base_model),
+        "ss_output_name": facts.name,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": spec.rank,
+        "ss_network_alpha": float(spec.alpha),
+        "ss_steps": facts.num_steps,
+        "ss_max_train_steps": facts.num_steps,
+        "ss_epoch": facts.num_epochs,
+        "ss_num_epochs": facts.num_epochs,
+        "ss_num_train_images": sum(dataset.num_images * dataset.repeats for dataset in facts.datasets) or None,
+        "ss_num_reg_images": 0,
+        "ss_batch_size_per_device": facts.micro_batch_size,
+        "ss_total_batch_size": facts.global_batch_size,
+        "ss_gradient_accumulation_steps": facts.accumulation,
+        "ss_gradient_checkpointing": facts.gradient_checkpointing,
+        "ss_learning_rate": facts.learning_rate,
+        "ss_unet_lr": facts.learning_rate,
+        "ss_lr_scheduler": facts.lr_schedule,
+        "ss_lr_warmup_steps": facts.warmup_steps,
+        "ss_optimizer": facts.optimizer,
+        "ss_mixed_precision": facts.mixed_precision,
+        "ss_seed": facts.seed,
+        "ss_min_snr_gamma": facts.min_snr_gamma,
+        "ss_noise_offset": facts.noise_offset,
+        "ss_caption_dropout_rate": facts.caption_dropout,
+        "ss_resolution": f"({width}, {height})",
+        "ss_enable_bucket": len(buckets) > 1,
+        "ss_bucket_info": json.dumps({"buckets": {str(i): bucket for i, bucket in enumerate(buckets)}}) if buckets else None,
+        "ss_dataset_dirs": json.dumps(
+            {name: {"n_repeats": folder.repeats, "img_count": folder.num_images} for name, folder in folders.items()}
+        ),
+        "ss_tag_frequency": json.dumps(
+            {name: tag_frequency(folder.captions) for name, folder in folders.items()}, ensure_ascii=False
+        ),
+        "ss_training_started_at": facts.started_at,
+        "ss_training_finished_at": facts.finished_at,
+        "ss_training_comment": facts.description,
+    }
+
+
+def _modelspec(facts: TrainingFacts) -> dict[str, Any]:
+    """`modelspec.*` in the standard's order: MUST, SHOULD, CAN."""
+    height, width = facts.resolution_hw
+    finished = facts.finished_at and datetime.fromtimestamp(facts.finished_at, UTC).isoformat(timespec="seconds")
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ARCHITECTURE,
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": facts.name,
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.description": facts.description,
+        "modelspec.author": facts.author,
+        "modelspec.date": finished,
+        "modelspec.license": facts.license,
+        "modelspec.usage_hint": f"Use '{facts.trigger_phrase}' in the prompt." if facts.trigger_phrase else None,
+        "modelspec.tags": ", ".join(facts.tags) or None,
+        "modelspec.trigger_phrase": facts.trigger_phrase,
+        "modelspec.prediction_type": "v" if facts.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.timestep_range": "0,999",
+    }
+
+
+def _as_trained(spec: AdapterSpec) -> str:
+    """Rank and alpha before any folding, for whoever wants to train the same again."""
+    return json.dumps({"kind": spec.kind, "rank": spec.rank, "alpha": spec.alpha, "targets": spec.targets})
+
+
+def _last_part(path: str) -> str:
+    return PurePosixPath(PureWindowsPath(path).as_posix()).name or path
+
+
+def _strings(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items() if value is not None}

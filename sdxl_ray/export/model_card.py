@@ -1,0 +1,148 @@
+"""README.md beside the exported files: what it draws, how to use it, how it was made.
+
+The front matter is what the Hub reads to show a LoRA with its base model, trigger word and gallery:
+huggingface.co/docs/hub/model-cards and .../hub/model-cards-widgets.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl_ray.errors import storage_errors
+from sdxl_ray.export.formats import AdapterSpec
+from sdxl_ray.export.metadata import TrainingFacts, public_name
+from sdxl_ray.export.verify import ExportedFile
+
+
+@dataclass(frozen=True, slots=True)
+class SampleImage:
+    """An image the LoRA drew, and the prompt it was asked for."""
+
+    path: Path
+    prompt: str
+
+
+def write_model_card(
+    folder: Path,
+    facts: TrainingFacts,
+    spec: AdapterSpec,
+    files: Sequence[ExportedFile],
+    sample_images: Sequence[SampleImage] = (),
+) -> Path:
+    """The path of the README.md. Sample images are copied to `folder/images`, so that the folder can be uploaded as it is."""
+    readme = folder / "README.md"
+    with storage_errors("writing the model card", readme, "Free some space or choose another folder; the LoRA itself is done."):
+        folder.mkdir(parents=True, exist_ok=True)
+        gallery = []
+        for number, image in enumerate(sample_images):
+            url = f"images/{number:02d}{image.path.suffix}"
+            (folder / "images").mkdir(exist_ok=True)
+            shutil.copyfile(image.path, folder / url)
+            gallery.append((url, image.prompt))
+        sections = [_front_matter(facts, gallery), _introduction(facts), _usage(facts, files), _training(facts, spec)]
+        partial = readme.with_name(".README.md.partial")
+        partial.write_text("\n".join(sections), encoding="utf-8")
+        partial.replace(readme)
+    return readme
+
+
+def _front_matter(facts: TrainingFacts, gallery: Sequence[tuple[str, str]]) -> str:
+    """YAML, each string in JSON's quotes, which YAML shares: prompts may hold colons, quotes and line ends."""
+    tags = ["text-to-image", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", "lora", "diffusers", *facts.tags]
+    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    if _is_hub_id(facts.base_model):  # the Hub links it; the name of a local file would be a dead link
+        lines.append(f"base_model: {_quoted(facts.base_model)}")
+    if facts.license:
+        lines.append(f"license: {_quoted(facts.license)}")
+    if facts.trigger_phrase:
+        lines.append(f"instance_prompt: {_quoted(facts.trigger_phrase)}")
+    lines += ["tags:", *(f"  - {_quoted(tag)}" for tag in dict.fromkeys(tags))]
+    if gallery:
+        lines.append("widget:")
+        for url, prompt in gallery:
+            lines += [f"  - text: {_quoted(prompt)}", "    output:", f"      url: {_quoted(url)}"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _introduction(facts: TrainingFacts) -> str:
+    paragraphs = [f"# {facts.name}", facts.description or f"A LoRA for SDXL, trained on {public_name(facts.base_model)}."]
+    if facts.trigger_phrase:
+        paragraphs.append(f"**Trigger word:** `{facts.trigger_phrase}`")
+    if facts.prediction_type == "v_prediction":
+        paragraphs.append("The base model predicts **v**: choose v-prediction in the sampler, or images come out as noise.")
+    paragraphs.append("<Gallery />\n")
+    return "\n\n".join(paragraphs)
+
+
+def _usage(facts: TrainingFacts, files: Sequence[ExportedFile]) -> str:
+    rows = [
+        f"| `{file.path.name}` | {_READ_BY.get(file.format, file.format)} | {file.relative_error:.1e} |" for file in files
+    ]
+    names = {file.format: file.path.name for file in files}
+    kohya, for_diffusers = names.get("kohya"), names.get("diffusers") or names.get("kohya")
+    table = ["## Use", "", "| file | for | difference from the trained model |", "|---|---|---|", *rows, ""]
+    if kohya:
+        table += [
+            f"**ComfyUI**: put `{kohya}` into `models/loras`, add a *Load LoRA* node.",
+            "",
+            f"**A1111, Forge**: put `{kohya}` into `models/Lora`, write `<lora:{Path(kohya).stem}:1>` in the prompt.",
+            "",
+        ]
+    if for_diffusers:
+        base = facts.base_model if _is_hub_id(facts.base_model) else "path/to/" + public_name(facts.base_model)
+        single_file = base.endswith((".safetensors", ".ckpt"))
+        prompt = facts.trigger_phrase or "a photo"
+        table += [
+            "```python",
+            "import torch",
+            "from diffusers import StableDiffusionXLPipeline",
+            "",
+            f"load = StableDiffusionXLPipeline.{'from_single_file' if single_file else 'from_pretrained'}",
+            f'pipe = load({_quoted(base)}, torch_dtype=torch.bfloat16).to("cuda")',
+            f'pipe.load_lora_weights(".", weight_name={_quoted(for_diffusers)})  # or this repository\'s id',
+            f'pipe({_quoted(prompt)}).images[0].save("image.png")',
+            "```",
+            "",
+        ]
+    return "\n".join(table)
+
+
+def _training(facts: TrainingFacts, spec: AdapterSpec) -> str:
+    height, width = facts.resolution_hw
+    targets = spec.targets if isinstance(spec.targets, str) else ", ".join(spec.targets)
+    settings = {
+        "base model": public_name(facts.base_model),
+        "adapter": f"{spec.kind}, rank {spec.rank}, alpha {spec.alpha:g}, {targets}",
+        "prediction": facts.prediction_type,
+        "resolution": f"{width}×{height}" + (f", {len(facts.buckets)} buckets" if len(facts.buckets) > 1 else ""),
+        "images": facts.num_images or None,
+        "steps": facts.num_steps,
+        "epochs": facts.num_epochs,
+        "batch size": facts.global_batch_size,
+        "learning rate": None if facts.learning_rate is None else f"{facts.learning_rate:g}",
+        "schedule": facts.lr_schedule,
+        "optimizer": facts.optimizer,
+        "precision": facts.mixed_precision,
+        "min-SNR gamma": facts.min_snr_gamma,
+        "noise offset": facts.noise_offset,
+        "caption dropout": facts.caption_dropout,
+        "seed": facts.seed,
+        "trained with": f"sdxl-ray {facts.trainer_version}" if facts.trainer_version else "sdxl-ray",
+    }
+    rows = [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
+    return "\n".join(["## Training", "", "| setting | value |", "|---|---|", *rows, ""])
+
+
+_READ_BY = {"kohya": "ComfyUI, A1111, Forge, InvokeAI, diffusers", "diffusers": "diffusers, peft"}
+
+
+def _is_hub_id(model: str) -> bool:
+    return "/" in model and public_name(model) == model
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,14 @@
+"""The network: SDXL's parts, and every call that goes into one of them.
+
+components      load U-Net, VAE and text encoders from a folder or the Hub                  <- start here
+fingerprint     what a part is, as a hash and as shapes, without torch      (reached through components)
+files, hub      which files make up a part; fetch them from the Hub          (reached through components)
+text            captions -> prompt_embeds and pooled_prompt_embeds
+vae             pixels <-> latents, as a posterior (mean and standard deviation)
+conditioning    time ids, caption dropout, and the one place that calls the U-Net
+adapters        the trained delta: attach, save, load, switch off, remove          (the only user of peft here)
+checkpointing   which activations are recomputed in the backward pass
+sampling        images from U-Net and embeddings; the labelled sheet that compares them
+quiet           diffusers and transformers report errors only
+tiny            a small SDXL with random weights, for tests, demos and `builtin:tiny`
+"""

@@ -1,0 +1,76 @@
+"""Pixels to latents and back. A latent is kept as its posterior, so that every epoch can draw afresh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+class NonFiniteLatents(ArithmeticError):
+    """The VAE gave NaN or infinity for the images at `indices` of the batch. SDXL's own does so in fp16."""
+
+    def __init__(self, indices: list[int]) -> None:
+        super().__init__(f"non-finite latents for images {indices} of the batch; encode them with the VAE in fp32")
+        self.indices = indices
+
+
+@torch.no_grad()
+def encode_posterior(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each image's latents, computed in the VAE's dtype.
+
+    Args:
+        pixel_values: (B, 3, H, W) in [-1, 1], any dtype and device; H and W multiples of 8.
+
+    Returns:
+        mean and std, each (B, 4, H/8, W/8) float32 on the VAE's device, already times `scaling_factor`.
+
+    Raises:
+        NonFiniteLatents: some rows are NaN or infinite. Zeros in their place would train the model on grey.
+    """
+    posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+    # `parameters` as well: the distribution clamps an infinite log variance, which would hide the overflow.
+    finite = posterior.parameters.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        raise NonFiniteLatents((~finite).nonzero().flatten().tolist())
+    shift, scale = _normalisation(vae, posterior.mean.device)
+    std = torch.exp(0.5 * posterior.logvar.float())  # in fp32: exp() in bf16 would cost two digits
+    return (posterior.mean.float() - shift) * scale, std * scale
+
+
+def sample_latents(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """One draw from the posterior: mean + std * noise, all (B, 4, h, w)."""
+    return mean + std * noise
+
+
+def pixels_from_uint8(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) to pixel_values: float32 (B, 3, H, W) in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """latents (B, 4, h, w), times `scaling_factor`, to uint8 images (B, 8h, 8w, 3) on the VAE's device."""
+    shift, scale = _normalisation(vae, vae.device)
+    unscaled = latents.to(vae.device, torch.float32) / scale + shift
+    pixel_values = vae.decode(unscaled.to(vae.dtype)).sample.float()
+    return ((pixel_values / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _normalisation(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(shift, scale) such that latents = (z - shift) * scale; a few SDXL models carry per-channel statistics.
+
+    Source: diffusers, StableDiffusionXLPipeline.__call__ ("denormalize with the mean and std if available").
+    """
+    scale = torch.tensor(vae.config.scaling_factor, device=device)
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return torch.zeros((), device=device), scale
+    return (
+        torch.tensor(mean, device=device).view(1, -1, 1, 1),
+        scale / torch.tensor(std, device=device).view(1, -1, 1, 1),
+    )
