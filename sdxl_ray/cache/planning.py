@@ -24,7 +24,7 @@ from sdxl_ray.cache.scan import ScannedFile, list_images, read_memo, scan_images
 from sdxl_ray.cache.shards import ShardStore, latent_key, shard_name, text_key
 from sdxl_ray.errors import DatasetError, storage_errors
 from sdxl_ray.records import EncodedSample, ImageRecord, bucket_key
-from sdxl_ray.sdxl.components import text_fingerprint, vae_fingerprint
+from sdxl_ray.sdxl.fingerprint import text_fingerprint, vae_fingerprint
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import CacheSection, DatasetSection, ModelSection
@@ -130,10 +130,9 @@ def plan_cache(
     captions, unreadable = attach_captions([file.path for file in usable], rules)
     skipped += [Skipped(path, reason) for path, reason in unreadable.items()]
 
-    vae, text = (
-        vae_fingerprint(model_path, cache.vae_dtype, revision=model.revision or None),
-        text_fingerprint(model_path, revision=model.revision or None),
-    )
+    revision, variant = model.revision or None, model.variant or None
+    vae = vae_fingerprint(model_path, cache.vae_dtype, revision=revision, variant=variant)
+    text = text_fingerprint(model_path, revision=revision, variant=variant)
     buckets = make_buckets(dataset.resolution, dataset.bucket_step)
     samples, records = [], {}
     occurrences: Counter[str] = Counter()

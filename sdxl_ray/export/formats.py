@@ -62,12 +62,12 @@ def write_kohya(
 ) -> None:
     """A file whose LoRA has one alpha everywhere, equal to the rank, with the true scale folded into lora_up.
 
-    So a reader that ignores alpha, one that takes the alpha of a single module for all, and one that reads it per module
-    (diffusers does so for convolutions, but not for attention) all get the trained strength. With a rank that differs
-    between modules, alpha is the largest rank and lora_up makes up for the rest.
+    So a reader that ignores alpha, one that takes the alpha of a single module for all, and one that reads it per
+    module (diffusers does so for convolutions, but not for attention) all get the trained strength. With a rank that
+    differs between modules, alpha is the largest rank and lora_up makes up for the rest.
 
-    `dtype` is fp32 because the masters are: at rank 16 that is 93 MB, and training can go on from the file without loss.
-    fp16 or bf16 halve it and round every weight.
+    `dtype` is fp32 because the masters are: at rank 16 that is 93 MB, and training can go on from the file without
+    loss. fp16 or bf16 halve it and round every weight.
     """
     modules = _lora_modules(state, spec, "kohya")
     uniform_alpha = max(down.shape[0] for down, _ in modules.values())
@@ -128,8 +128,8 @@ def _lora_modules(state: Mapping[str, Tensor], spec: AdapterSpec, file_format: s
     """`{module path: (lora_A, lora_B)}`; an ExportError before anything is written if that is not all there is."""
     if spec.kind != "lora":
         raise ExportError(
-            f"The {file_format} format holds an adapter of kind 'lora', this one is '{spec.kind}': the programs that read "
-            "it would drop a part of the weights without a word. Set adapter.kind = \"lora\", or keep the checkpoint."
+            f"The {file_format} format holds an adapter of kind 'lora', this one is '{spec.kind}': programs that read "
+            'it would drop a part of the weights without a word. Set adapter.kind = "lora", or keep the checkpoint.'
         )
     downs = {key.removesuffix(_DOWN): tensor for key, tensor in state.items() if key.endswith(_DOWN)}
     ups = {key.removesuffix(_UP): tensor for key, tensor in state.items() if key.endswith(_UP)}
@@ -139,8 +139,8 @@ def _lora_modules(state: Mapping[str, Tensor], spec: AdapterSpec, file_format: s
         found = f"{len(downs)} lora_A, {len(ups)} lora_B and {len(foreign)} other tensors"
         example = f" (such as '{(foreign + alone)[0]}')" if foreign or alone else ""
         raise ExportError(
-            f"The adapter's weights are no LoRA that a {file_format} file can hold: expected one lora_A and one lora_B for "
-            f"each module, found {found}{example}. Pass what `adapter_state_dict(unet)` returns."
+            f"The adapter's weights are no LoRA that a {file_format} file can hold: expected one lora_A and one lora_B "
+            f"for each module, found {found}{example}. Pass what `adapter_state_dict(unet)` returns."
         )
     return {module_path: (down, ups[module_path]) for module_path, down in downs.items()}
 

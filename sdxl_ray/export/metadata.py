@@ -3,8 +3,8 @@
     ss_*         kohya's keys; A1111's browser shows base version, tags, model and output name
     modelspec.*  Stability's model metadata standard 1.0.1 (github.com/Stability-AI/ModelSpec)
 
-All values are strings, as safetensors demands. A file is passed around, so nothing of the machine goes in: no absolute path, no
-captions longer than a tag. What depends on the tensors (hashes, the folded alpha) is added by `formats` when it writes them.
+All values are strings, as safetensors demands. A file is passed around, so nothing of the machine goes in: no absolute
+path, no caption longer than a tag. What depends on the tensors (hashes, the folded alpha) is added by `formats`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class TrainingFacts:
 
 
 def build_metadata(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, str]:
-    """The whole header but for what only the writers of `formats` know. Known values only: a made-up "None" helps nobody."""
+    """The whole header but for what only `formats` knows. What is unknown is left out; kohya's "None" helps nobody."""
     return _strings({**_kohya(facts, spec), **_modelspec(facts), "sdxl_ray.adapter": _as_trained(spec)})
 
 
@@ -105,8 +105,8 @@ def public_name(model: str) -> str:
 def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
     """How often each tag occurs, most frequent first, counted as kohya does: split at commas, stripped, in lower case.
 
-    Pieces of more than four words are sentences rather than tags. They would make the header megabytes long, and publish
-    a data set's captions with every copy of the file.
+    Pieces of more than four words are sentences rather than tags. They would make the header megabytes long, and
+    publish a data set's captions with every copy of the file.
     """
     pieces = (piece.strip().lower() for caption in captions for piece in caption.split(","))
     counts = Counter(piece for piece in pieces if 0 < len(piece.split()) <= _MAX_WORDS_PER_TAG)
@@ -114,7 +114,7 @@ def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
 
 
 def _kohya(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, Any]:
-    """`ss_*`, as train_network.py names them. Resolutions are (width, height) here, unlike anywhere else in this package."""
+    """`ss_*`, as train_network.py names them. Resolutions are (width, height) here and nowhere else in this package."""
     height, width = facts.resolution_hw
     folders = {_last_part(dataset.name): dataset for dataset in facts.datasets}
     buckets = [
@@ -151,7 +151,9 @@ def _kohya(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, Any]:
         "ss_caption_dropout_rate": facts.caption_dropout,
         "ss_resolution": f"({width}, {height})",
         "ss_enable_bucket": len(buckets) > 1,
-        "ss_bucket_info": json.dumps({"buckets": {str(i): bucket for i, bucket in enumerate(buckets)}}) if buckets else None,
+        "ss_bucket_info": json.dumps({"buckets": {str(i): bucket for i, bucket in enumerate(buckets)}})
+        if buckets
+        else None,
         "ss_dataset_dirs": json.dumps(
             {name: {"n_repeats": folder.repeats, "img_count": folder.num_images} for name, folder in folders.items()}
         ),

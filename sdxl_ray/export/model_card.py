@@ -33,9 +33,11 @@ def write_model_card(
     files: Sequence[ExportedFile],
     sample_images: Sequence[SampleImage] = (),
 ) -> Path:
-    """The path of the README.md. Sample images are copied to `folder/images`, so that the folder can be uploaded as it is."""
+    """The path of the README.md. Sample images are copied to `folder/images`: the folder can be uploaded as it is."""
     readme = folder / "README.md"
-    with storage_errors("writing the model card", readme, "Free some space or choose another folder; the LoRA itself is done."):
+    with storage_errors(
+        "writing the model card", readme, "Free some space or choose another folder; the LoRA itself is done."
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         gallery = []
         for number, image in enumerate(sample_images):
@@ -69,18 +71,24 @@ def _front_matter(facts: TrainingFacts, gallery: Sequence[tuple[str, str]]) -> s
 
 
 def _introduction(facts: TrainingFacts) -> str:
-    paragraphs = [f"# {facts.name}", facts.description or f"A LoRA for SDXL, trained on {public_name(facts.base_model)}."]
+    paragraphs = [
+        f"# {facts.name}",
+        facts.description or f"A LoRA for SDXL, trained on {public_name(facts.base_model)}.",
+    ]
     if facts.trigger_phrase:
         paragraphs.append(f"**Trigger word:** `{facts.trigger_phrase}`")
     if facts.prediction_type == "v_prediction":
-        paragraphs.append("The base model predicts **v**: choose v-prediction in the sampler, or images come out as noise.")
+        paragraphs.append(
+            "The base model predicts **v**: choose v-prediction in the sampler, or images come out as noise."
+        )
     paragraphs.append("<Gallery />\n")
     return "\n\n".join(paragraphs)
 
 
 def _usage(facts: TrainingFacts, files: Sequence[ExportedFile]) -> str:
     rows = [
-        f"| `{file.path.name}` | {_READ_BY.get(file.format, file.format)} | {file.relative_error:.1e} |" for file in files
+        f"| `{file.path.name}` | {_READ_BY.get(file.format, file.format)} | {file.relative_error:.1e} |"
+        for file in files
     ]
     names = {file.format: file.path.name for file in files}
     kohya, for_diffusers = names.get("kohya"), names.get("diffusers") or names.get("kohya")

@@ -1,7 +1,7 @@
 """What a module is called: in diffusers, in Stability's sgm code, and in a kohya file.
 
-ComfyUI, A1111, Forge, InvokeAI and kohya know SDXL's U-Net by its sgm names, diffusers by its own. With L = layers_per_block + 1
-(3 in SDXL) the blocks correspond as follows; inside transformer blocks the names are equal.
+ComfyUI, A1111, Forge, InvokeAI and kohya know SDXL's U-Net by its sgm names, diffusers by its own. With
+L = layers_per_block + 1 (3 in SDXL) the blocks correspond as follows; inside transformer blocks the names are equal.
 
     diffusers                              sgm
     conv_in                                input_blocks.0.0
@@ -21,11 +21,12 @@ ComfyUI, A1111, Forge, InvokeAI and kohya know SDXL's U-Net by its sgm names, di
                  time_emb_proj             emb_layers.1
                  conv_shortcut             skip_connection
 
-A kohya stem is a prefix and the sgm path with `_` for `.`: `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`.
-Only modules that carry weights a LoRA can change have names here; norms have none.
+A kohya stem is a prefix and the sgm path with `_` for `.`:
+`lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`. Norms have no names here: a LoRA cannot change them.
 
-Source: `_maybe_map_sgm_blocks_to_diffusers` and `_convert_unet_lora_key` in diffusers/loaders/lora_conversion_utils.py (0.42),
-which read these names; the tests send every module of SDXL through both and expect it back.
+Source: `_maybe_map_sgm_blocks_to_diffusers` and `_convert_unet_lora_key` in diffusers 0.42,
+loaders/lora_conversion_utils.py, which read these names; the tests send every module of SDXL through both and expect
+it back.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ _BLOCK = re.compile(
 
 
 def sgm_path(module_path: str, *, layers_per_block: int = SDXL_LAYERS_PER_BLOCK) -> str:
-    """`down_blocks.1.attentions.0.proj_in` is `input_blocks.4.1.proj_in`. Raises ValueError for what has no sgm name."""
+    """`down_blocks.1.attentions.0.proj_in` is `input_blocks.4.1.proj_in`.
+
+    Raises:
+        ValueError: a module that SDXL has not, or that a LoRA cannot change.
+    """
     if module_path in _OUTSIDE_BLOCKS:
         return _OUTSIDE_BLOCKS[module_path]
     found = _BLOCK.fullmatch(module_path)
@@ -100,8 +105,8 @@ def text_encoder_stem(module_path: str, *, encoder: int) -> str:
     """The kohya name of a module in text encoder 1 or 2, always with `text_model_`.
 
     transformers >= 5.6 flattened `CLIPTextModel` (text encoder 1: `encoder.layers.0...`) and left
-    `CLIPTextModelWithProjection` (text encoder 2) as it was. Files keep the old name: ComfyUI, A1111 and InvokeAI know no
-    other. `text_projection` lies outside the text model in both.
+    `CLIPTextModelWithProjection` (text encoder 2) as it was. Files keep the old name: ComfyUI, A1111 and InvokeAI know
+    no other. `text_projection` lies outside the text model in both.
     """
     if encoder not in (1, 2):
         raise ValueError(f"SDXL has text encoders 1 and 2, not {encoder}")

@@ -76,7 +76,7 @@ def attach_adapter(
     (seed, its name), so it is the same on every device and rank, and the global random state stays as it was.
 
     Raises:
-        ConfigError: an unknown kind, a target that matches nothing or cannot be adapted, or an adapter is there already.
+        ConfigError: an unknown kind, a target that matches nothing or cannot be adapted, or a second adapter.
     """
     if kind not in ADAPTER_KINDS:
         raise ConfigError(f"adapter.kind {kind!r} is unknown. Known: {', '.join(ADAPTER_KINDS)}.")
@@ -85,7 +85,7 @@ def attach_adapter(
     if _adapted_modules(unet):
         raise ConfigError("the U-Net already has an adapter. Call detach_adapter(unet) first.")
     wanted = target_modules(targets)
-    # Adapted modules and their names in the state dict; a count of zero would make peft raise without saying what exists.
+    # peft would raise too, without saying what the names look like
     if not any(_is_target(name, wanted) for name, _ in unet.named_modules()):
         example = next((name for name, module in unet.named_modules() if name.endswith("to_q")), "(no attention)")
         raise ConfigError(

@@ -46,7 +46,7 @@ def fingerprint(model: str, part: str, *, revision: str | None = None, variant: 
 
 @functools.lru_cache(maxsize=256)
 def _file_digest(path: str, size: int, mtime_ns: int) -> bytes:
-    """sha256 of a file. Size and time are in the key, so that a gigabyte is read once per process, and again if changed."""
+    """sha256 of a file, read once per process: size and time in the key, so that a changed file is read again."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 

@@ -76,8 +76,10 @@ def remote_header_shapes(model: str, revision: str | None, file: str) -> dict[st
 
 
 def _explained(error: Exception, model: str, revision: str | None) -> ModelError:
-    """The cause in a sentence, then every cure that can apply. Causes differ in type between huggingface_hub's releases,
-    so whatever is not recognised is quoted."""
+    """The cause in a sentence, then every cure that can apply.
+
+    Causes differ in type between huggingface_hub's releases, so whatever is not recognised is quoted.
+    """
     from huggingface_hub import errors as hub_errors
 
     at = f"{model}@{revision}" if revision else model

@@ -1,0 +1,13 @@
+"""Stage 2: from encoded shards to a LoRA.
+
+launch.py       the driver: caches what is missing, starts Ray Train, shows progress, passes on Ctrl-C
+worker.py       one rank: loads the model, builds everything, calls the loop, exports
+loop.py         the loop and the step, without Ray
+state.py        what a restart brings back
+plan.py         which samples are in which step: a pure function of the seed
+batches.py      rows of shards, noise and timesteps to batches, ahead of the step
+optimizers.py   fp32 master weights, AdamW, the learning rate as a function of the step
+checkpoints.py  written whole or not at all
+eval_loss.py    a loss that can be compared from step to step
+validation.py   images that can be compared from step to step
+"""

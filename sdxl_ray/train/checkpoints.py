@@ -1,0 +1,128 @@
+"""What a run can continue from, written whole or not at all.
+
+    checkpoints/step_000500/adapter.safetensors   fp32 masters, by the module they belong to
+                            optimizer.pt          torch state dict, read back with weights_only=True
+                            state.json            step, position, and what the run was made with; written last
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdxl_ray.errors import CheckpointError, ConfigError, storage_errors
+
+if TYPE_CHECKING:
+    from sdxl_ray.train.state import TrainState
+
+STATE_FILE = "state.json"
+ADAPTER_FILE = "adapter.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def save_checkpoint(folder: Path, state: TrainState, identity: Mapping[str, Any]) -> Path:
+    """Write `folder`/step_NNNNNN and return it. The folder appears under its name only when every file is in it.
+
+    Args:
+        identity: settings that a resumed run has to share; see `check_resumable`.
+
+    Raises:
+        StorageError: the disk is full or read-only; earlier checkpoints are untouched.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    saved = state.state_dict()
+    final = folder / checkpoint_name(state.step)
+    temporary = folder / f".tmp-{uuid.uuid4().hex}"
+    with storage_errors("saving a checkpoint", final, "Free some space, then continue with --resume."):
+        try:
+            temporary.mkdir(parents=True)
+            try:
+                save_file(saved["adapter"], temporary / ADAPTER_FILE)
+                torch.save(saved["optimizer"], temporary / OPTIMIZER_FILE)
+            except Exception as error:
+                # both libraries report a full disk as an error of their own
+                if "os error 28" in str(error) or "No space left" in str(error) or "file write failed" in str(error):
+                    raise OSError(28, "No space left on device") from error
+                raise
+            progress = {**saved["progress"], "identity": dict(identity)}
+            (temporary / STATE_FILE).write_text(json.dumps(progress, indent=2), encoding="utf-8")
+            if final.exists():  # the same step again, after a restart from an earlier one
+                final.rename(folder / f".tmp-{uuid.uuid4().hex}")
+            temporary.rename(final)
+        finally:
+            for leftover in folder.glob(".tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `TrainState.load_state_dict` takes.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    progress = read_progress(path)
+    try:
+        return {
+            "adapter": load_file(path / ADAPTER_FILE),
+            "optimizer": torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True),
+            "progress": progress,
+        }
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{path}: damaged or incomplete ({error}). Delete this folder to continue from the one before it."
+        ) from None
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """The contents of state.json.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        progress: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no readable {STATE_FILE} ({error}); expected a checkpoint of sdxl-ray.") from None
+    return progress
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [
+        path
+        for path in folder.glob("step_*")
+        if re.fullmatch(r"step_\d{6,}", path.name) and (path / STATE_FILE).exists()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], run: Path) -> None:
+    """A resumed run has to be the same run: what decides the data, the noise and the weights may not change.
+
+    Raises:
+        ConfigError: with every setting that differs.
+    """
+    changed = [key for key in current if saved.get(key) != current[key]]
+    if not changed:
+        return
+    lines = "\n".join(f"  {key}: the checkpoint has {saved.get(key)!r}, the config says {current[key]!r}" for key in changed)
+    raise ConfigError(
+        f"{run} cannot be resumed with these settings:\n{lines}\n"
+        "Set them back, or start another run with run.name=..."
+    )

@@ -1,0 +1,177 @@
+"""The loop, whole, without Ray: everything else in train/ is a noun it uses."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from sdxl_ray.diffusion.loss import diffusion_loss
+from sdxl_ray.diffusion.objectives import Objective
+from sdxl_ray.diffusion.randomness import keyed_seed
+from sdxl_ray.errors import TrainingError
+from sdxl_ray.records import Batch
+from sdxl_ray.train.optimizers import clip_by_norm
+from sdxl_ray.train.plan import Plan
+from sdxl_ray.train.state import TrainState
+
+# Sums that travel with the gradients, so that a step needs one collective: loss, weight, samples, asked to stop.
+NUM_EXTRAS = 4
+
+
+class Reporter(Protocol):
+    """Where the loop's results go: Ray Train and trackers in production, a list in tests."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Plain numbers, on every rank; one of them writes."""
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """An evaluation's numbers. Collective."""
+
+    def images(self, step: int) -> None:
+        """Time to draw. Each rank draws its share."""
+
+    def checkpoint(self, step: int, state: TrainState) -> None:
+        """Time to save. Collective."""
+
+    def asked_to_stop(self) -> bool:
+        """Whether this rank was asked to save and stop; ranks need not agree, the loop makes them."""
+
+
+def run(
+    state: TrainState,
+    plan: Plan,
+    batches: Iterator[Batch],
+    objective: Objective,
+    report: Reporter,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> bool:
+    """Train until `plan.max_steps`; True if it got there, False if it was asked to stop and has saved.
+
+    All ranks call it, and all do the same number of steps by construction.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite.
+    """
+    clock = Clock(state.device)
+    while state.step < plan.max_steps:
+        state.step += 1
+        metrics = train_step(state, plan, batches, objective, clock, stop=report.asked_to_stop())
+
+        stopping = plan.poll.due(state.step) and bool(metrics.pop("stop"))  # all ranks alike: the sum over them
+        saving = plan.save.due(state.step) or stopping
+        if plan.log.due(state.step) or saving:
+            report.metrics(state.step, numbers(state, plan, metrics, clock))  # the only host sync of most steps
+        with clock.paused():
+            if evaluate is not None and plan.evaluate.due(state.step):  # all ranks
+                values = evaluate()
+                best = state.best_eval_loss
+                state.best_eval_loss = values["eval/loss"] if best is None else min(best, values["eval/loss"])
+                report.evaluated(state.step, values)
+            if plan.validate.due(state.step):  # each rank its share of the prompts
+                report.images(state.step)
+            if saving:  # all ranks
+                report.checkpoint(state.step, state)
+        if stopping:
+            return False
+    return True
+
+
+def train_step(
+    state: TrainState, plan: Plan, batches: Iterator[Batch], objective: Objective, clock: Clock, *, stop: bool = False
+) -> dict[str, torch.Tensor]:
+    """One optimizer update; metrics as tensors that are still on the device.
+
+    The loss of the step is the sum of the samples' losses over the sum of their weights, over all micro-batches of all
+    ranks. So a remainder of a bucket counts for what it is, a rank without a micro-batch adds nothing, and the result
+    does not depend on how a global batch is dealt out.
+    """
+    masters = state.masters
+    masters.zero()
+    loss_sum, weight_sum, num_samples, stop_votes = masters.extras
+    for number in plan.of_step(state.position, state.workers.world_rank):
+        waited = time.perf_counter()
+        batch = next(batches).to(state.device)
+        clock.waited_s += time.perf_counter() - waited
+        # Only dropout inside the adapter draws from torch's generator; keyed by the micro-batch, not by the rank.
+        torch.manual_seed(keyed_seed(plan.seed, number, "dropout"))
+        losses = diffusion_loss(state.denoise, batch, objective, timesteps=batch.timesteps, noise=batch.noise)
+        weighted = (losses * batch.weights).sum()
+        weighted.backward()
+        masters.accumulate()
+        loss_sum += weighted.detach()
+        weight_sum += batch.weights.sum()
+        num_samples += len(batch)
+    stop_votes += float(stop)
+    state.workers.sum(masters.buffer)  # collective: all ranks, also one without a micro-batch
+
+    masters.gradient.div_(weight_sum)
+    grad_norm = clip_by_norm(masters.gradient, plan.max_grad_norm)
+    learning_rate = state.learning_rate(state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    masters.publish()
+    state.position = plan.next_position(state.position)
+    clock.num_samples += num_samples
+    clock.num_steps += 1
+    return {
+        "train/loss": loss_sum / weight_sum,
+        "train/grad_norm": grad_norm,
+        "stop": stop_votes > 0,
+    }
+
+
+class Clock:
+    """Wall time between two log lines, without what evaluation, images and checkpoints took."""
+
+    def __init__(self, device: torch.device):
+        self.num_samples = torch.zeros((), device=device)  # of all ranks, summed on the device
+        self.restart()
+
+    def restart(self) -> None:
+        self.started = time.perf_counter()
+        self.paused_s = 0.0
+        self.waited_s = 0.0  # for data
+        self.num_steps = 0
+        self.num_samples.zero_()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - began
+
+    def busy_s(self) -> float:
+        return max(time.perf_counter() - self.started - self.paused_s, 1e-9)
+
+
+def numbers(state: TrainState, plan: Plan, metrics: dict[str, torch.Tensor], clock: Clock) -> dict[str, float]:
+    """Plain numbers for the trackers. The host waits for the device here.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; no checkpoint of it is written.
+    """
+    values = {name: float(value) for name, value in metrics.items() if name != "stop"}
+    if not all(math.isfinite(value) for value in values.values()):
+        raise TrainingError(
+            f"step {state.step}: loss {values['train/loss']:g}, gradient norm {values['train/grad_norm']:g}: not finite. "
+            "Lower optimizer.learning_rate, check that loss.objective is what the base model predicts, and look at "
+            "`sdxl-ray cache` for damaged images. `--resume` continues from the last checkpoint."
+        )
+    busy_s = clock.busy_s()  # after the line above, which waited for the device
+    values |= {
+        "train/learning_rate": state.learning_rate(state.step),
+        "train/epoch": state.position / plan.order.micro_batches_per_epoch,
+        "perf/images_per_s": float(clock.num_samples) / busy_s,
+        "perf/step_s": busy_s / max(1, clock.num_steps),
+        "perf/data_wait_share": clock.waited_s / busy_s,
+    }
+    if state.device.type == "cuda":
+        values["memory/peak_gib"] = torch.cuda.max_memory_allocated(state.device) / 2**30
+    clock.restart()
+    return values

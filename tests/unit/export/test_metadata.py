@@ -1,0 +1,108 @@
+"""The header: both conventions, strings only, nothing of the machine."""
+
+import json
+
+import pytest
+
+from sdxl_ray.export.formats import AdapterSpec
+from sdxl_ray.export.metadata import DatasetFacts, TrainingFacts, build_metadata, public_name, tag_frequency
+
+SPEC = AdapterSpec("lora", 16, 8.0)
+FACTS = TrainingFacts(
+    name="tabby",
+    base_model="/models/private/illustrious.safetensors",
+    num_steps=2000,
+    prediction_type="v_prediction",
+    resolution_hw=(1024, 896),
+    trigger_phrase="sks tabby",
+    num_epochs=10,
+    datasets=(
+        DatasetFacts(
+            "/data/someone/cats",
+            40,
+            repeats=5,
+            captions=("Sks Tabby, sitting", "sks tabby, a long sentence about the cat of my neighbour"),
+        ),
+    ),
+    buckets={(1024, 1024): 30, (832, 1216): 10},
+    micro_batch_size=2,
+    accumulation=3,
+    num_workers=4,
+    learning_rate=1e-4,
+    optimizer="adamw",
+    seed=7,
+    finished_at=1_700_000_000.0,
+)
+
+
+def test_all_values_are_strings_and_unknown_ones_are_absent():
+    metadata = build_metadata(FACTS, SPEC)
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert "None" not in metadata.values()
+    assert "ss_lr_scheduler" not in metadata
+
+
+def test_kohya_keys():
+    metadata = build_metadata(FACTS, SPEC)
+    expected = {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "16",
+        "ss_network_alpha": "8.0",
+        "ss_steps": "2000",
+        "ss_epoch": "10",
+        "ss_learning_rate": "0.0001",
+        "ss_total_batch_size": "24",
+        "ss_num_train_images": "200",
+        "ss_resolution": "(896, 1024)",
+        "ss_enable_bucket": "True",
+        "ss_output_name": "tabby",
+    }
+    assert expected.items() <= metadata.items()
+    assert json.loads(metadata["ss_bucket_info"])["buckets"] == {
+        "0": {"resolution": [1216, 832], "count": 10},
+        "1": {"resolution": [1024, 1024], "count": 30},
+    }
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"cats": {"n_repeats": 5, "img_count": 40}}
+    assert json.loads(metadata["ss_tag_frequency"]) == {"cats": {"sks tabby": 2, "sitting": 1}}
+
+
+def test_modelspec_keys():
+    metadata = build_metadata(FACTS, SPEC)
+    expected = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": "tabby",
+        "modelspec.resolution": "896x1024",
+        "modelspec.trigger_phrase": "sks tabby",
+        "modelspec.prediction_type": "v",
+        "modelspec.date": "2023-11-14T22:13:20+00:00",
+    }
+    assert expected.items() <= metadata.items()
+
+
+def test_nothing_of_the_machine_and_no_sentences():
+    everything = json.dumps(build_metadata(FACTS, SPEC))
+    for private in ("/data", "someone", "/models", "private", "neighbour"):
+        assert private not in everything
+
+
+@pytest.mark.parametrize(
+    ("model", "public"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
+        ("/home/me/models/noob.safetensors", "noob.safetensors"),
+        ("models/noob.safetensors", "noob.safetensors"),
+        ("C:\\models\\noob.safetensors", "noob.safetensors"),
+        ("./noob", "noob"),
+        ("~/noob/", "noob"),
+        ("builtin:tiny", "builtin:tiny"),
+    ],
+)
+def test_public_name(model, public):
+    assert public_name(model) == public
+
+
+def test_tags_are_counted_as_kohya_does():
+    assert tag_frequency(["Cat, sitting ,", "cat", ""]) == {"cat": 2, "sitting": 1}
