@@ -5,7 +5,7 @@
     <cache>/datasets/<name>/index.parquet           one row per sample, no tensors
     <cache>/datasets/<name>/manifest.json           what the index was made with
 
-A shard's name is a hash of the keys it holds, so two jobs that write the same shard write the same bytes. Its header
+A shard's name is a hash of the keys it holds, so two jobs that write the same shard write the same content. Its header
 holds the keys in row order and a CRC-32 per row, so the index can be rebuilt from the shards alone and a flipped bit is
 found when the row is read. A file appears under its name only when it is whole.
 """

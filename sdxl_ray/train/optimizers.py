@@ -56,6 +56,11 @@ class MasterWeights:
         """Copy the masters into the model, rounded to its precision."""
         torch._foreach_copy_(list(self.parameters.values()), list(self.masters.values()))
 
+    def restore(self) -> None:
+        """Put the fp32 masters themselves into the model: what is exported is not rounded to the compute precision."""
+        for name, parameter in self.parameters.items():
+            parameter.data = self.masters[name].data
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: master.detach().cpu().clone() for name, master in self.masters.items()}
 

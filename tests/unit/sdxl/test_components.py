@@ -123,7 +123,9 @@ def test_hub_without_network_gives_cause_and_cures(tmp_path, monkeypatch):
     with pytest.raises(ModelError) as error:
         load_unet("owner/not-in-the-cache", dtype=torch.float32, revision="main")
     message = str(error.value)
-    assert message.startswith("owner/not-in-the-cache@main cannot be fetched from the Hub and is not in the local cache")
+    assert message.startswith(
+        "owner/not-in-the-cache@main cannot be fetched from the Hub and is not in the local cache"
+    )
     for cure in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "hf auth login", "hf download owner/not-in-the-cache --local-dir"):
         assert cure in message
 

@@ -1,5 +1,6 @@
 import hashlib
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,11 @@ def test_a_half_copied_model_is_made_again(tmp_path):
 
 
 def test_two_processes_at_once(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=builtin_model, args=("tiny", tmp_path)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    code = (
+        "import sys, pathlib; from sdxl_ray.sdxl.tiny import builtin_model as b; b('tiny', pathlib.Path(sys.argv[1]))"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny-sdxl-v1"]
 
 
@@ -72,9 +71,7 @@ def test_builtin_model_lies_below_sdxl_ray_home(tiny_model, tmp_path, monkeypatc
 def test_unknown_builtin_names_the_known_ones():
     with pytest.raises(ModelError) as error:
         builtin_model("huge")
-    assert str(error.value) == (
-        "there is no built-in model 'huge'. Known: builtin:tiny. Or give a folder or a Hub id."
-    )
+    assert str(error.value) == ("there is no built-in model 'huge'. Known: builtin:tiny. Or give a folder or a Hub id.")
 
 
 def test_numbers_have_the_scale_of_a_trained_model(unet, vae, inputs):

@@ -1,0 +1,119 @@
+"""How every command reaches Ray: an address, `RAY_ADDRESS`, the cluster of a submitted job, or a private local one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+import warnings
+from pathlib import Path
+
+from sdxl_ray.errors import ClusterError
+
+# Set before Ray reads them; a user's own values win.
+DEFAULT_ENVIRONMENT = {
+    # Ray Train's controller looks at its workers this often; `report` waits for it. Ray's own 2 s would cost 2 s a report.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Workers would otherwise start in a folder of Ray's, where relative paths mean something else.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # CPU tasks must not see GPUs: a decode task that touches CUDA would take memory on GPU 0 (ray issue 54868).
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    # `uv run` would be run again for every worker process (ray issue 50961).
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "1",
+}
+_CURRENT_CLUSTER = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+
+
+def connect(address: str | None = None) -> None:
+    """Reach `address`, else $RAY_ADDRESS, else start Ray on this machine. Does nothing where Ray is connected already.
+
+    Ray's own log goes to its files (`/tmp/ray/session_latest/logs`); only its errors reach the terminal.
+
+    Raises:
+        ClusterError: nothing answers at the address, or Ray does not start.
+    """
+    for name, value in DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    if target.startswith("http"):
+        raise ClusterError(
+            f"{target} is the address for submitting jobs: `ray job submit --address {target} --working-dir . -- sdxl-ray "
+            "train my.toml`. To connect from here, give HOST:6379 or ray://HOST:10001."
+        )
+    remove_stale_cluster_file()
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    runtime_env = None
+    if target != "local" and not in_ray_job():
+        # The workers of a cluster that somebody else started have Ray, but maybe not this package.
+        runtime_env = {"py_modules": [str(Path(__file__).parent)]}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # The dashboard is needed: without it, Ray Train cannot free the placement groups of stopped trials.
+            ray.init(
+                address=target,
+                include_dashboard=True if target == "local" else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=runtime_env,
+            )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise ClusterError(
+            f"no Ray at {target}: {str(error).splitlines()[0]}\n"
+            "Check the address with `ray status --address HOST:6379`, or leave it out to use this machine alone."
+        ) from error
+
+
+def in_ray_job() -> bool:
+    """Whether this process was started by `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def is_local() -> bool:
+    """Whether the cluster is one machine."""
+    import ray
+
+    return len([node for node in ray.nodes() if node["Alive"]]) == 1
+
+
+def remove_stale_cluster_file() -> bool:
+    """Ray notes the last cluster of this machine and believes it also after it has died, which costs 12 s a run and
+    leaks placement groups. True if there was such a note of a dead cluster and it was removed."""
+    try:
+        host, _, port = _CURRENT_CLUSTER.read_text().strip().rpartition(":")
+    except OSError:
+        return False
+    try:
+        with socket.create_connection((host, int(port)), timeout=1):
+            return False
+    except (OSError, ValueError):
+        _CURRENT_CLUSTER.unlink(missing_ok=True)
+        return True
+
+
+def check_room(num_workers: int, resources: dict[str, float], *, growing: bool = False) -> None:
+    """Refuse what would wait for ever: Ray starts asking again every minute for workers that no machine can hold.
+
+    Raises:
+        ClusterError: the cluster is too small and does not grow.
+    """
+    import ray
+
+    if growing:
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(min(node.get(name, 0) / amount for name, amount in resources.items() if amount)) for node in nodes)
+    if room < num_workers:
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)
+        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+        raise ClusterError(
+            f"train.num_workers = {num_workers} with {needs} each do not fit: the cluster has room for {room} "
+            f"({len(nodes)} nodes: {have}). Lower train.num_workers or cluster.cpus_per_worker, or add machines."
+        )

@@ -1,0 +1,94 @@
+"""What a person sees: a live display on a terminal, plain lines in a log. Everything also goes to the run's log.txt."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+
+class Console:
+    """Lines that stay, and bars that move on a terminal only.
+
+    >>> console = Console()
+    >>> console.line("12 images")
+    >>> console.progress("images", 3, 12)
+    """
+
+    def __init__(self, *, live: bool | None = None, log_file: Path | None = None):
+        self.rich = RichConsole(highlight=False, soft_wrap=True)
+        self.live = self.rich.is_terminal if live is None else live
+        self._logs: list[Path] = [log_file] if log_file else []
+        self._progress: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+        self._last_shown: dict[str, float] = {}
+
+    def log_to(self, path: Path) -> None:
+        """From here on, lines are also appended to this file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path not in self._logs:
+            self._logs.append(path)
+
+    def line(self, text: str = "", *, style: str | None = None) -> None:
+        """A line that stays."""
+        self.rich.print(text, style=style, markup=False)
+        self._log(text)
+
+    def error(self, text: str) -> None:
+        """A problem, on standard error."""
+        RichConsole(stderr=True, highlight=False, soft_wrap=True).print(text, style="red", markup=False)
+        self._log(text)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """How far a stage is: a bar on a terminal; elsewhere a line when it ends and every ten seconds."""
+        if self.live:
+            self._bar(stage, done, total)
+            return
+        now = time.monotonic()
+        if done >= total or now - self._last_shown.get(stage, 0.0) > 10:
+            self._last_shown[stage] = now
+            self.line(f"{stage}: {done}/{total}")
+
+    def close(self) -> None:
+        """Take the bars off the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress, self._tasks = None, {}
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _bar(self, stage: str, done: int, total: int) -> None:
+        if self._progress is None:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.rich,
+                transient=True,
+            )
+            self._progress.start()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+        if done >= total:
+            self._progress.remove_task(self._tasks.pop(stage))
+
+    def _log(self, text: str) -> None:
+        for path in self._logs:
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text + "\n")
+            except OSError as error:  # a full disk must not stop a run for the sake of its log; say so once
+                self._logs.remove(path)
+                print(f"{path}: {error.strerror}; this log ends here", file=sys.stderr)
+                break

@@ -1,0 +1,347 @@
+"""The driver of a run: cache what is missing, start Ray Train, show progress, pass on Ctrl-C, hand back the LoRA."""
+
+from __future__ import annotations
+
+import json
+import platform
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+import sdxl_ray
+from sdxl_ray import errors
+from sdxl_ray.cache.pipeline import build_cache
+from sdxl_ray.config.load import dump_config
+from sdxl_ray.config.schema import Config
+from sdxl_ray.connection import check_room, connect, is_local
+from sdxl_ray.errors import CheckpointError, ConfigError, Interrupted, SdxlRayError, TrainingError, storage_errors
+from sdxl_ray.export.verify import ExportedFile
+from sdxl_ray.train.checkpoints import check_resumable, list_checkpoints, read_progress
+from sdxl_ray.train.worker import train_worker
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run has left behind."""
+
+    run_folder: Path
+    step: int
+    eval_loss: float | None
+    exports: tuple[ExportedFile, ...]
+
+
+class RunMonitor:
+    """Ray actor between the driver and rank 0: progress one way, the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.stop = False
+        self.fatal: tuple[str, str] | None = None
+
+    def post(self, event: str) -> None:
+        self.events.append(event)
+
+    def drain(self) -> list[str]:
+        events, self.events = self.events, []
+        return events
+
+    def request_stop(self) -> None:
+        self.stop = True
+
+    def stop_requested(self) -> bool:
+        return self.stop
+
+    def report_fatal(self, kind: str, text: str) -> None:
+        self.fatal = self.fatal or (kind, text)
+
+    def fatal_error(self) -> str:
+        return self.fatal[1] if self.fatal else ""
+
+    def fatal_kind(self) -> tuple[str, str] | None:
+        return self.fatal
+
+
+def fit(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    address: str | None = None,
+    index_path: Path | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    callbacks: Sequence[Any] = (),
+    export: bool = True,
+    keep_best: str = "",
+) -> FitResult:
+    """Train a LoRA. Encodes what the cache lacks first.
+
+    Args:
+        resume: continue the run of this name from its last checkpoint.
+        overwrite: delete the run of this name first.
+        address: of a Ray cluster; None: $RAY_ADDRESS, or Ray on this machine.
+        index_path: of a cache that is known to be complete (a sweep's trials); None: build it.
+        on_event: called on this process with {"event": "cache" | "started" | "metrics" | "images" | ...}.
+        callbacks: of Ray Train, such as Tune's.
+        export: whether to write the LoRA files at the end.
+        keep_best: a metric whose best checkpoint is kept as well as the last ones; lower is better.
+
+    Raises:
+        InputError: before any work.
+        Interrupted: SIGINT or SIGTERM; the state is saved, `resume=True` continues.
+        RunError: the run failed; checkpoints are kept.
+    """
+    run_folder = Path(config.run.output) / config.run.name
+    latest = _prepare_folder(run_folder, resume=resume, overwrite=overwrite)
+    if index_path is None:
+        cache = build_cache(
+            config,
+            progress=lambda stage, done, total: on_event({"event": "progress", "stage": stage, "done": done, "total": total}),
+            connect=lambda: connect(address),
+        )
+        on_event({"event": "cache", "result": cache})
+        index_path = cache.index_path
+    if latest is not None:
+        _check_resumable(config, index_path, latest, run_folder)
+    _write_records(config, run_folder)
+
+    connect(address)
+    use_gpu = config.cluster.accelerator == "gpu" or (
+        config.cluster.accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+    )
+    resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    check_room(config.train.num_workers, resources, growing=not is_local())
+    monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json", exclude_none=True),
+            "index_path": str(index_path),
+            "run_folder": str(run_folder),
+            "resume_from": str(latest) if latest else "",
+            "monitor": monitor,
+            "export": export,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.train.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="checkpoints",  # so that a checkpoint lies in runs/<name>/checkpoints/step_000500
+            storage_path=str(run_folder),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.checkpoint.keep,
+                checkpoint_score_attribute=keep_best or None,
+                checkpoint_score_order="min",
+            ),
+            callbacks=list(callbacks) or None,
+            worker_runtime_env={"env_vars": _worker_environment()},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    returned = _run_and_watch(trainer, monitor, on_event)
+    _prune(run_folder, config.checkpoint.keep, keep_best)
+    if not returned["finished"]:
+        raise Interrupted(
+            f"stopped at step {returned['step']}; everything is saved in {run_folder}. Continue with --resume."
+        )
+    return FitResult(
+        run_folder=run_folder,
+        step=returned["step"],
+        eval_loss=returned["eval_loss"],
+        exports=tuple(ExportedFile(Path(path), kind, error) for path, kind, error in returned["exports"]),
+    )
+
+
+def _prepare_folder(run_folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to continue from, or None for a new run."""
+    found = list_checkpoints(run_folder / "checkpoints")
+    if resume:
+        if not found:
+            raise CheckpointError(
+                f"{run_folder / 'checkpoints'}: no checkpoint to resume from. Leave out --resume to start the run."
+            )
+        return found[-1]
+    if overwrite and run_folder.exists():
+        shutil.rmtree(run_folder)
+    elif found:
+        step = read_progress(found[-1])["step"]
+        raise ConfigError(
+            f"{run_folder} holds a run with a checkpoint of step {step}. --resume continues it, --overwrite deletes it, "
+            "run.name=... starts another."
+        )
+    elif (run_folder / "checkpoints").exists():
+        shutil.rmtree(run_folder / "checkpoints")  # Ray's notes about a run that never saved anything
+    return None
+
+
+def _check_resumable(config: Config, index_path: Path, latest: Path, run_folder: Path) -> None:
+    from sdxl_ray.train.setup import load_data, run_identity
+
+    data = load_data(index_path, cache=config.cache.path, holdout=config.eval.holdout)
+    check_resumable(read_progress(latest).get("identity", {}), run_identity(config, data), run_folder)
+
+
+def _write_records(config: Config, run_folder: Path) -> None:
+    """config.toml as resolved, and environment.json: what a reader of the run needs to repeat it."""
+    from importlib.metadata import version
+
+    packages = ("torch", "diffusers", "transformers", "peft", "ray", "safetensors", "numpy", "pillow")
+    record_path = run_folder / "environment.json"
+    run_id = json.loads(record_path.read_text())["run_id"] if record_path.exists() else secrets.token_hex(4)
+    environment = {
+        "run_id": run_id,
+        "sdxl_ray": sdxl_ray.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+    }
+    with storage_errors("starting the run", run_folder, "Free some space or choose another run.output."):
+        run_folder.mkdir(parents=True, exist_ok=True)
+        (run_folder / "config.toml").write_text(dump_config(config), encoding="utf-8")
+        record_path.write_text(json.dumps(environment, indent=2), encoding="utf-8")
+
+
+def _worker_environment() -> dict[str, str]:
+    return {
+        # Ray Train sets CUDA_VISIBLE_DEVICES for all GPUs of the node while Ray Core sets HIP_VISIBLE_DEVICES to one of
+        # them, and HIP wins: "invalid device ordinal" on nodes with several AMD GPUs (ray issue 49260).
+        "RAY_EXPERIMENTAL_NOSET_HIP_VISIBLE_DEVICES": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _run_and_watch(trainer: TorchTrainer, monitor: Any, on_event: Callable[[Event], None]) -> dict[str, Any]:
+    """`trainer.fit()` in a thread, so that this one can show progress and hear signals."""
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except Exception as error:  # handed to the main thread, which explains it
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    with _stop_on_signal(monitor, on_event):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.25)
+            _show_events(monitor, on_event)
+    _show_events(monitor, on_event)
+    if "error" in outcome:
+        raise _explained(outcome["error"], ray.get(monitor.fatal_kind.remote()))
+    returned: dict[str, Any] = outcome["result"].return_value
+    return returned
+
+
+def _show_events(monitor: Any, on_event: Callable[[Event], None]) -> None:
+    for event in ray.get(monitor.drain.remote()):
+        on_event(json.loads(event))
+
+
+@contextmanager
+def _stop_on_signal(monitor: Any, on_event: Callable[[Event], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the workers to save and stop; the second ends this process as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # inside a Tune trial: signals are the sweep's
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        monitor.request_stop.remote()
+        on_event({"event": "line", "text": "stopping: the step is finished and saved first (again to stop at once)"})
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _explained(error: Exception, fatal: tuple[str, str] | None) -> SdxlRayError:
+    """What a worker said, without the five layers that Ray wraps around it."""
+    if fatal is not None:
+        kind, text = fatal
+        known = getattr(errors, kind, errors.RunError)
+        explained: SdxlRayError = known(text)
+        explained.__cause__ = error
+        return explained
+    reasons = {str(failure).strip().splitlines()[-1] for failure in getattr(error, "worker_failures", {}).values()}
+    reason = "; ".join(sorted(reasons)) or str(error).strip().splitlines()[-1]
+    explained = TrainingError(
+        f"the workers failed: {reason}\nCheckpoints are kept; --resume continues from the last one. "
+        "Ray's logs: /tmp/ray/session_latest/logs. With --traceback, the whole error is shown."
+    )
+    explained.__cause__ = error
+    return explained
+
+
+def _prune(run_folder: Path, keep: int, keep_best: str) -> None:
+    """Ray deletes the checkpoints it knows; those of a run that was killed before Ray heard of them are ours to delete."""
+    if keep_best:
+        return
+    for path in list_checkpoints(run_folder / "checkpoints")[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def export_lora(run: str | Path, *, step: int | None = None, formats: Sequence[str] = ()) -> tuple[ExportedFile, ...]:
+    """Write and verify the LoRA of a run's checkpoint, in this process.
+
+    Args:
+        run: the run's folder, or one of its checkpoints.
+        step: of the checkpoint; None: the last.
+        formats: "kohya", "diffusers"; empty: as the run's config says.
+
+    Raises:
+        CheckpointError: no such checkpoint.
+        ExportError: a file does not reproduce the trained model.
+    """
+    from sdxl_ray.config.load import load_config, with_overrides
+    from sdxl_ray.sdxl.devices import best_device
+    from sdxl_ray.train.finish import export_run
+    from sdxl_ray.train.setup import build_training, load_data
+    from sdxl_ray.train.state import Workers
+
+    run_folder, checkpoint = find_checkpoint(run, step)
+    config = load_config(run_folder / "config.toml")
+    if formats:
+        config = with_overrides(config, {"export.formats": list(formats)})
+    cache = build_cache(config, connect=connect)
+    data = load_data(cache.index_path, cache=config.cache.path, holdout=config.eval.holdout)
+    training = build_training(config, data, workers=Workers(), device=best_device(), checkpoint=checkpoint)
+    name = config.run.name if step is None else f"{config.run.name}-{checkpoint.name}"
+    samples = run_folder / "samples" / checkpoint.name
+    files = export_run(config, training, run_folder / "export", name=name, sample_folder=samples, started_at=None)
+    return tuple(files)
+
+
+def find_checkpoint(run: str | Path, step: int | None = None) -> tuple[Path, Path]:
+    """(run folder, checkpoint) of a run's folder or of one of its checkpoints.
+
+    Raises:
+        CheckpointError: there is none, with those that exist.
+    """
+    path = Path(run)
+    if path.name.startswith("step_"):
+        return path.parent.parent, path
+    found = list_checkpoints(path / "checkpoints")
+    wanted = [each for each in found if step is None or read_progress(each)["step"] == step]
+    if not wanted:
+        have = ", ".join(each.name for each in found) or "none"
+        what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise CheckpointError(f"{path}: {what}. Found: {have}.")
+    return path, wanted[-1]

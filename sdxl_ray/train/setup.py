@@ -1,0 +1,245 @@
+"""Everything one rank needs for the loop, built from the config and the index. No Ray, so tests and notebooks use it too.
+
+    index ─▶ split ─▶ order ─▶ plan          model ─▶ adapter ─▶ masters ─▶ optimizer ─▶ state ─▶ checkpoint, if any
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdxl_ray.cache.shards import Location, ShardReader, read_index
+from sdxl_ray.diffusion.objectives import OBJECTIVES, Objective
+from sdxl_ray.diffusion.schedule import NoiseSchedule
+from sdxl_ray.diffusion.weighting import constant, min_snr
+from sdxl_ray.records import Batch, EncodedSample
+from sdxl_ray.sdxl.adapters import adapter_parameters, attach_adapter
+from sdxl_ray.sdxl.checkpointing import set_gradient_checkpointing
+from sdxl_ray.sdxl.components import load_scheduler_config, load_unet, resolve_model
+from sdxl_ray.sdxl.conditioning import predict
+from sdxl_ray.sdxl.devices import DTYPES
+from sdxl_ray.train.batches import BatchBuilder, prefetch
+from sdxl_ray.train.checkpoints import load_checkpoint
+from sdxl_ray.train.eval_loss import stable_eval_loss
+from sdxl_ray.train.loop import NUM_EXTRAS
+from sdxl_ray.train.optimizers import MasterWeights, adamw, lr_schedule
+from sdxl_ray.train.plan import DataOrder, Every, Plan, run_length, split_holdout
+from sdxl_ray.train.state import TrainState, Workers
+from sdxl_ray.train.validation import Prompts, read_prompts
+
+if TYPE_CHECKING:
+    from sdxl_ray.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Data:
+    """The samples of a run, split, with the way to their tensors."""
+
+    train: list[EncodedSample]
+    held_out: list[EncodedSample]
+    locations: dict[str, Location]
+    reader: ShardReader
+    prompts: dict[str, Location]  # text -> where its embedding lies
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever the training samples do; the order of the data depends on them."""
+        return hashlib.sha256("\n".join(sample.sample_id for sample in self.train).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Training:
+    """One rank, ready to run."""
+
+    data: Data
+    plan: Plan
+    state: TrainState
+    objective: Objective
+    builder: BatchBuilder
+    eval_builder: BatchBuilder
+    eval_objective: Objective
+    num_eval_timesteps: int
+    scheduler_config: dict[str, Any]
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches from the state's position to the end of the run."""
+        return prefetch(
+            self.builder.training,
+            self.plan.remaining(self.state.position, self.state.workers.world_rank),
+            pin_memory=self.state.device.type == "cuda",
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """The stable eval loss. Collective."""
+        workers = self.state.workers
+        rows = range(workers.world_rank, len(self.data.held_out), workers.world_size)
+
+        def share() -> Iterator[Batch]:
+            return prefetch(lambda row: self.eval_builder.evaluation(row, self.num_eval_timesteps), rows)
+
+        return stable_eval_loss(self.state, share, self.eval_objective)
+
+
+def load_data(index_path: str | Path, *, cache: str | Path, holdout: float) -> Data:
+    """The index, split by content into training and held-out samples."""
+    samples, locations = read_index(index_path)
+    train, held_out = split_holdout([sample.image_hash for sample in samples], holdout)
+    manifest = json.loads((Path(index_path).parent / "manifest.json").read_text(encoding="utf-8"))
+    return Data(
+        train=[samples[row] for row in train],
+        held_out=[samples[row] for row in held_out],
+        locations=locations,
+        reader=ShardReader(cache),
+        prompts={text: Location(**place) for text, place in manifest["prompts"].items()},
+    )
+
+
+def data_order(config: Config, data: Data) -> DataOrder:
+    return DataOrder(
+        [sample.bucket for sample in data.train],
+        [sample.repeats for sample in data.train],
+        micro_batch_size=config.train.micro_batch_size,
+        seed=config.run.seed,
+    )
+
+
+def build_plan(config: Config, order: DataOrder, *, step: int, position: int, can_evaluate: bool, poll_every: int) -> Plan:
+    """The run as seen from `step` and `position`, which are 0 for a new one."""
+    train, per_step = config.train, config.train.num_workers * config.train.accumulation
+    steps_per_epoch = order.micro_batches_per_epoch / per_step
+    in_epochs = train.duration.unit == "epochs"
+    max_steps, num_micro_batches = run_length(
+        steps=None if in_epochs else train.duration.value,
+        epochs=train.duration.value if in_epochs else None,
+        order=order,
+        micro_batches_per_step=per_step,
+        step=step,
+        position=position,
+    )
+    validates = bool(config.validation.prompts)
+    return Plan(
+        order=order,
+        num_workers=train.num_workers,
+        accumulation=train.accumulation,
+        max_steps=max_steps,
+        num_micro_batches=num_micro_batches,
+        log=Every(train.log_every, last=max_steps),
+        poll=Every(poll_every),
+        evaluate=Every(config.eval.every.in_steps(steps_per_epoch), last=max_steps) if can_evaluate else Every(0),
+        validate=Every(config.validation.every.in_steps(steps_per_epoch), last=max_steps) if validates else Every(0),
+        save=Every(config.checkpoint.every.in_steps(steps_per_epoch), last=max_steps),
+        max_grad_norm=train.max_grad_norm,
+        seed=config.run.seed,
+    )
+
+
+def build_training(
+    config: Config, data: Data, *, workers: Workers, device: torch.device, checkpoint: Path | None = None
+) -> Training:
+    """Load the model and build one rank's training, from the start or from a checkpoint."""
+    model, revision = resolve_model(config.model.path), config.model.revision or None
+    dtype = DTYPES[config.model.dtype]
+    unet = load_unet(model, dtype=dtype, device=device, revision=revision, variant=config.model.variant or None)
+    attach_adapter(
+        unet,
+        kind=config.adapter.kind,
+        rank=config.adapter.rank,
+        alpha=config.adapter.alpha,
+        dropout=config.adapter.dropout,
+        targets=config.adapter.targets,
+        seed=config.run.seed,
+    )
+    set_gradient_checkpointing(unet, config.train.gradient_checkpointing)
+    unet.train()
+    masters = MasterWeights(adapter_parameters(unet), dtype, num_extra=NUM_EXTRAS)
+    optimizer = adamw(
+        masters,
+        learning_rate=config.optimizer.learning_rate,
+        weight_decay=config.optimizer.weight_decay,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        epsilon=config.optimizer.epsilon,
+    )
+    state = TrainState(
+        unet=unet,
+        denoise=functools.partial(predict, unet),
+        masters=masters,
+        optimizer=optimizer,
+        learning_rate=lambda step: config.optimizer.learning_rate,
+        device=device,
+        workers=workers,
+    )
+    if checkpoint is not None:
+        state.load_state_dict(load_checkpoint(checkpoint))
+    order = data_order(config, data)
+    plan = build_plan(
+        config,
+        order,
+        step=state.step,
+        position=state.position,
+        can_evaluate=bool(data.held_out),
+        poll_every=config.train.log_every if device.type == "cuda" else 1,  # looking makes the host wait for the device
+    )
+    steps_per_epoch = order.micro_batches_per_epoch / plan.micro_batches_per_step
+    state.learning_rate = lr_schedule(
+        config.lr_schedule.name,
+        peak=config.optimizer.learning_rate,
+        warmup_steps=config.lr_schedule.warmup.in_steps(plan.max_steps, steps_per_epoch),
+        max_steps=plan.max_steps,
+    )
+    scheduler_config = load_scheduler_config(model, revision=revision)
+    schedule = NoiseSchedule.from_config(scheduler_config)
+    objective_class = OBJECTIVES[config.loss.objective]
+    weighting = min_snr(config.loss.min_snr_gamma, config.loss.objective) if config.loss.min_snr_gamma else constant
+
+    def builder(samples: list[EncodedSample]) -> BatchBuilder:
+        return BatchBuilder(
+            samples,
+            data.locations,
+            data.reader,
+            seed=config.run.seed,
+            num_timesteps=schedule.num_timesteps,
+            caption_dropout=config.loss.caption_dropout,
+        )
+
+    return Training(
+        data=data,
+        plan=plan,
+        state=state,
+        objective=objective_class(schedule, weighting),
+        builder=builder(data.train),
+        eval_builder=builder(data.held_out),
+        eval_objective=objective_class(schedule),  # unweighted, so that runs with other weightings can be compared
+        num_eval_timesteps=config.eval.num_timesteps,
+        scheduler_config=scheduler_config,
+    )
+
+
+def validation_prompts(config: Config, data: Data) -> Prompts | None:
+    """The prompts with their embeddings, or None where the config has none."""
+    if not config.validation.prompts:
+        return None
+    return read_prompts(config.validation.prompts, config.validation.negative_prompt, data.prompts, data.reader)
+
+
+def run_identity(config: Config, data: Data) -> dict[str, Any]:
+    """The settings that a resumed run has to share with the run that it continues."""
+    return {
+        "model.path": Path(config.model.path).name,
+        "model.dtype": config.model.dtype,
+        "adapter.kind": config.adapter.kind,
+        "adapter.rank": config.adapter.rank,
+        "adapter.alpha": config.adapter.alpha,
+        "adapter.targets": config.adapter.targets,
+        "loss.objective": config.loss.objective,
+        "run.seed": config.run.seed,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "eval.holdout": config.eval.holdout,
+        "the training images and captions (hash)": data.digest,
+    }
