@@ -9,8 +9,8 @@ import torch
 from sdxl_ray.diffusion.objectives import Objective
 from sdxl_ray.records import Batch
 
-# (noisy_latents, timesteps, prompt_embeds, pooled_prompt_embeds, add_time_ids) -> prediction; `sdxl.conditioning.predict`
-# with its U-Net filled in.
+# (noisy_latents, timesteps, prompt_embeds, pooled_prompt_embeds, add_time_ids) -> prediction; that is,
+# `sdxl.conditioning.predict` with its U-Net filled in.
 Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 

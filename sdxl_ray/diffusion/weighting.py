@@ -1,4 +1,4 @@
-"""How much each noise level counts: a function of (snr, objective) only, so schedules and objectives cannot disagree."""
+"""How much each noise level counts: a function of (snr, objective) only, so schedule and objective cannot disagree."""
 
 from __future__ import annotations
 

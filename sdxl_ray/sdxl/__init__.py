@@ -9,6 +9,7 @@ conditioning    time ids, caption dropout, and the one place that calls the U-Ne
 adapters        the trained delta: attach, save, load, switch off, remove          (the only user of peft here)
 checkpointing   which activations are recomputed in the backward pass
 sampling        images from U-Net and embeddings; the labelled sheet that compares them
+devices         which device and which precision
 quiet           diffusers and transformers report errors only
 tiny            a small SDXL with random weights, for tests, demos and `builtin:tiny`
 """

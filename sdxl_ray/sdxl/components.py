@@ -69,10 +69,10 @@ def resolve_model(path: str) -> str:
             f"  python -c \"from diffusers import StableDiffusionXLPipeline as P; P.from_single_file('{path}')"
             f".save_pretrained('{folder.with_suffix('')}')\"\nand use {folder.with_suffix('')} as the model."
         )
-    if folder.is_dir():
+    if path and folder.is_dir():  # an empty path would mean the current folder
         _check_layout(folder)
         return str(folder.resolve())
-    if folder.exists():
+    if path and folder.exists():
         raise ModelError(
             f"{path} is a file; expected a folder in the diffusers layout, or a Hub id such as owner/name."
         )

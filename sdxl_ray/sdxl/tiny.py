@@ -152,8 +152,9 @@ def _write_parts(folder: Path, seed: int) -> None:
         vae = AutoencoderKL(**_vae_config())
         unet = UNet2DConditionModel(**_unet_config())
     with torch.no_grad():
-        text_encoder.get_input_embeddings().weight.mul_(_TOKEN_GAIN)
-        text_encoder_2.get_input_embeddings().weight.mul_(_TOKEN_GAIN)
+        for encoder in (text_encoder, text_encoder_2):
+            embedding: Any = encoder.get_input_embeddings()
+            embedding.weight.mul_(_TOKEN_GAIN)
         unet.conv_out.weight.mul_(_UNET_OUT_GAIN)
         vae.quant_conv.weight[:4].mul_(_VAE_MEAN_GAIN)
         vae.quant_conv.bias[4:].fill_(_VAE_LOGVAR_BIAS)

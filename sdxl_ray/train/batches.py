@@ -33,7 +33,7 @@ class BatchBuilder:
         seed: int,
         num_timesteps: int,
         caption_dropout: float,
-    ):
+    ) -> None:
         self.samples = samples
         self.locations = locations
         self.reader = reader
@@ -68,7 +68,7 @@ class BatchBuilder:
         )
 
     def evaluation(self, row: int, num_timesteps: int) -> Batch:
-        """One held-out sample at each of a few fixed noise levels, always with the same noise, first caption, no dropout."""
+        """One held-out sample at a few fixed noise levels: always the same noise, the first caption, no dropout."""
         sample = self.samples[row]
         levels = stratified_timesteps(num_timesteps, self.num_timesteps)
         mean = self.reader.read(self.locations[sample.latent_key])["mean"].float()
@@ -122,7 +122,7 @@ def prefetch(
     num_threads: int = 2,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Batches in the order of `items`, up to `depth` of them made ahead in threads (NumPy and file reads free the GIL)."""
+    """Batches in the order of `items`, up to `depth` made ahead in threads (NumPy and file reads free the GIL)."""
 
     def make(item: Item) -> Batch:
         batch = build(item)

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import re
 import shutil
 import uuid
@@ -26,6 +28,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 
 def checkpoint_name(step: int) -> str:
+    """`step_000500`, so that names sort like steps."""
     return f"step_{step:06d}"
 
 
@@ -38,8 +41,8 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Mapping[str, Any]
     Raises:
         StorageError: the disk is full or read-only; earlier checkpoints are untouched.
     """
+    import safetensors.torch
     import torch
-    from safetensors.torch import save_file
 
     saved = state.state_dict()
     final = folder / checkpoint_name(state.step)
@@ -47,14 +50,12 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Mapping[str, Any]
     with storage_errors("saving a checkpoint", final, "Free some space, then continue with --resume."):
         try:
             temporary.mkdir(parents=True)
-            try:
-                save_file(saved["adapter"], temporary / ADAPTER_FILE)
-                torch.save(saved["optimizer"], temporary / OPTIMIZER_FILE)
-            except Exception as error:
-                # both libraries report a full disk as an error of their own
-                if "os error 28" in str(error) or "No space left" in str(error) or "file write failed" in str(error):
-                    raise OSError(28, "No space left on device") from error
-                raise
+            # Into memory, then written by Python: on a full disk torch.save says "basic_ios::clear: iostream error" or
+            # "unexpected pos 576 vs 534", and nothing tells that from another failure.
+            optimizer = io.BytesIO()
+            torch.save(saved["optimizer"], optimizer)
+            (temporary / ADAPTER_FILE).write_bytes(safetensors.torch.save(saved["adapter"]))
+            (temporary / OPTIMIZER_FILE).write_bytes(optimizer.getbuffer())
             progress = {**saved["progress"], "identity": dict(identity)}
             (temporary / STATE_FILE).write_text(json.dumps(progress, indent=2), encoding="utf-8")
             if final.exists():  # the same step again, after a restart from an earlier one
@@ -83,7 +84,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "optimizer": torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True),
             "progress": progress,
         }
-    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path}: damaged or incomplete ({error}). Delete this folder to continue from the one before it."
         ) from None
@@ -98,7 +99,9 @@ def read_progress(path: Path) -> dict[str, Any]:
     try:
         progress: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no readable {STATE_FILE} ({error}); expected a checkpoint of sdxl-ray.") from None
+        raise CheckpointError(
+            f"{path}: no readable {STATE_FILE} ({error}); expected a checkpoint of sdxl-ray."
+        ) from None
     return progress
 
 
@@ -121,7 +124,9 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], run: P
     changed = [key for key in current if saved.get(key) != current[key]]
     if not changed:
         return
-    lines = "\n".join(f"  {key}: the checkpoint has {saved.get(key)!r}, the config says {current[key]!r}" for key in changed)
+    lines = "\n".join(
+        f"  {key}: the checkpoint has {saved.get(key)!r}, the config says {current[key]!r}" for key in changed
+    )
     raise ConfigError(
         f"{run} cannot be resumed with these settings:\n{lines}\n"
         "Set them back, or start another run with run.name=..."

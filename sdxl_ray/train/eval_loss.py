@@ -1,4 +1,4 @@
-"""A loss that can be compared from step to step and from trial to trial: the same images, noise and noise levels always."""
+"""A loss that can be compared from step to step and trial to trial: always the same images, noise and noise levels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def stable_eval_loss(
     """
     was_training = state.unet.training
     state.unet.eval()  # no dropout in the adapter
-    sums = torch.zeros(2, len(RANGES), dtype=torch.float64, device=state.device if state.device.type != "mps" else "cpu")
+    device = state.device if state.device.type != "mps" else "cpu"  # which has no float64
+    sums = torch.zeros(2, len(RANGES), dtype=torch.float64, device=device)
     try:
         for batch in batches():
             on_device = batch.to(state.device)

@@ -46,9 +46,13 @@ def export_run(
 
 
 def sample_images(config: Config, folder: Path | None) -> list[SampleImage]:
+    """The validation images that lie in `folder`, with their prompts."""
     if folder is None:
         return []
-    numbered = [(folder / f"{number:02d}_{file_stem(prompt)}.png", prompt) for number, prompt in enumerate(config.validation.prompts)]
+    numbered = [
+        (folder / f"{number:02d}_{file_stem(prompt)}.png", prompt)
+        for number, prompt in enumerate(config.validation.prompts)
+    ]
     return [SampleImage(path, prompt) for path, prompt in numbered if path.exists()]
 
 

@@ -82,6 +82,7 @@ def fit(
     address: str | None = None,
     index_path: Path | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    on_folder: Callable[[], None] = lambda: None,
     callbacks: Sequence[Any] = (),
     export: bool = True,
     keep_best: str = "",
@@ -94,6 +95,7 @@ def fit(
         address: of a Ray cluster; None: $RAY_ADDRESS, or Ray on this machine.
         index_path: of a cache that is known to be complete (a sweep's trials); None: build it.
         on_event: called on this process with {"event": "cache" | "started" | "metrics" | "images" | ...}.
+        on_folder: called once the run's folder is ready to be written to.
         callbacks: of Ray Train, such as Tune's.
         export: whether to write the LoRA files at the end.
         keep_best: a metric whose best checkpoint is kept as well as the last ones; lower is better.
@@ -105,6 +107,7 @@ def fit(
     """
     run_folder = Path(config.run.output) / config.run.name
     latest = _prepare_folder(run_folder, resume=resume, overwrite=overwrite)
+    on_folder()
     if index_path is None:
         cache = build_cache(
             config,

@@ -129,7 +129,7 @@ def train_step(
 class Clock:
     """Wall time between two log lines, without what evaluation, images and checkpoints took."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.num_samples = torch.zeros((), device=device)  # of all ranks, summed on the device
         self.restart()
 
@@ -159,8 +159,8 @@ def numbers(state: TrainState, plan: Plan, metrics: dict[str, torch.Tensor], clo
     values = {name: float(value) for name, value in metrics.items() if name != "stop"}
     if not all(math.isfinite(value) for value in values.values()):
         raise TrainingError(
-            f"step {state.step}: loss {values['train/loss']:g}, gradient norm {values['train/grad_norm']:g}: not finite. "
-            "Lower optimizer.learning_rate, check that loss.objective is what the base model predicts, and look at "
+            f"step {state.step}: loss {values['train/loss']:g}, gradient norm {values['train/grad_norm']:g}: "
+            "not finite. Lower optimizer.learning_rate, check that loss.objective is what the base model predicts, and look at "
             "`sdxl-ray cache` for damaged images. `--resume` continues from the last checkpoint."
         )
     busy_s = clock.busy_s()  # after the line above, which waited for the device

@@ -14,12 +14,12 @@ LrSchedule = Callable[[int], float]  # optimizer step, counted from 1 -> learnin
 class MasterWeights:
     """The adapter's weights in fp32, and one flat buffer that holds their gradients.
 
-    The U-Net computes with copies in its own precision: with fp32 adapters inside a bf16 model, every adapted layer would
-    keep an fp32 copy of its input for the backward pass (7.3 instead of 5.2 GiB for a 1024² image). In bf16 alone, updates
-    smaller than 2^-8 of a weight would vanish. The flat buffer is summed over the workers in a single collective.
+    The U-Net computes with copies in its own precision: with fp32 adapters inside a bf16 model, every adapted layer
+    would keep an fp32 copy of its input for the backward pass (7.3 instead of 5.2 GiB for a 1024² image). In bf16 alone,
+    updates smaller than 2^-8 of a weight would vanish. The flat buffer is summed over the workers in one collective.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], compute_dtype: torch.dtype, num_extra: int = 0):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], compute_dtype: torch.dtype, num_extra: int = 0) -> None:
         """
         Args:
             parameters: the adapter's, in fp32; from here on they are copies in `compute_dtype`.
@@ -89,8 +89,8 @@ def adamw(
 def lr_schedule(name: str, *, peak: float, warmup_steps: int, max_steps: int) -> LrSchedule:
     """The learning rate of step 1 .. max_steps. Linear warm-up reaches `peak` at step `warmup_steps`.
 
-    linear, cosine: from `peak` at the end of the warm-up down to 0 at the step after the last, so that no step is wasted
-    on a rate of 0. It counts optimizer steps, whatever the number of workers and the accumulation.
+    linear, cosine: from `peak` at the end of the warm-up down to 0 at the step after the last, so that no step is
+    wasted on a rate of 0. It counts optimizer steps, whatever the number of workers and the accumulation.
     """
     decay: Callable[[float], float] = {
         "constant": lambda progress: 1.0,

@@ -30,7 +30,7 @@ class MicroBatch:
 class DataOrder:
     """The endless list of micro-batches of a run."""
 
-    def __init__(self, buckets: Sequence[str], repeats: Sequence[int], *, micro_batch_size: int, seed: int):
+    def __init__(self, buckets: Sequence[str], repeats: Sequence[int], *, micro_batch_size: int, seed: int) -> None:
         """
         Args:
             buckets: the bucket of each training sample.
@@ -53,7 +53,7 @@ class DataOrder:
         return self._cached[1][place]
 
     def epoch(self, epoch: int) -> list[MicroBatch]:
-        """Every sample once per repeat: shuffled within its bucket, cut, and the pieces of all buckets shuffled together.
+        """Every sample once per repeat: shuffled in its bucket, cut, and the pieces of all buckets shuffled together.
 
         A bucket's remainder makes a smaller micro-batch. It is exact, since the loss is normalised by the weight of the
         whole step; nothing is dropped or doubled.
@@ -109,7 +109,7 @@ class Plan:
         return self.num_workers * self.accumulation
 
     def of_step(self, position: int, world_rank: int) -> list[int]:
-        """The micro-batches of one rank in the step that begins at `position`; none for some ranks in a short last step."""
+        """One rank's micro-batches in the step that begins at `position`; none for some ranks in a short last step."""
         end = min(position + self.micro_batches_per_step, self.num_micro_batches)
         return list(range(position + world_rank, end, self.num_workers))
 

@@ -1,4 +1,4 @@
-"""Everything one rank needs for the loop, built from the config and the index. No Ray, so tests and notebooks use it too.
+"""Everything one rank needs for the loop, from the config and the index. No Ray, so tests and notebooks use it too.
 
     index ─▶ split ─▶ order ─▶ plan          model ─▶ adapter ─▶ masters ─▶ optimizer ─▶ state ─▶ checkpoint, if any
 """
@@ -102,6 +102,7 @@ def load_data(index_path: str | Path, *, cache: str | Path, holdout: float) -> D
 
 
 def data_order(config: Config, data: Data) -> DataOrder:
+    """The order of the training samples."""
     return DataOrder(
         [sample.bucket for sample in data.train],
         [sample.repeats for sample in data.train],
@@ -241,5 +242,6 @@ def run_identity(config: Config, data: Data) -> dict[str, Any]:
         "run.seed": config.run.seed,
         "train.micro_batch_size": config.train.micro_batch_size,
         "eval.holdout": config.eval.holdout,
+        "dataset.repeats": config.dataset.repeats,
         "the training images and captions (hash)": data.digest,
     }

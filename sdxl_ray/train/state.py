@@ -51,7 +51,9 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.masters.load_state_dict(state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The moments only: weight decay and the like are the config's, and "fused" is this device's.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.step = state["progress"]["step"]
         self.position = state["progress"]["position"]
         self.best_eval_loss = state["progress"]["best_eval_loss"]

@@ -58,7 +58,7 @@ def draw_share(
     seed: int,
     prediction_type: str,
 ) -> list[Path]:
-    """Draw and save every `world_size`-th prompt, beginning at `world_rank`. Not collective: ranks may differ in number."""
+    """Draw and save every `world_size`-th prompt from `world_rank` on. Not collective: ranks may differ in number."""
     written = []
     for number in range(world_rank, len(prompts.texts), world_size):
         image = draw_images(

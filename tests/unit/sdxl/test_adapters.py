@@ -194,7 +194,7 @@ def test_the_true_sdxl_has_560_and_722_targets():
     shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     attention = count_adapter_parameters(shapes, 16, "attention")
     everything = count_adapter_parameters(shapes, 16, "all-linear")
-    assert attention[0], everything[0] == (560, 722)
+    assert (attention[0], everything[0]) == (560, 722)
     assert (round(attention[1] / 1e6, 2), round(everything[1] / 1e6, 2)) == (23.22, 42.56)
 
 

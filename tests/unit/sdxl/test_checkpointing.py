@@ -38,5 +38,5 @@ def test_transformer_mode_leaves_the_resnets_alone(unet):
 
 
 def test_an_unknown_mode_names_the_known_ones(unet):
-    with pytest.raises(ConfigError, match="gradient checkpointing 'half' is unknown. Known: none, transformer, full."):
+    with pytest.raises(ConfigError, match=r"gradient checkpointing 'half' is unknown. Known: none, transformer, full."):
         set_gradient_checkpointing(unet, "half")

@@ -101,7 +101,7 @@ def test_no_prompts_no_images(unet, settings):
 
 
 def test_refusals(unet, settings):
-    with pytest.raises(ConfigError, match="image size 60x48 .* multiples of 8"):
+    with pytest.raises(ConfigError, match=r"image size 60x48 .* multiples of 8"):
         draw_images(unet, **{**settings, "height_width": (60, 48)})
     with pytest.raises(ConfigError, match="1 seeds for 2 prompts"):
         draw_images(unet, **{**settings, "seeds": [1]})

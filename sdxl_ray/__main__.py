@@ -1,0 +1,49 @@
+"""`python -m sdxl_ray` and the command `sdxl-ray`: exit codes and error texts for every subcommand."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+
+def main() -> None:
+    """0 done, 1 the run failed, 2 your input, 130 interrupted. Known errors print message and cure, no traceback."""
+    from sdxl_ray.cli import app
+    from sdxl_ray.errors import SdxlRayError
+
+    show_traceback = "--traceback" in sys.argv
+    if show_traceback:
+        sys.argv.remove("--traceback")
+    try:
+        code = app(standalone_mode=False)
+    except SdxlRayError as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        code = _usage_error(error)
+        if code is None:
+            traceback.print_exc()
+            print(
+                f"error: {type(error).__name__}: {error}\nThis is a bug in sdxl-ray: please report it with the text above.",
+                file=sys.stderr,
+            )
+            code = 1
+    sys.exit(code or 0)
+
+
+def _usage_error(error: Exception) -> int | None:
+    """Wrong options and arguments, which the parser of the command line raises as exceptions of its own."""
+    show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if show is None or exit_code is None:
+        return exit_code
+    show()
+    return int(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A run's events as lines that a person reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdxl_ray.tracking.console import Console
+from sdxl_ray.tracking.metrics import duration, progress_line
+
+
+class RunDisplay:
+    """Called with each event of `fit` and `build_cache`."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.memory_total_gib = 0.0
+        self.first_eval: float | None = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        getattr(self, f"on_{event['event']}")(event)
+
+    def on_progress(self, event: dict[str, Any]) -> None:
+        self.console.progress(event["stage"], event["done"], event["total"])
+
+    def on_cache(self, event: dict[str, Any]) -> None:
+        result = event["result"]
+        buckets = ", ".join(f"{bucket} {count}" for bucket, count in sorted(result.buckets.items()))
+        self.console.line(f"cache: {result.num_samples} images ({buckets})")
+        if result.num_latents_encoded or result.num_captions_encoded:
+            self.console.line(
+                f"       encoded {result.num_latents_encoded} images and {result.num_captions_encoded} captions "
+                f"in {duration(result.seconds)}"
+            )
+        else:
+            self.console.line("       nothing to encode: all of it was there")
+        if result.skipped:
+            self.console.line(f"       skipped {len(result.skipped)} images, reasons in {result.skipped_path}", style="yellow")
+        if result.num_long_captions:
+            self.console.line(
+                f"       {result.num_long_captions} captions are longer than 77 tokens; the rest of them is not seen",
+                style="yellow",
+            )
+
+    def on_started(self, event: dict[str, Any]) -> None:
+        self.memory_total_gib = event["memory_total_gib"]
+        if event["checkpoint"]:
+            self.console.line(f"train: continuing at step {event['step']} of {event['max_steps']}, {event['checkpoint']}")
+        else:
+            self.console.line(f"train: {event['max_steps']} steps")
+
+    def on_metrics(self, event: dict[str, Any]) -> None:
+        step, max_steps, values = event["step"], event["max_steps"], event["values"]
+        if "train/loss" in values:
+            text = progress_line(step, max_steps, values, memory_total_gib=self.memory_total_gib)
+            self.console.line(text)
+            if self.console.live and step < max_steps:
+                self.console.progress("steps", step, max_steps)
+        if "eval/loss" in values:
+            self.first_eval = values["eval/loss"] if self.first_eval is None else self.first_eval
+            since = f" ({values['eval/loss'] - self.first_eval:+.4f} since the first)" if step else " (before training)"
+            self.console.line(f"eval  {step:>{len(str(max_steps))}}/{max_steps} | eval loss {values['eval/loss']:.4f}{since}")
+
+    def on_images(self, event: dict[str, Any]) -> None:
+        self.console.line(f"images: {event['count']} in {event['folder']}")
+
+    def on_checkpoint(self, event: dict[str, Any]) -> None:
+        self.console.line(f"saved: checkpoint of step {event['step']}")
+
+    def on_line(self, event: dict[str, Any]) -> None:
+        self.console.line(event["text"])
