@@ -85,7 +85,9 @@ def main() -> int:
     except TrainingError as error:  # the loop looks at loss and gradient norm at every step
         print(f"not finite: {error}")
         result["finite"] = False
-    changed = sum(float(master.detach().abs().sum()) > 0 for name, master in state.masters.masters.items() if "lora_B" in name)
+    changed = sum(
+        float(master.detach().abs().sum()) > 0 for name, master in state.masters.masters.items() if "lora_B" in name
+    )
     result["adapter_modules_that_moved"] = changed  # lora_B begins at zero
     result["steps_done"] = [{"step": step} | values for step, values in report.history]
     result["peak_rss_gib"] = peak_rss_gib()
@@ -94,7 +96,9 @@ def main() -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"loss finite: {'yes' if result['finite'] else 'NO'} | modules whose lora_B moved: {changed}/{result['adapter_modules']}")
+    print(
+        f"loss finite: {'yes' if result['finite'] else 'NO'} | modules whose lora_B moved: {changed}/{result['adapter_modules']}"
+    )
     print(
         f"peak RSS {result['peak_rss_gib']:.2f} GiB (getrusage {result['peak_rss_by_getrusage_gib']:.2f}) "
         f"{'<=' if fits else 'EXCEEDS'} --max-rss-gib {args.max_rss_gib:g}"
@@ -105,7 +109,9 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """One line per flag."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps (default 2: the second has a warm allocator)")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="optimizer steps (default 2: the second has a warm allocator)"
+    )
     parser.add_argument("--resolution", type=int, default=512, help="side of the image in pixels, a multiple of 64")
     parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
     parser.add_argument("--targets", default="attention", help=f"{', '.join(TARGETS)}, or a regex for module names")

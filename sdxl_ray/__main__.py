@@ -9,11 +9,14 @@ import traceback
 def main() -> None:
     """0 done, 1 the run failed, 2 your input, 130 interrupted. Known errors print message and cure, no traceback."""
     from sdxl_ray.cli import app
+    from sdxl_ray.connection import filter_ray_noise
     from sdxl_ray.errors import SdxlRayError
 
     show_traceback = "--traceback" in sys.argv
     if show_traceback:
         sys.argv.remove("--traceback")
+    else:
+        filter_ray_noise()
     try:
         code = app(standalone_mode=False)
     except SdxlRayError as error:

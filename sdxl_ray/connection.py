@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
+import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 from sdxl_ray.errors import ClusterError
 
 # Set before Ray reads them; a user's own values win.
 DEFAULT_ENVIRONMENT = {
-    # Ray Train's controller looks at its workers this often; `report` waits for it. Ray's own 2 s would cost 2 s a report.
+    # Ray Train's controller looks at its workers this often, and `report` waits for it: Ray's own 2 s is long.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Workers would otherwise start in a folder of Ray's, where relative paths mean something else.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -44,11 +48,12 @@ def connect(address: str | None = None) -> None:
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     if target.startswith("http"):
         raise ClusterError(
-            f"{target} is the address for submitting jobs: `ray job submit --address {target} --working-dir . -- sdxl-ray "
-            "train my.toml`. To connect from here, give HOST:6379 or ray://HOST:10001."
+            f"{target} is the address for submitting jobs: `ray job submit --address {target} --working-dir . -- "
+            "sdxl-ray train my.toml`. To connect from here, give HOST:6379 or ray://HOST:10001."
         )
     remove_stale_cluster_file()
     logging.getLogger("ray").setLevel(logging.ERROR)
+    _drop_raylet_noise()
     runtime_env = None
     if target != "local" and not in_ray_job():
         # The workers of a cluster that somebody else started have Ray, but maybe not this package.
@@ -66,7 +71,7 @@ def connect(address: str | None = None) -> None:
             )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ClusterError(
-            f"no Ray at {target}: {str(error).splitlines()[0]}\n"
+            f"no Ray at {target}: {next(iter(str(error).splitlines()), type(error).__name__)}\n"
             "Check the address with `ray status --address HOST:6379`, or leave it out to use this machine alone."
         ) from error
 
@@ -117,3 +122,54 @@ def check_room(num_workers: int, resources: dict[str, float], *, growing: bool =
             f"train.num_workers = {num_workers} with {needs} each do not fit: the cluster has room for {room} "
             f"({len(nodes)} nodes: {have}). Lower train.num_workers or cluster.cpus_per_worker, or add machines."
         )
+
+
+# What Ray prints in the driver's terminal although nothing is wrong; all of it is in Ray's log files too.
+_KNOWN_NOISE = (
+    b"ray-project/ray/issues/53727",  # every actor pool of Ray Data, at level ERROR
+    b"PYTHON worker processes have been started",  # two trials on two cores
+)
+
+
+def filter_ray_noise() -> None:
+    """Keep known harmless lines of Ray's out of this process's terminal; everything else passes unchanged.
+
+    For the command line only: it puts a pipe in place of standard error, since Ray's C++ core writes there directly.
+    """
+    original = os.dup(2)
+    read_end, write_end = os.pipe()
+    os.dup2(write_end, 2)
+    os.close(write_end)
+
+    def copy() -> None:
+        with os.fdopen(read_end, "rb") as lines:
+            for line in lines:
+                if not any(noise in line for noise in _KNOWN_NOISE):
+                    os.write(original, line)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+
+    def restore() -> None:
+        sys.stderr.flush()
+        os.dup2(original, 2)  # closes this process's writing end
+        thread.join(timeout=1)  # processes of Ray's may hold the other writing ends for a moment
+
+    atexit.register(restore)
+
+
+def _drop_raylet_noise() -> None:
+    """Ray's driver prints messages of the raylet through a function of its own."""
+    import ray._private.worker as worker
+
+    original = getattr(worker, "print_to_stdstream", None)
+    if original is None or getattr(original, "filters_noise", False):
+        return
+
+    def filtered(data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        text = "".join(data.get("lines", ())).encode()
+        if not any(noise in text for noise in _KNOWN_NOISE):
+            original(data, *args, **kwargs)
+
+    filtered.filters_noise = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = filtered

@@ -96,10 +96,11 @@ def _guarded(subject: str, examination: Callable[[], list[Finding]]) -> list[Fin
         return [Finding(subject, "problem", f"could not be examined: {type(error).__name__}: {error}")]
 
 
-# ---- Python and packages -----------------------------------------------------------------------------------------------
+# ---- Python and packages -------------------------------------------------------------------------
 
 
 def python_version() -> list[Finding]:
+    """Against the range of pyproject.toml."""
     found = platform.python_version()
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
         return [Finding("python", "ok", found)]
@@ -135,7 +136,7 @@ def packages() -> list[Finding]:
     return [Finding("packages", "ok", ", ".join(found)), *wrong] if found else wrong
 
 
-# ---- accelerators ------------------------------------------------------------------------------------------------------
+# ---- accelerators --------------------------------------------------------------------------------
 
 
 def accelerators() -> list[Finding]:
@@ -165,8 +166,8 @@ def _gpus(torch: Any) -> list[Finding]:
             Finding(
                 "accelerator",
                 "note",
-                "several AMD GPUs: Ray would set HIP_VISIBLE_DEVICES against CUDA_VISIBLE_DEVICES; sdxl-ray keeps it from "
-                "that in its training workers, so leave both unset",
+                "several AMD GPUs: Ray would set HIP_VISIBLE_DEVICES against CUDA_VISIBLE_DEVICES; in its training "
+                "workers sdxl-ray keeps it from that, so leave both unset",
             )
         )
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -208,7 +209,7 @@ def _nvidia_driver() -> str:
     return ""
 
 
-# ---- Ray ---------------------------------------------------------------------------------------------------------------
+# ---- Ray -----------------------------------------------------------------------------------------
 
 
 def stale_cluster_note() -> list[Finding]:
@@ -231,7 +232,7 @@ def stale_cluster_note() -> list[Finding]:
 
 
 def ray_cluster(address: str | None, config: Config | None = None) -> list[Finding]:
-    """The cluster's machines, its versions, and whether the config's workers fit; without an address, what would start."""
+    """The cluster's machines and versions, and whether the workers fit; without an address, what would start."""
     import ray
 
     target = address or os.environ.get("RAY_ADDRESS")
@@ -304,7 +305,8 @@ def _room(config: Config, num_gpus: float) -> Finding:
     try:
         connection.check_room(config.train.num_workers, needs)
     except SdxlRayError as error:
-        return Finding("workers", "problem", str(error))
+        state: State = "problem" if connection.is_local() else "note"  # several machines: it may be growing
+        return Finding("workers", state, str(error))
     return Finding("workers", "ok", f"room for train.num_workers = {config.train.num_workers}")
 
 
@@ -321,7 +323,7 @@ def ray_authentication() -> list[Finding]:
             Finding(
                 "ray auth",
                 "note",
-                "there is a token and RAY_AUTH_MODE is not set: `ray start --head` asks for it, `ray job submit` sends none",
+                "there is a token, but no RAY_AUTH_MODE: `ray start --head` asks for it, `ray job submit` sends none",
                 "export RAY_AUTH_MODE=token before `ray job submit`; the same token on every node",
             )
         ]
@@ -338,7 +340,7 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-# ---- disk, memory, files -----------------------------------------------------------------------------------------------
+# ---- disk, memory, files -------------------------------------------------------------------------
 
 
 def disk_space(config: Config | None = None) -> list[Finding]:
@@ -408,7 +410,7 @@ def open_files() -> list[Finding]:
     ]
 
 
-# ---- Hub and trackers --------------------------------------------------------------------------------------------------
+# ---- Hub and trackers ----------------------------------------------------------------------------
 
 
 def hub() -> list[Finding]:
@@ -456,7 +458,7 @@ def _has_netrc_login(host: str) -> bool:
     return False
 
 
-# ---- the config's own --------------------------------------------------------------------------------------------------
+# ---- the config's own ----------------------------------------------------------------------------
 
 
 def base_model(config: Config) -> list[Finding]:

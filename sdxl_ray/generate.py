@@ -65,7 +65,7 @@ def find_source(path: str | Path, *, step: int | None = None, model: str = "") -
     checkpoint = path if path != run_folder else _checkpoint(run_folder, step)
     if not (checkpoint / "adapter.safetensors").exists():
         raise InputError(f"{checkpoint}: no adapter.safetensors, expected a checkpoint of sdxl-ray.")
-    adapter = config.adapter.model_dump()
+    adapter = {**config.adapter.model_dump(), "alpha": config.adapter.scaling_alpha}
     return Source(**common, checkpoint=checkpoint, adapter=adapter)
 
 

@@ -129,5 +129,6 @@ def bucket_key(height_width: tuple[int, int]) -> str:
 
 
 def parse_bucket_key(key: str) -> tuple[int, int]:
+    """The (height, width) of `bucket_key`."""
     height, width = key.split("x")
     return int(height), int(width)

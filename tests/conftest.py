@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread per process: tiny tensors are no faster with more, and threads on busy cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -16,3 +18,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     from sdxl_ray.sdxl.tiny import write_tiny_sdxl
 
     return str(write_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> tuple:
+    """(config, path of the index) of a small data set that is already encoded, without Ray. Read only."""
+    from tests.tiny import cache_without_ray, tiny_config, write_images
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_images(folder / "images")
+    config = tiny_config(folder, tiny_model)
+    return config, cache_without_ray(config)

@@ -12,7 +12,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +21,13 @@ from typing import Any
 import numpy as np
 
 # (height, width) in pixels: three aspect ratios, with crops, in buckets of 7, 4 and 2 images
-IMAGE_SIZES = ((80, 80), (64, 64), (90, 84), (70, 70), (128, 120), (66, 64), (64, 67)) + ((60, 100), (75, 128)) * 2 + (
-    (130, 70),
-    (80, 48),
+IMAGE_SIZES = (
+    ((80, 80), (64, 64), (90, 84), (70, 70), (128, 120), (66, 64), (64, 67))
+    + ((60, 100), (75, 128)) * 2
+    + (
+        (130, 70),
+        (80, 48),
+    )
 )
 PROMPTS = ("a red house", "A cat, on the moon!", "trees")
 
@@ -50,7 +54,11 @@ def tiny_config(folder: Path, model: str, **overrides: Any) -> Any:
             "run": {"name": "tiny", "output": str(folder / "runs"), "seed": 7},
             "model": {"path": model, "dtype": "fp32"},
             "dataset": {"path": str(folder / "images"), "resolution": 64, "bucket_step": 16},
-            "cache": {"path": str(folder / "cache"), "vae_dtype": "fp32", "batch_size": 4},
+            "cache": {
+                "path": str(folder / "cache"),
+                "vae_dtype": "fp32",
+                "batch_size": 1,
+            },  # 1: so that one image alone gives the same bits
             "adapter": {"rank": 2, "alpha": 4.0},
             "train": {"duration": "4 steps", "micro_batch_size": 2, "log_every": 1},
             "optimizer": {"learning_rate": 1e-2},
@@ -136,9 +144,7 @@ def make_training(config: Any, index_path: Path, *, workers: Any = None, checkpo
     from sdxl_ray.train.state import Workers
 
     data = load_data(index_path, cache=config.cache.path, holdout=config.eval.holdout)
-    return build_training(
-        config, data, workers=workers or Workers(), device=torch.device("cpu"), checkpoint=checkpoint
-    )
+    return build_training(config, data, workers=workers or Workers(), device=torch.device("cpu"), checkpoint=checkpoint)
 
 
 def train(training: Any, report: Any = None) -> ListReporter:
@@ -183,7 +189,9 @@ def run_workers(function: Callable[..., Any], world_size: int, *args: Any, time_
 
     `function` is a module's own, so that it can be pickled. A worker that raises or hangs fails the test.
     """
-    context = multiprocessing.get_context("forkserver")  # imports torch once; forking this process, with threads, may hang
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # imports torch once; forking this process, with threads, may hang
     context.set_forkserver_preload(["sdxl_ray.train.setup", "sdxl_ray.train.loop"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -231,13 +239,3 @@ def _worker(
 def _report(folder: Path, processes: list[Any]) -> str:
     errors = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("error-*"))]
     return "\n".join([f"exit codes {[process.exitcode for process in processes]}", *errors])
-
-
-def one_thread() -> Iterator[None]:
-    """Body of a fixture: one thread, since sums over threads differ and several test processes share the cores."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

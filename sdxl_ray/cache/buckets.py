@@ -24,7 +24,8 @@ MAX_ASPECT = 4.0  # SDXL's own table ends there
 def make_buckets(resolution: int, step: int) -> tuple[tuple[int, int], ...]:
     """All buckets (height, width) for about `resolution`² pixels, edges multiples of `step`, as tall ones as wide ones.
 
-    SDXL's own table at 1024; elsewhere the sizes that cannot grow by one step without exceeding `resolution`² pixels.
+    SDXL's own table at 1024 (the only one that is not symmetric: it has 704x1344, but not 1344x704); elsewhere the sizes
+    that cannot grow by one step without exceeding `resolution`² pixels.
     """
     if (resolution, step) == (1024, 64):
         return SDXL_BUCKETS
@@ -52,10 +53,8 @@ def cover(original_hw: tuple[int, int], bucket_hw: tuple[int, int]) -> tuple[int
     return max(bucket_hw[0], round(height * scale)), max(bucket_hw[1], round(width * scale))
 
 
-def crop_offset(
-    resized_hw: tuple[int, int], bucket_hw: tuple[int, int], crop: str, image_hash: str
-) -> tuple[int, int]:
-    """(top, left) of the crop in the resized image, in pixels. "random" is drawn from the image's content: always the same."""
+def crop_offset(resized_hw: tuple[int, int], bucket_hw: tuple[int, int], crop: str, image_hash: str) -> tuple[int, int]:
+    """(top, left) of the crop in the resized image, in pixels. "random" depends on the image's content alone."""
     spare = (resized_hw[0] - bucket_hw[0], resized_hw[1] - bucket_hw[1])
     if crop == "center":
         return spare[0] // 2, spare[1] // 2

@@ -6,6 +6,7 @@ An image never gets another image's caption: where one text file could belong to
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def _from_text_file(path: str) -> tuple[str, ...]:
 
 
 def _with_trigger(caption: str, trigger_word: str) -> str:
-    if not trigger_word or trigger_word.lower() in caption.lower():
+    # As a word of its own: a trigger "art" is not in "party".
+    if not trigger_word or re.search(rf"(?<!\w){re.escape(trigger_word)}(?!\w)", caption, re.IGNORECASE):
         return caption
     return f"{trigger_word}, {caption}"
 
@@ -123,7 +125,7 @@ def _no_caption_text(without: Sequence[str], num_images: int, rules: CaptionRule
     example = Path(without[0])
     return (
         f"{len(without)} of {num_images} images have no caption:\n{first}{more}\n"
-        f"Expected {example.with_suffix('.txt').name} or {example.name}.txt beside {example.name} with at least one line "
-        f"(dataset.captions = {list(rules.sources)}). Write them, or add another source: "
+        f"Expected {example.with_suffix('.txt').name} or {example.name}.txt beside {example.name} "
+        f"with at least one line (dataset.captions = {list(rules.sources)}). Write them, or add another source: "
         'dataset.captions = ["textfile", "filename"], or "instance_prompt" with dataset.instance_prompt.'
     )

@@ -20,8 +20,12 @@ from sdxl_ray.sdxl.vae import NonFiniteLatents, encode_posterior, pixels_from_ui
 class LatentEncoder:
     """The VAE on one device."""
 
-    def __init__(self, model: str, *, dtype: str, device: torch.device, batch_size: int, revision: str, variant: str):
-        self.vae = load_vae(model, dtype=DTYPES[dtype], device=device, revision=revision or None, variant=variant or None)
+    def __init__(
+        self, model: str, *, dtype: str, device: torch.device, batch_size: int, revision: str, variant: str
+    ) -> None:
+        self.vae = load_vae(
+            model, dtype=DTYPES[dtype], device=device, revision=revision or None, variant=variant or None
+        )
         self.device = device
         self.batch_size = batch_size
 
@@ -45,8 +49,10 @@ class LatentEncoder:
         except torch.OutOfMemoryError:
             if len(pixel_values) == 1:
                 raise
-            halves = [self._encode_batch(half, names) for half in pixel_values.split((len(pixel_values) + 1) // 2)]
-            return torch.cat([mean for mean, _ in halves]), torch.cat([std for _, std in halves])
+            half = len(pixel_values) // 2
+            first = self._encode_batch(pixel_values[:half], names[:half])
+            second = self._encode_batch(pixel_values[half:], names[half:])
+            return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
         except NonFiniteLatents:
             return self._encode_in_fp32(pixel_values, names)
 
@@ -68,7 +74,7 @@ class LatentEncoder:
 class TextEncoder:
     """Both CLIP text encoders on one device."""
 
-    def __init__(self, model: str, *, device: torch.device, batch_size: int, revision: str, variant: str):
+    def __init__(self, model: str, *, device: torch.device, batch_size: int, revision: str, variant: str) -> None:
         # fp32 on the CPU, where bf16 brings no speed; bf16 is what the shards hold anyway.
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.encoders = load_text_encoders(
@@ -77,7 +83,7 @@ class TextEncoder:
         self.batch_size = batch_size
 
     def encode(self, captions: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """N captions -> "prompt_embeds" (N, 77, 2048), "pooled_prompt_embeds" (N, 1280) bf16 CPU, and their token counts."""
+        """N captions -> "prompt_embeds" (N, 77, 2048), "pooled_prompt_embeds" (N, 1280) bf16 CPU; the token counts."""
         embeds, pooled, num_tokens = [], [], []
         for start in range(0, len(captions), self.batch_size):
             batch = list(captions[start : start + self.batch_size])

@@ -35,13 +35,26 @@ def load_pixels(record: ImageRecord) -> np.ndarray:
         warnings.simplefilter("ignore")  # odd EXIF or a truncated palette; failures raise
         try:
             image = to_srgb(decode(content))
-        except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise on damaged data
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged bytes make Pillow raise nearly anything: AVIF's decoder a RuntimeError
             raise UnreadableImage(f"cannot be decoded: {error}") from None
-    height, width = record.resized_hw
-    top, left = record.crop_top_left
+    return np.asarray(_resize_and_crop(image, record.resized_hw, record.crop_top_left, record.bucket_hw))
+
+
+def _resize_and_crop(
+    image: Image.Image, resized_hw: tuple[int, int], crop_top_left: tuple[int, int], bucket_hw: tuple[int, int]
+) -> Image.Image:
+    """The crop at `crop_top_left` of the image resized to `resized_hw`.
+
+    Only the crop is computed: a strip of 10x30000 px covers its bucket at 512x1536000, which nobody needs whole.
+    """
+    vertical, horizontal = image.height / resized_hw[0], image.width / resized_hw[1]  # source pixels per resized pixel
+    (top, left), (height, width) = crop_top_left, bucket_hw
+    box = (left * horizontal, top * vertical, (left + width) * horizontal, (top + height) * vertical)
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # not past the edge by rounding
     # LANCZOS widens its kernel when it shrinks, so fine patterns turn grey instead of into moiré.
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(resized)[top : top + record.bucket_hw[0], left : left + record.bucket_hw[1]]
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def decode(content: bytes) -> Image.Image:
@@ -77,16 +90,16 @@ def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F" and values.size and values.max() <= 1.0:
         values = values * 65535.0
-    return Image.fromarray(np.clip(np.round(values / 257.0), 0, 255).astype(np.uint8), mode="L")
+    return Image.fromarray(np.clip(np.round(values / 257.0), 0, 255).astype(np.uint8))
 
 
 def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Adobe RGB, Display P3 and CMYK profiles to sRGB; a profile that does not fit its image is ignored, as viewers do."""
+    """Adobe RGB, Display P3 and CMYK profiles to sRGB; one that does not fit its image is ignored, as viewers do."""
     if not profile or image.mode not in ("RGB", "CMYK", "L"):
         return image
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except ImageCms.PyCMSError:
+    except (ImageCms.PyCMSError, OSError):  # OSError: not a profile at all
         return image
     return converted or image

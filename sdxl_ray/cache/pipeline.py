@@ -24,7 +24,6 @@ import ray.data
 from sdxl_ray.cache.images import UnreadableImage, load_pixels
 from sdxl_ray.cache.planning import (
     CachePlan,
-    LatentShard,
     Skipped,
     TextShard,
     check_readable,
@@ -99,8 +98,8 @@ def build_cache(
         find_missing(plan)
         if plan.missing_text or plan.missing_latents:
             raise CacheError(
-                f"{plan.num_missing_latents} latents and {plan.num_missing_text} captions are still missing after encoding. "
-                f"Is {config.cache.path} the same folder on all machines? Run `sdxl-ray doctor`."
+                f"{plan.num_missing_latents} latents and {plan.num_missing_text} captions are still missing after "
+                f"encoding. Is {config.cache.path} the same folder on all machines? Run `sdxl-ray doctor`."
             )
         check_readable(plan, config.dataset.max_unreadable)
     _write_index(config, plan)
@@ -122,7 +121,7 @@ def _connect_locally() -> None:
         ray.init(include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
 
 
-# ---- (1) scan: CPU tasks, for folders that are worth it ----------------------------------------------------------------
+# ---- (1) scan: CPU tasks, for folders that are worth it --------------------------------------------------------------
 
 
 def _scan(connect: Callable[[], None], files: Sequence[Any], *, memo: Any, max_pixels: int) -> list[ScannedFile]:
@@ -134,20 +133,24 @@ def _scan(connect: Callable[[], None], files: Sequence[Any], *, memo: Any, max_p
     _quiet()
     dataset = ray.data.from_items([{"files": json.dumps(chunk)} for chunk in chunks], override_num_blocks=len(chunks))
     rows = dataset.map(_ScanChunk(max_pixels), num_cpus=1).iter_rows()
-    scanned = {file.identity: file for row in rows for file in (ScannedFile(**item) for item in json.loads(row["scanned"]))}
+    scanned = {
+        file.identity: file for row in rows for file in (ScannedFile(**item) for item in json.loads(row["scanned"]))
+    }
     return [memo.get(file) or scanned[file] for file in files]
 
 
 class _ScanChunk:
-    def __init__(self, max_pixels: int):
+    def __init__(self, max_pixels: int) -> None:
         self.max_pixels = max_pixels
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        scanned = [asdict(scan_file((path, size, mtime), self.max_pixels)) for path, size, mtime in json.loads(row["files"])]
+        scanned = [
+            asdict(scan_file((path, size, mtime), self.max_pixels)) for path, size, mtime in json.loads(row["files"])
+        ]
         return {"scanned": json.dumps(scanned)}
 
 
-# ---- (2) text ----------------------------------------------------------------------------------------------------------
+# ---- (2) text --------------------------------------------------------------------------------------------------------
 
 
 def _encode_text(config: Config, plan: CachePlan, progress: Progress) -> int:
@@ -171,7 +174,7 @@ def _encode_text(config: Config, plan: CachePlan, progress: Progress) -> int:
 class WriteTextShard:
     """Ray Data actor: captions of one shard to embeddings, written."""
 
-    def __init__(self, *, cache: str, fingerprint: str, **encoder: Any):
+    def __init__(self, *, cache: str, fingerprint: str, **encoder: Any) -> None:
         from sdxl_ray.cache.encode import TextEncoder
         from sdxl_ray.sdxl.devices import best_device
 
@@ -190,7 +193,7 @@ class WriteTextShard:
         return _row(len(shard.keys))
 
 
-# ---- (3) images: decode on CPUs, encode where there is an accelerator --------------------------------------------------
+# ---- (3) images: decode on CPUs, encode where there is an accelerator ------------------------------------------------
 
 
 def _encode_latents(config: Config, plan: CachePlan, progress: Progress) -> tuple[int, list[Skipped]]:
@@ -239,7 +242,7 @@ def decode_shard(row: dict[str, Any]) -> dict[str, Any]:
 class WriteLatentShard:
     """Ray Data actor: pixels of one shard to the VAE's posterior, written."""
 
-    def __init__(self, *, cache: str, fingerprint: str, **encoder: Any):
+    def __init__(self, *, cache: str, fingerprint: str, **encoder: Any) -> None:
         from sdxl_ray.cache.encode import LatentEncoder
         from sdxl_ray.sdxl.devices import best_device
 
@@ -250,7 +253,7 @@ class WriteLatentShard:
         header = json.loads(str(batch["header"][0]))
         if header["keys"]:
             try:
-                tensors = self.encoder.encode(np.array(batch["pixels"][0]), header["paths"])  # a copy: Ray's is read-only
+                tensors = self.encoder.encode(list(batch["pixels"][0]), header["paths"])
                 write_shard(self.cache, header["name"], header["keys"], tensors, {"encoder": self.fingerprint})
             except SdxlRayError as error:
                 return _row(0, error=error)
@@ -262,7 +265,7 @@ def _record(fields: dict[str, Any]) -> ImageRecord:
     return ImageRecord(fields["path"], fields["image_hash"], captions=tuple(fields["captions"]), **pairs)
 
 
-# ---- shared by text and images -----------------------------------------------------------------------------------------
+# ---- shared by text and images ---------------------------------------------------------------------------------------
 
 
 def _encoder_arguments(config: Config, plan: CachePlan) -> dict[str, Any]:

@@ -37,6 +37,8 @@ MAX_TOKENS = 77
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
+    """An image that is left out."""
+
     path: str
     reason: str
 
@@ -139,9 +141,8 @@ def plan_cache(
     for file in usable:
         if file.path not in captions:
             continue
-        record = assign_bucket(
-            ImageRecord(file.path, file.image_hash, (file.height, file.width), captions[file.path]), buckets, dataset.crop
-        )
+        record = ImageRecord(file.path, file.image_hash, (file.height, file.width), captions[file.path])
+        record = assign_bucket(record, buckets, dataset.crop)
         sample = _sample(record, vae, text, dataset.repeats, occurrences)
         samples.append(sample)
         records[sample.latent_key] = record
@@ -192,12 +193,14 @@ def shard_length(bucket: str) -> int:
 
 
 def drop_undecodable(plan: CachePlan, undecodable: Sequence[Skipped], memo_path: Path) -> None:
-    """Take out images whose pixels turned out damaged, and remember them: they are not tried again until they change."""
+    """Take out images whose pixels turned out damaged, and remember them: not tried again until they change."""
     reason_of_path = {item.path: item.reason for item in undecodable}
     reasons = {  # by content, since a copy of a damaged image is as damaged
         sample.image_hash: reason_of_path[sample.path] for sample in plan.samples if sample.path in reason_of_path
     }
-    plan.skipped += [Skipped(each.path, reasons[each.image_hash]) for each in plan.samples if each.image_hash in reasons]
+    plan.skipped += [
+        Skipped(sample.path, reasons[sample.image_hash]) for sample in plan.samples if sample.image_hash in reasons
+    ]
     plan.samples = [sample for sample in plan.samples if sample.image_hash not in reasons]
     memo = read_memo(memo_path)
     for identity, file in list(memo.items()):
@@ -212,15 +215,20 @@ def check_readable(plan: CachePlan, max_unreadable: float) -> None:
     Raises:
         DatasetError: more than `max_unreadable` of the images were skipped, or all of them.
     """
-    if plan.samples and len(plan.skipped) <= max_unreadable * plan.num_images:
+    # A quotient, not a product: 0.29 * 100 is less than 29.
+    if plan.samples and len(plan.skipped) / plan.num_images <= max_unreadable:
         return
     write_skipped(plan)
     shown = "\n".join(f"  {item.path}: {item.reason}" for item in plan.skipped[:20])
     more = f"\n  and {len(plan.skipped) - 20} more" if len(plan.skipped) > 20 else ""
+    if not plan.samples:
+        limit, cure = "which leaves none", "Repair them."
+    else:
+        limit = f"more than dataset.max_unreadable = {max_unreadable:g} allows"
+        cure = "Repair or remove them, or raise dataset.max_unreadable."
     raise DatasetError(
-        f"{len(plan.skipped)} of {plan.num_images} images cannot be used, more than dataset.max_unreadable = "
-        f"{max_unreadable:g} allows:\n{shown}{more}\nThe whole list: {plan.skipped_path}\n"
-        "Repair or remove them, or raise dataset.max_unreadable."
+        f"{len(plan.skipped)} of {plan.num_images} images cannot be used, {limit}:\n{shown}{more}\n"
+        f"The whole list: {plan.skipped_path}\n{cure}"
     )
 
 
@@ -233,8 +241,11 @@ def write_skipped(plan: CachePlan) -> None:
     with storage_errors("writing the list of skipped images", plan.skipped_path, "Free some space and run again."):
         plan.folder.mkdir(parents=True, exist_ok=True)
         temporary = plan.skipped_path.with_name(f".tmp-{uuid.uuid4().hex}")
-        temporary.write_text(text.getvalue(), encoding="utf-8")
-        temporary.replace(plan.skipped_path)
+        try:
+            temporary.write_text(text.getvalue(), encoding="utf-8")
+            temporary.replace(plan.skipped_path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _scan(dataset: DatasetSection, memo_path: Path, scan: Callable[..., list[ScannedFile]]) -> list[ScannedFile]:
@@ -250,7 +261,7 @@ def _scan(dataset: DatasetSection, memo_path: Path, scan: Callable[..., list[Sca
         and not file.problem.startswith("cannot be read")
     }
     files = scan(listed, memo=usable_memo, max_pixels=dataset.max_pixels)
-    if any(file.identity not in memo for file in files):
+    if any(memo.get(file.identity) != file for file in files):
         write_memo(memo_path, (memo | {file.identity: file for file in files}).values())
     return files
 
@@ -258,9 +269,7 @@ def _scan(dataset: DatasetSection, memo_path: Path, scan: Callable[..., list[Sca
 def _sample(record: ImageRecord, vae: str, text: str, repeats: int, occurrences: Counter[str]) -> EncodedSample:
     conditioning = record.micro_conditioning
     assert record.resized_hw is not None
-    latent = latent_key(
-        record.image_hash, conditioning.target_hw, record.resized_hw, conditioning.crop_top_left, vae
-    )
+    latent = latent_key(record.image_hash, conditioning.target_hw, record.resized_hw, conditioning.crop_top_left, vae)
     texts = tuple(text_key(caption, text) for caption in record.captions)
     identity = hashlib.sha256(repr((latent, texts)).encode()).hexdigest()[:24]
     occurrences[identity] += 1  # the same image with the same captions, in two places: two samples

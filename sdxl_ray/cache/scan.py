@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import uuid
 import warnings
@@ -48,10 +49,11 @@ class ScannedFile:
 def list_images(folder: str | Path) -> list[tuple[str, int, int]]:
     """(path, size, mtime_ns) of every image file below `folder`, sorted by path; hidden ones are left out.
 
-    Links are followed; a folder reached twice, as in a loop of links, is read once.
+    Links are followed; a folder reached twice, as in a loop of links, is read once. A file whose name is not UTF-8 is
+    listed under an escaped name (`caf\\xe9.jpg`), which then "cannot be read": such a name fits in no index.
 
     Raises:
-        DatasetError: the folder does not exist, is a file, or holds no image.
+        DatasetError: the folder does not exist, is a file, or holds no image; or a folder cannot be looked into.
     """
     root = Path(folder)
     if not root.exists():
@@ -70,22 +72,40 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
     pending = [str(root)]
     while pending:
         folder = pending.pop()
-        status = os.stat(folder)
+        try:
+            status = Path(folder).stat()
+            entries = list(os.scandir(folder))
+        except FileNotFoundError:  # deleted while we look
+            continue
+        except OSError as error:
+            raise DatasetError(
+                f"dataset.path: the folder {_printable(folder)} cannot be read: {error.strerror}. "
+                "Allow it, or move it out of dataset.path."
+            ) from None
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_dir():
+                    pending.append(entry.path)
                     continue
-                try:
-                    if entry.is_dir():
-                        pending.append(entry.path)
-                    elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122  (a Path per file doubles the time)
-                        file = entry.stat()
-                        yield (entry.path, file.st_size, file.st_mtime_ns)
-                except FileNotFoundError:  # a dangling link, or deleted while we look
-                    yield (entry.path, 0, 0)
+            except OSError:  # a link to itself: reported below if it is called like an image
+                pass
+            if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122  (a Path per file doubles the time)
+                continue
+            try:
+                file = entry.stat()
+                yield (_printable(entry.path), file.st_size, file.st_mtime_ns)
+            except OSError:  # a dangling link, or deleted while we look
+                yield (_printable(entry.path), 0, 0)
+
+
+def _printable(path: str) -> str:
+    """The path with bytes that are not UTF-8 escaped; they would stop the terminal, Parquet and CSV."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def scan_file(identity: tuple[str, int, int], max_pixels: int) -> ScannedFile:
@@ -102,24 +122,51 @@ def scan_file(identity: tuple[str, int, int], max_pixels: int) -> ScannedFile:
     if not content:
         return unusable("the file is empty")
     try:
-        height, width = header_hw(content)
+        height, width = header_hw(content, max_pixels)
+    except TooManyPixels as error:
+        return unusable(f"{error} is more than dataset.max_pixels = {max_pixels}")
     except UnidentifiedImageError:
         return unusable("not an image that Pillow can read")
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's parsers raise on damaged headers
+    except Exception as error:  # damaged bytes make Pillow raise nearly anything: AVIF's parser a RuntimeError
         return unusable(f"damaged header: {error}")
-    if height * width > max_pixels:
-        return unusable(f"{width}x{height} is more than dataset.max_pixels = {max_pixels}")
     return ScannedFile(path, size, mtime_ns, hashlib.sha256(content).hexdigest(), height, width)
 
 
-def header_hw(content: bytes) -> tuple[int, int]:
-    """(height, width) as a person sees the image: cameras store portrait photographs lying down, with an EXIF note."""
+class TooManyPixels(Exception):
+    """The text is the size, as "width x height"."""
+
+
+def header_hw(content: bytes, max_pixels: float = math.inf) -> tuple[int, int]:
+    """(height, width) as a person sees the image: cameras store portrait photographs lying down, with an EXIF note.
+
+    Raises:
+        TooManyPixels: found before anything is decoded.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd EXIF; only what it cannot read matters here
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    return (width, height) if orientation in _ROTATED_BY_A_QUARTER else (height, width)
+            if height * width > max_pixels:
+                raise TooManyPixels(f"{width}x{height}")
+            if image.format == "TIFF":  # Pillow turns these itself, so `size` is upright already
+                return height, width
+            if image.format == "PNG" and not _png_has_late_notes(content):
+                exif = Image.Image.getexif(image)  # PNG's own getexif decodes all pixels first, to reach late notes
+            else:
+                exif = image.getexif()
+    return (width, height) if exif.get(_EXIF_ORIENTATION, 1) in _ROTATED_BY_A_QUARTER else (height, width)
+
+
+def _png_has_late_notes(content: bytes) -> bool:
+    """Whether EXIF or text, which can hold EXIF or XMP, comes after the pixels; exiftool writes it there."""
+    at, after_pixels = 8, False
+    while at + 8 <= len(content):
+        length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
+        after_pixels = after_pixels or kind == b"IDAT"
+        if after_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        at += 12 + length
+    return False
 
 
 def scan_images(
@@ -129,7 +176,7 @@ def scan_images(
     max_pixels: int,
     num_threads: int | None = None,
 ) -> list[ScannedFile]:
-    """Every file, in the order given; those in `memo` are not opened. Threads, since reading and hashing free the GIL."""
+    """Every file, in the order given; those in `memo` are not opened. In threads: reading and hashing free the GIL."""
     unknown = [file for file in files if file not in memo]
     with ThreadPoolExecutor(num_threads or min(32, 4 * (os.cpu_count() or 1))) as threads:
         scanned = {file.identity: file for file in threads.map(lambda file: scan_file(file, max_pixels), unknown)}

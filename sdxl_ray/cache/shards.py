@@ -12,6 +12,7 @@ found when the row is read. A file appears under its name only when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -59,6 +60,7 @@ def text_key(caption: str, text_fingerprint: str) -> str:
 
 
 def shard_name(kind: str, keys: Sequence[str], bucket: str = "") -> str:
+    """The path below the cache, from the keys alone: the same gap is always filled by the same file."""
     folder = f"latents/{bucket}" if kind == "latents" else "text"
     return f"{folder}/{_digest(repr(tuple(keys)))}.safetensors"
 
@@ -79,7 +81,7 @@ def write_shard(
     Raises:
         StorageError: the disk is full or read-only; no half-written file is left.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     checksums = [_row_checksum({key: tensor[row] for key, tensor in tensors.items()}) for row in range(len(keys))]
     metadata = {
@@ -89,18 +91,15 @@ def write_shard(
         "sdxl_ray.crc32": json.dumps(checksums),
         **{f"sdxl_ray.{key}": value for key, value in extra.items()},
     }
+    # Not `save_file`: it makes files that only their owner can read, and hides a full disk in an error of its own.
+    content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=metadata)
     path = cache / name
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     with storage_errors("writing encoded tensors", path, "Free some space and run again: finished shards are kept."):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=metadata)
+            temporary.write_bytes(content)
             temporary.replace(path)
-        except Exception as error:
-            # safetensors reports a full disk as its own error with the OS error inside the text
-            if "os error 28" in str(error) or "No space left" in str(error):
-                raise OSError(28, "No space left on device") from error
-            raise
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -114,19 +113,20 @@ def read_header(path: Path) -> dict[str, Any] | None:
             if not 0 < length <= size - 8:
                 return None
             header: dict[str, Any] = json.loads(file.read(length))
-    except (OSError, ValueError):
+        metadata = header["__metadata__"]
+        tensors = [value for key, value in header.items() if key != "__metadata__"]
+        num_rows = {len(json.loads(metadata[f"sdxl_ray.{name}"])) for name in ("keys", "crc32")}
+        num_rows |= {tensor["shape"][0] for tensor in tensors}
+        is_whole = size == 8 + length + max(tensor["data_offsets"][1] for tensor in tensors)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    ends = [value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"]
-    metadata = header.get("__metadata__", {})
-    if not ends or size != 8 + length + max(ends) or metadata.get("sdxl_ray.version") != FORMAT_VERSION:
-        return None
-    return header
+    return header if is_whole and len(num_rows) == 1 and metadata["sdxl_ray.version"] == FORMAT_VERSION else None
 
 
 class ShardStore:
     """What a cache folder holds: key -> location. Built from the shards' headers, which cannot be out of date."""
 
-    def __init__(self, cache: str | Path):
+    def __init__(self, cache: str | Path) -> None:
         self.cache = Path(cache)
         self.locations: dict[str, Location] = {}
         self.num_tokens: dict[str, int] = {}  # of captions, for the warning about long ones
@@ -153,9 +153,10 @@ class ShardStore:
         """Delete what killed jobs left behind a day ago or earlier; younger ones may still be being written."""
         removed = 0
         for path in self.cache.glob("**/.tmp-*"):
-            if time.time() - path.stat().st_mtime > _STALE_TEMPORARY_S:
-                path.unlink(missing_ok=True)
-                removed += 1
+            with contextlib.suppress(FileNotFoundError):  # another job was faster
+                if time.time() - path.stat().st_mtime > _STALE_TEMPORARY_S:
+                    path.unlink()
+                    removed += 1
         return removed
 
     def _shard_files(self) -> Iterator[Path]:
@@ -166,7 +167,7 @@ class ShardStore:
 class ShardReader:
     """Rows of memory-mapped shards, checked against their CRC. Safe to share between prefetch threads."""
 
-    def __init__(self, cache: str | Path):
+    def __init__(self, cache: str | Path) -> None:
         self.cache = Path(cache)
         self._open: dict[str, tuple[Any, list[int]]] = {}
         self._lock = threading.Lock()
@@ -196,9 +197,9 @@ class ShardReader:
                 try:
                     file = safe_open(path, "pt")
                     checksums = json.loads(file.metadata()["sdxl_ray.crc32"])
-                except (OSError, SafetensorError, KeyError, TypeError) as error:
+                except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
                     raise CacheError(
-                        f"{path}: cannot be read ({error}). Run `sdxl-ray cache`: only what is missing is encoded again."
+                        f"{path}: cannot be read ({error}). Run `sdxl-ray cache`: only what is missing is encoded."
                     ) from None
                 self._open[shard] = (file, checksums)
             return self._open[shard]
@@ -210,7 +211,7 @@ def _row_checksum(row: Mapping[str, torch.Tensor]) -> int:
 
     checksum = 0
     for name in sorted(row):
-        checksum = zlib.crc32(row[name].contiguous().view(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(row[name].contiguous().view(-1).view(torch.uint8).numpy().data, checksum)
     return checksum
 
 
@@ -257,14 +258,19 @@ def read_index(path: str | Path) -> tuple[list[EncodedSample], dict[str, Locatio
     """The samples in their order, and where the tensors of each key lie.
 
     Raises:
-        CacheError: the index is not there.
+        CacheError: the index is not there or damaged.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not Path(path).exists():
         raise CacheError(f"{path}: no index. Run `sdxl-ray cache` with this config first.")
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise CacheError(f"{path}: is damaged ({error}). Run `sdxl-ray cache`: the index is written anew.") from None
     samples, locations = [], {}
-    for row in pq.read_table(path).to_pylist():
+    for row in rows:
         height, width = row["bucket"].split("x")
         sample = EncodedSample(
             sample_id=row["sample_id"],

@@ -1,7 +1,7 @@
 """TOML and overrides in, a checked `Config` out; or one `ConfigError` that lists every problem.
 
-(1) `_parse` reads TOML           (2) `_apply` lays `key.path=value` over it     (3) pydantic checks types and ranges
-(4) `contradictions` checks pairs (5) `_check_sweep` tries every swept value     (6) `resolve_paths` makes paths absolute
+(1) `tomllib` reads the file      (2) `_apply` lays `key.path=value` over it  (3) pydantic checks types and ranges
+(4) `contradictions` checks pairs (5) `_check_sweep` tries every swept value  (6) `resolve_paths` makes paths absolute
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from sdxl_ray.config.schema import Config, contradictions
 from sdxl_ray.errors import ConfigError
@@ -26,9 +27,16 @@ BUILTIN_PHOTOGRAPHS = Path(__file__).parent.parent / "demo" / "photographs"
 # Where Ray unpacks `--working-dir` on each node; it deletes the folder some time after the job.
 _RAY_JOB_FOLDER = "runtime_resources/working_dir_files"
 
+_KEY_PART = r"""(?:[\w-]+|"[^"]*"|'[^']*')"""
+_KEY = rf"({_KEY_PART}(?:\s*\.\s*{_KEY_PART})*)"
+_HEADER = re.compile(rf"\s*\[\[?\s*{_KEY}\s*\]\]?\s*(?:#.*)?$")
+_ASSIGNMENT = re.compile(rf"\s*{_KEY}\s*=")
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
+    """What is wrong with one setting."""
+
     key: str  # dotted path
     text: str
     given: Any = None
@@ -42,30 +50,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark in front
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. `sdxl-ray init {path}` writes one to start from.") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, expected a TOML file of settings.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not valid TOML: {error}") from None
-    applied: dict[str, str] = {}
+    applied: set[str] = set()
     problems = _apply(raw, overrides, applied)
     lines = locate_keys(text)
 
     def place(key: str) -> str:
-        if key in applied:
-            return "on the command line"
         line = _line_of(key, lines)
+        if any(key == given or key.startswith(f"{given}.") for given in applied):
+            return "on the command line"
+        if key not in lines and any(given.startswith(f"{key}.") for given in applied):
+            return "on the command line"  # a section that only the command line names
         return f"{path}:{line}" if line else str(path)
 
     config = _check(raw, problems, place, title=str(path))
     if not config.run.name:
-        config = _replace(config, {"run.name": path.stem})
+        config = _replace(config, {"run.name": path.stem.strip()})
     return resolve_paths(config)
 
 
@@ -78,8 +90,16 @@ def config_from_dict(raw: Mapping[str, Any], *, name: str = "run") -> Config:
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """The same settings with some values replaced and everything checked again; how sweep trials are made."""
-    return _replace(config, overrides)
+    """The same settings with some values replaced and everything checked again; how sweep trials are made.
+
+    Raises:
+        ConfigError: an unknown key, a value out of range, or one that contradicts another setting.
+    """
+    changed = _replace(config, overrides)
+    found = contradictions(changed)
+    if found:
+        raise ConfigError("; ".join(f"{key}: {text}" for key, text in found))
+    return changed
 
 
 def dump_config(config: Config) -> str:
@@ -104,7 +124,7 @@ def resolve_paths(config: Config) -> Config:
         else _absolute(dataset, here, "dataset.path"),
     }
     model = config.model.path
-    if not model.startswith("builtin:") and (Path(model).expanduser().exists() or model.startswith((".", "~", "/"))):
+    if not model.startswith("builtin:") and (model.startswith((".", "~", "/")) or (here / model).exists()):
         changes["model.path"] = _absolute(model, here, "model.path")
     return _replace(config, changes)
 
@@ -112,7 +132,7 @@ def resolve_paths(config: Config) -> Config:
 def results_root(here: Path) -> Path:
     """What relative output paths start from."""
     if _RAY_JOB_FOLDER in here.as_posix():
-        return Path(os.environ.get("SDXL_RAY_HOME", "~/sdxl-ray")).expanduser()
+        return Path(os.environ.get("SDXL_RAY_HOME") or "~/sdxl-ray").expanduser()
     return here
 
 
@@ -120,13 +140,13 @@ def locate_keys(text: str) -> dict[str, int]:
     """Dotted key -> line number. `tomllib` keeps no positions; this reads headers and `key =` at line starts."""
     lines: dict[str, int] = {}
     table = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line)
+    for number, line in enumerate(text.split("\n"), 1):
+        header = _HEADER.match(line)
         if header:
             table = _plain_key(header[1])
             lines.setdefault(table, number)
             continue
-        assignment = re.match(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""", line)
+        assignment = _ASSIGNMENT.match(line)
         if assignment:
             key = _plain_key(assignment[1])
             lines[f"{table}.{key}" if table else key] = number
@@ -157,7 +177,8 @@ def _line_of(key: str, lines: Mapping[str, int]) -> int | None:
     return None
 
 
-def _apply(raw: dict[str, Any], overrides: Iterable[str], applied: dict[str, str]) -> list[Problem]:
+def _apply(raw: dict[str, Any], overrides: Iterable[str], applied: set[str]) -> list[Problem]:
+    """Lay the overrides over `raw`, in place; their keys go into `applied`."""
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -168,7 +189,10 @@ def _apply(raw: dict[str, Any], overrides: Iterable[str], applied: dict[str, str
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text  # a bare word needs no quotes on the command line
-        applied[key] = text
+        field = _field(key)
+        if field is not None and field.annotation is str and not isinstance(value, str):
+            value = text  # run.name=2025-01-31 and run.name=42 are names
+        applied.add(key)
         node = raw
         *parents, last = key.split(".")
         for parent in parents:
@@ -199,13 +223,18 @@ def _check_sweep(config: Config) -> list[Problem]:
     """Every value that a sweep may try is tried on the schema now, not in trial 37."""
     problems = []
     known = known_keys()
+    known_already = contradictions(config)
     for key, space in config.sweep.parameters.items():
         if key not in known:
             problems.append(Problem(f"sweep.parameters.{key}", f"no such setting.{_did_you_mean(key, known)}"))
             continue
         for value in space.values:
             try:
-                _replace(config, {key: value})
+                changed = _replace(config, {key: value})
+                # What contradicts already without the sweep is reported once, not for every value.
+                new = [found for found in contradictions(changed) if found not in known_already]
+                if new:
+                    raise ConfigError("; ".join(f"{where}: {text}" for where, text in new))
             except ConfigError as error:
                 problems.append(Problem(f"sweep.parameters.{key}", f"cannot try {value!r}: {error}"))
     return problems
@@ -213,7 +242,10 @@ def _check_sweep(config: Config) -> list[Problem]:
 
 def _replace(config: Config, changes: Mapping[str, Any]) -> Config:
     raw = config.model_dump(mode="json")
+    known = known_keys()
     for key, value in changes.items():
+        if key not in known:
+            raise ConfigError(f"{key}: unknown key.{_did_you_mean(key, known)}")
         *parents, last = key.split(".")
         node = raw
         for parent in parents:
@@ -246,7 +278,8 @@ def _explain(item: Any) -> Problem:
                 "less_than": "below",
                 "less_than_equal": "at most",
             }[item["type"]]
-            text = f"must be {words} {next(iter(context.values())):g}{_unit_of(key)}"
+            limit = next(iter(context.values()))
+            text = f"must be {words} {limit if isinstance(limit, int) else f'{limit:g}'}{_unit_of(key)}"
         case "multiple_of":
             text = f"must be a multiple of {context['multiple_of']}{_unit_of(key)}"
         case "literal_error":
@@ -258,13 +291,17 @@ def _explain(item: Any) -> Problem:
             text = f"must be a whole number{_unit_of(key)}"
         case "float_type":
             text = f"must be a number{_unit_of(key)}, without quotes"
+        case "finite_number":
+            text = f"must be a finite number{_unit_of(key)}"
         case "bool_type":
             text = "must be true or false"
         case "string_type":
             text = "must be text in quotes"
         case "tuple_type":
             text = 'must be a list, such as ["one", "two"]'
-        case "too_short":
+        case "missing" | "too_long":  # only pairs have a fixed length: [low, high] of a sweep
+            text = "must be a list of two numbers: [low, high]"
+        case "too_short" | "string_too_short":
             text = "must not be empty"
         case "value_error":
             text = str(context["error"])
@@ -282,7 +319,7 @@ def _as_error(problems: Sequence[Problem], place: Any, title: str) -> ConfigErro
         lines.append(f"{place(problem.key)}: {problem.key}{given}: {problem.text}")
     if len(lines) == 1:
         return ConfigError(lines[0])
-    return ConfigError(f"{title} has {len(lines)} problems:\n" + "\n".join(f"  {line}" for line in lines))
+    return ConfigError(f"{title}: {len(lines)} problems:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def _did_you_mean(key: str, known: Sequence[str]) -> str:
@@ -297,14 +334,22 @@ def _did_you_mean(key: str, known: Sequence[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def _unit_of(key: str) -> str:
+def _field(key: str) -> FieldInfo | None:
+    """The schema's entry for a dotted key."""
     model: Any = Config
+    field = None
     for part in key.split("."):
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
-            return ""
-        unit = (field.json_schema_extra or {}).get("unit", "")
+            return None
         model = field.annotation
+    return field
+
+
+def _unit_of(key: str) -> str:
+    field = _field(key)
+    extra = field.json_schema_extra if field else None
+    unit = extra.get("unit", "") if isinstance(extra, dict) else ""
     return f" ({unit})" if unit else ""
 
 
@@ -317,6 +362,7 @@ def _toml_value(value: Any) -> str:
 
 
 def _absolute(path: str, base: Path, key: str) -> str:
-    if "://" in path:
-        raise ConfigError(f'{key} = "{path}": cloud addresses are not read yet; give a folder that all machines see.')
-    return str((base / Path(path).expanduser()).absolute())
+    try:
+        return str((base / Path(path).expanduser()).absolute())
+    except RuntimeError:  # "~somebody"
+        raise ConfigError(f'{key} = "{path}": there is no such user. Write the whole path.') from None

@@ -1,4 +1,4 @@
-"""Every setting: unit, range, default and reason. The template, the documentation and the error texts are made from this.
+"""Every setting: unit, range, default and reason. The template, the documentation and the error texts come from here.
 
 A section is a frozen model. Stages receive sections; the functions below them take plain arguments.
 """
@@ -23,28 +23,46 @@ def _no_surrounding_space(text: str) -> str:
     return text
 
 
+def _plain_folder_name(text: str) -> str:
+    if text in (".", "..") or any(sign in text for sign in "/\\\0"):
+        raise ValueError('must be the name of one folder, without "/" or ".."; where it lies is run.output')
+    return text
+
+
+def _no_cloud_address(text: str) -> str:
+    if "://" in text:
+        raise ValueError("cloud addresses are not read yet; give a folder that all machines see")
+    return text
+
+
 Strings = Annotated[tuple[str, ...], Field(strict=False)]  # TOML gives lists
 Trimmed = Annotated[str, AfterValidator(_no_surrounding_space)]
+FolderName = Annotated[Trimmed, AfterValidator(_plain_folder_name)]
+FolderPath = Annotated[Trimmed, AfterValidator(_no_cloud_address)]
 
 
 class Section(BaseModel):
     """Strict (no number from a string), frozen, and deaf to unknown keys never: they are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
     """What the run is called and where it leaves its results."""
 
-    name: Trimmed = setting("", 'Folder under `output`. Empty: the name of this file ("my.toml" gives "my").')
-    output: Trimmed = setting("runs", "Where runs are kept: a folder that all machines see.", unit="path")
+    name: FolderName = setting("", 'Folder under `output`. Empty: the name of this file ("my.toml" gives "my").')
+    output: FolderPath = setting(
+        "runs", "Where runs are kept: a folder that all machines see.", unit="path", min_length=1
+    )
     seed: int = setting(0, "Fixes the order of the data, noise, timesteps and initial weights.", ge=0, lt=2**31)
 
 
 class ModelSection(Section):
-    """The base model: a folder in diffusers layout, a Hub id, or "builtin:tiny" (random weights, for trying things out)."""
+    """The base model: a diffusers folder, a Hub id, or "builtin:tiny" (random weights, for trying things out)."""
 
-    path: Trimmed = setting("stabilityai/stable-diffusion-xl-base-1.0", "Folder, Hub id or builtin:tiny.", min_length=1)
+    path: FolderPath = setting(
+        "stabilityai/stable-diffusion-xl-base-1.0", "Folder, Hub id or builtin:tiny.", min_length=1
+    )
     revision: Trimmed = setting("", "Branch, tag or commit on the Hub. Empty: main.")
     variant: Trimmed = setting("", 'Weight variant on the Hub or in the folder, such as "fp16". Empty: none.')
     dtype: Literal["bf16", "fp32"] = setting("bf16", "Precision of the frozen U-Net. The adapter's masters are fp32.")
@@ -53,7 +71,9 @@ class ModelSection(Section):
 class DatasetSection(Section):
     """The images and their captions."""
 
-    path: Trimmed = setting("path/to/images", "Folder with images, searched recursively, or builtin:photographs.")
+    path: FolderPath = setting(
+        "path/to/images", "Folder with images, searched recursively, or builtin:photographs.", min_length=1
+    )
     captions: Strings = setting(
         ("textfile",),
         "Where captions come from, the first that has one: textfile (cat.txt beside cat.jpg; each line is an "
@@ -77,7 +97,9 @@ class DatasetSection(Section):
 class CacheSection(Section):
     """Stage 1: encoded images and captions, shared by every run that points to the same folder."""
 
-    path: Trimmed = setting("cache", "Where the encoded tensors are kept: a folder that all machines see.", unit="path")
+    path: FolderPath = setting(
+        "cache", "Where the encoded tensors are kept: a folder that all machines see.", unit="path", min_length=1
+    )
     vae_dtype: Literal["bf16", "fp32"] = setting("bf16", "Precision of the VAE. fp16 is not offered: SDXL's overflows.")
     num_encoders: int = setting(1, "Encoders working side by side.", unit="Ray actors", ge=1)
     gpus_per_encoder: float = setting(1.0, "Fractions share a GPU. Ignored where there is none.", unit="GPUs", gt=0)
@@ -89,11 +111,16 @@ class AdapterSection(Section):
 
     kind: Literal["lora"] = setting("lora", "Low-rank adaptation (arXiv:2106.09685).")
     rank: int = setting(16, "Width of the low-rank update: capacity and file size.", ge=1, le=1024)
-    alpha: float = setting(16.0, "The update is scaled by alpha / rank. Equal to rank: scale 1.", gt=0)
+    alpha: float = setting(0.0, "The update is scaled by alpha / rank. 0: equal to rank, which is a scale of 1.", ge=0)
     dropout: float = setting(0.0, "Share of the adapter's inputs that is zeroed in training.", ge=0, lt=1)
     targets: Literal["attention", "all-linear"] = setting(
         "attention", "attention: q, k, v, out (560 layers). all-linear: every linear layer of the blocks (722)."
     )
+
+    @property
+    def scaling_alpha(self) -> float:
+        """alpha as a number to divide by rank."""
+        return self.alpha or float(self.rank)
 
 
 class LossSection(Section):
@@ -211,7 +238,8 @@ class SearchSpace(Section):
     def _exactly_one(self) -> SearchSpace:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"needs exactly one of grid, choice, uniform, loguniform; found {', '.join(given) or 'none'}")
+            found = ", ".join(given) or "none"
+            raise ValueError(f"needs exactly one of grid, choice, uniform, loguniform; found {found}")
         low_high = self.uniform or self.loguniform
         if low_high is not None and not low_high[0] < low_high[1]:
             raise ValueError(f"needs [low, high] with low < high, found {list(low_high)}")
@@ -234,7 +262,8 @@ class SweepSection(Section):
     """Stage 3: many short runs over one cache, the bad ones stopped early."""
 
     parameters: dict[str, SearchSpace] = setting(
-        {}, 'What varies: "optimizer.learning_rate" = { loguniform = [1e-5, 1e-3] }, "adapter.rank" = { choice = [4, 16] }.'
+        {},
+        'What varies: "optimizer.learning_rate" = { loguniform = [1e-5, 1e-3] }, "adapter.rank" = { choice = [4, 8] }.',
     )
     num_trials: int = setting(8, "Trials; with a grid, repetitions of the whole grid are not added.", ge=1)
     metric: Literal["eval/loss"] = setting("eval/loss", "What decides; lower is better.")
@@ -313,7 +342,6 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
         found.append(("eval.holdout", "is 0, but sweep.metric needs an eval loss. Set eval.holdout = 0.05, say."))
     for path in config.sweep.parameters:
         if path.split(".")[0] in ("run", "model", "dataset", "cache", "sweep", "cluster", "tracking"):
-            found.append(
-                (f"sweep.parameters.{path}", "cannot vary between trials, which share the model, the cache and the cluster")
-            )
+            text = "cannot vary between trials, which share the model, the cache and the cluster"
+            found.append((f"sweep.parameters.{path}", text))
     return found

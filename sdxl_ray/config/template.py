@@ -70,7 +70,7 @@ def render_reference() -> str:
     parts = [
         "# Settings\n",
         "Generated from `sdxl_ray/config/schema.py` by `python scripts/make_docs.py`; a test fails when it is stale.\n",
-        "Durations carry their unit: `\"2000 steps\"`, `\"10 epochs\"`. Relative paths start at the current folder. "
+        'Durations carry their unit: `"2000 steps"`, `"10 epochs"`. Relative paths start at the current folder. '
         "On the command line, any setting is `key.path=value`.\n",
     ]
     for section, field in Config.model_fields.items():
@@ -98,7 +98,7 @@ def _unit(setting: FieldInfo) -> str:
 def _limits(setting: FieldInfo) -> str:
     choices = _literals(setting.annotation)
     if choices:
-        return " | ".join(choices)
+        return ", ".join(choices)
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "multiple of"}
     found = []
     for limit in setting.metadata:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer
 
 _DURATION = re.compile(r"\s*(\d+)\s*(step|steps|epoch|epochs)\s*")
-_WARMUP_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+_WARMUP_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?(?:e-\d+)?)\s*%\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,10 @@ class Duration:
 
     def in_steps(self, steps_per_epoch: float) -> int:
         """Steps, where `steps_per_epoch` may be fractional: a step can straddle two epochs."""
-        return self.value if self.unit == "steps" else math.ceil(self.value * steps_per_epoch)
+        if self.unit == "steps":
+            return self.value
+        # Rounded first: 100 epochs of 1.1 steps are 110 steps, but 100 * 1.1 is 110.00000000000001.
+        return math.ceil(round(self.value * steps_per_epoch, 6))
 
     def __str__(self) -> str:
         return f"{self.value} {self.unit}"
@@ -41,10 +44,11 @@ class Warmup:
         return round(max_steps * (self.percent or 0.0) / 100)
 
     def __str__(self) -> str:
-        return str(self.duration) if self.duration is not None else f"{self.percent:g} %"
+        return str(self.duration) if self.duration is not None else f"{self.percent:.15g} %"
 
 
 def parse_duration(given: Any) -> Duration:
+    """`2000 steps` or `10 epochs`."""
     if isinstance(given, Duration):
         return given
     match = _DURATION.fullmatch(given) if isinstance(given, str) else None
@@ -54,6 +58,7 @@ def parse_duration(given: Any) -> Duration:
 
 
 def parse_warmup(given: Any) -> Warmup:
+    """`100 steps`, `1 epoch` or `5 %`."""
     if isinstance(given, Warmup):
         return given
     share = _WARMUP_SHARE.fullmatch(given) if isinstance(given, str) else None

@@ -23,9 +23,7 @@ def diffusion_loss(
     Source: DDPM eq. 14 (arXiv:2006.11239) for epsilon.
     """
     noisy_latents = objective.corrupt(batch.latents, noise, timesteps)
-    prediction = denoise(
-        noisy_latents, timesteps, batch.prompt_embeds, batch.pooled_prompt_embeds, batch.add_time_ids
-    )
+    prediction = denoise(noisy_latents, timesteps, batch.prompt_embeds, batch.pooled_prompt_embeds, batch.add_time_ids)
     target = objective.target(batch.latents, noise, timesteps)
     squared_error = (prediction.float() - target.float()) ** 2
     return squared_error.flatten(1).mean(1) * objective.weight(timesteps)

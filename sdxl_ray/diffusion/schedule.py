@@ -33,6 +33,8 @@ class NoiseSchedule:
             betas = torch.linspace(start, end, num_timesteps, dtype=torch.float32)
         else:
             raise ModelError(f'scheduler: beta_schedule = "{kind}", expected "scaled_linear" (SDXL) or "linear".')
+        if config.get("rescale_betas_zero_snr", False):
+            betas = _with_zero_terminal_snr(betas)
         return cls(torch.cumprod(1.0 - betas, dim=0))
 
     @property
@@ -49,3 +51,11 @@ class NoiseSchedule:
         """Signal-to-noise ratio abar_t / (1 - abar_t) of each timestep, (B,) float32."""
         alphas_cumprod = self.alphas_cumprod.to(timesteps.device)[timesteps]
         return alphas_cumprod / (1 - alphas_cumprod)
+
+
+def _with_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """sqrt(abar) shifted and scaled so that nothing of the image is left at T - 1: algorithm 1 of arXiv:2305.08891."""
+    signal_scale = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    first, last = signal_scale[0].clone(), signal_scale[-1].clone()
+    alphas_cumprod = ((signal_scale - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])

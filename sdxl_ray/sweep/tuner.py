@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray import tune
@@ -94,9 +94,10 @@ def sweep(
     connect(address)
     check_room(config.train.num_workers * config.sweep.max_concurrent, _resources(config), growing=not is_local())
     max_steps = _max_steps(config, cache.index_path)
-    grid = _tuner(config, folder, cache.index_path, max_steps, on_event, resume=resume)
+    tuner = _tuner(config, folder, cache.index_path, max_steps, resume=resume)
+    _TrialLines.listener = staticmethod(on_event)
     with _sigterm_as_sigint():
-        results = grid.fit()
+        results = tuner.fit()
     trials = rank(read_trials(folder / "trials", max_steps=max_steps))
     if results.num_terminated + results.num_errors < len(results):
         raise Interrupted(f"the sweep was stopped; what its trials have done is in {folder}. Continue with --resume.")
@@ -144,10 +145,12 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], index_path: s
 
 
 class _TrialLines(tune.Callback):
-    """Results of trials as lines."""
+    """Results of trials as lines. Tune pickles its callbacks, so the listener is kept beside the instance."""
 
-    def __init__(self, on_event: Callable[[Event], None], metric: str):
-        self.on_event, self.metric = on_event, metric
+    listener: ClassVar[Callable[[Event], None]] = staticmethod(lambda event: None)
+
+    def __init__(self, metric: str):
+        self.metric = metric
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if self.metric in result:
@@ -162,14 +165,13 @@ class _TrialLines(tune.Callback):
     def _say(self, text: str, trials: Sequence[Any]) -> None:
         running = sum(trial.status == "RUNNING" for trial in trials)
         ended = sum(trial.is_finished() for trial in trials)
-        self.on_event({"event": "line", "text": f"{text} | {ended} ended, {running} running"})
+        type(self).listener({"event": "line", "text": f"{text} | {ended} ended, {running} running"})
 
 
-def _tuner(
-    config: Config, folder: Path, index_path: Path, max_steps: int, on_event: Callable[[Event], None], *, resume: bool
-) -> tune.Tuner:
+def _tuner(config: Config, folder: Path, index_path: Path, max_steps: int, *, resume: bool) -> tune.Tuner:
     # Ray Tune's loggers write result.json, progress.csv and TensorBoard files of what the trials write already.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables, which verbose=0 does not silence
     trainable = tune.with_resources(
         tune.with_parameters(
             run_trial,
@@ -190,8 +192,7 @@ def _tuner(
             mode="min",
             num_samples=num_samples(settings.parameters, settings.num_trials),
             # Workers are placed by each trial, not by Tune: without a limit, trials would start and wait for room.
-            max_concurrent_trials=settings.max_concurrent,
-            search_alg=BasicVariantGenerator(random_state=config.run.seed),
+            search_alg=BasicVariantGenerator(max_concurrent=settings.max_concurrent, random_state=config.run.seed),
             scheduler=ASHAScheduler(
                 time_attr="step",
                 max_t=max_steps,
@@ -203,7 +204,7 @@ def _tuner(
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[_TrialLines(on_event, settings.metric)],
+            callbacks=[_TrialLines(settings.metric)],
         ),
     )
 

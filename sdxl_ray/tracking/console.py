@@ -19,8 +19,8 @@ class Console:
     >>> console.progress("images", 3, 12)
     """
 
-    def __init__(self, *, live: bool | None = None, log_file: Path | None = None):
-        self.rich = RichConsole(highlight=False, soft_wrap=True)
+    def __init__(self, *, live: bool | None = None, log_file: Path | None = None) -> None:
+        self.rich = RichConsole(highlight=False, soft_wrap=True, emoji=False)  # ":cat:" in a path stays as it is
         self.live = self.rich.is_terminal if live is None else live
         self._logs: list[Path] = [log_file] if log_file else []
         self._progress: Progress | None = None
@@ -40,7 +40,7 @@ class Console:
 
     def error(self, text: str) -> None:
         """A problem, on standard error."""
-        RichConsole(stderr=True, highlight=False, soft_wrap=True).print(text, style="red", markup=False)
+        RichConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(text, style="red", markup=False)
         self._log(text)
 
     def progress(self, stage: str, done: int, total: int) -> None:
@@ -49,7 +49,7 @@ class Console:
             self._bar(stage, done, total)
             return
         now = time.monotonic()
-        if done >= total or now - self._last_shown.get(stage, 0.0) > 10:
+        if done >= total or now - self._last_shown.setdefault(stage, now) > 10:
             self._last_shown[stage] = now
             self.line(f"{stage}: {done}/{total}")
 
@@ -84,11 +84,10 @@ class Console:
             self._progress.remove_task(self._tasks.pop(stage))
 
     def _log(self, text: str) -> None:
-        for path in self._logs:
+        for path in list(self._logs):
             try:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(text + "\n")
             except OSError as error:  # a full disk must not stop a run for the sake of its log; say so once
                 self._logs.remove(path)
                 print(f"{path}: {error.strerror}; this log ends here", file=sys.stderr)
-                break

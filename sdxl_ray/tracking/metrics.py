@@ -29,12 +29,17 @@ METRICS: dict[str, str] = {
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, with `step` and `time`. On resume, lines after the checkpoint go."""
 
-    def __init__(self, path: Path, *, resume_step: int = 0):
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
+        temporary = path.with_name(f".tmp-{path.name}")
         with storage_errors("opening metrics.jsonl", path, "Free some space and use --resume."):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            try:  # moved over the old one only when whole: a full disk must not cost the run its history
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         with storage_errors("writing metrics.jsonl", self.path, "Free some space and use --resume."):  # noqa: SIM117

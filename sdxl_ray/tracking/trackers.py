@@ -22,7 +22,7 @@ class Tracker(Protocol):
 class TensorBoardTracker:
     """Event files in the run's folder: `tensorboard --logdir runs`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder))
@@ -47,7 +47,7 @@ class TensorBoardTracker:
 class WandbTracker:
     """A run at Weights & Biases; its key is read from $WANDB_API_KEY or `wandb login`, never from the config."""
 
-    def __init__(self, project: str, *, name: str, run_id: str, folder: Path, config: Mapping[str, Any]):
+    def __init__(self, project: str, *, name: str, run_id: str, folder: Path, config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError:

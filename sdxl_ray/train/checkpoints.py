@@ -1,8 +1,8 @@
 """What a run can continue from, written whole or not at all.
 
-    checkpoints/step_000500/adapter.safetensors   fp32 masters, by the module they belong to
-                            optimizer.pt          torch state dict, read back with weights_only=True
-                            state.json            step, position, and what the run was made with; written last
+checkpoints/step_000500/adapter.safetensors   fp32 masters, by the module they belong to
+                        optimizer.pt          torch state dict, read back with weights_only=True
+                        state.json            step, position, and what the run was made with; written last
 """
 
 from __future__ import annotations
@@ -128,6 +128,5 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], run: P
         f"  {key}: the checkpoint has {saved.get(key)!r}, the config says {current[key]!r}" for key in changed
     )
     raise ConfigError(
-        f"{run} cannot be resumed with these settings:\n{lines}\n"
-        "Set them back, or start another run with run.name=..."
+        f"{run} cannot be resumed with these settings:\n{lines}\nSet them back, or start another run with run.name=..."
     )

@@ -30,7 +30,7 @@ def export_run(
         started_at: seconds since 1970, for the header; None if unknown.
     """
     training.state.masters.restore()
-    spec = AdapterSpec(config.adapter.kind, config.adapter.rank, config.adapter.alpha, config.adapter.targets)
+    spec = AdapterSpec(config.adapter.kind, config.adapter.rank, config.adapter.scaling_alpha, config.adapter.targets)
     facts = training_facts(config, training.data, training.state.step, training, name=name, started_at=started_at)
     files = export_adapter(
         training.state.unet,

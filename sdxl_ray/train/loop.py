@@ -160,8 +160,8 @@ def numbers(state: TrainState, plan: Plan, metrics: dict[str, torch.Tensor], clo
     if not all(math.isfinite(value) for value in values.values()):
         raise TrainingError(
             f"step {state.step}: loss {values['train/loss']:g}, gradient norm {values['train/grad_norm']:g}: "
-            "not finite. Lower optimizer.learning_rate, check that loss.objective is what the base model predicts, and look at "
-            "`sdxl-ray cache` for damaged images. `--resume` continues from the last checkpoint."
+            "not finite. Lower optimizer.learning_rate, check that loss.objective is what the base model predicts, and "
+            "look at `sdxl-ray cache` for damaged images. `--resume` continues from the last checkpoint."
         )
     busy_s = clock.busy_s()  # after the line above, which waited for the device
     values |= {

@@ -15,8 +15,8 @@ class MasterWeights:
     """The adapter's weights in fp32, and one flat buffer that holds their gradients.
 
     The U-Net computes with copies in its own precision: with fp32 adapters inside a bf16 model, every adapted layer
-    would keep an fp32 copy of its input for the backward pass (7.3 instead of 5.2 GiB for a 1024² image). In bf16 alone,
-    updates smaller than 2^-8 of a weight would vanish. The flat buffer is summed over the workers in one collective.
+    would keep an fp32 copy of its input for the backward pass (7.3 instead of 5.2 GiB for a 1024² image). In bf16
+    alone, updates smaller than 2^-8 of a weight would vanish. The flat buffer is summed over the workers at once.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], compute_dtype: torch.dtype, num_extra: int = 0) -> None:

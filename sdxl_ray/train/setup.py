@@ -1,6 +1,6 @@
 """Everything one rank needs for the loop, from the config and the index. No Ray, so tests and notebooks use it too.
 
-    index ─▶ split ─▶ order ─▶ plan          model ─▶ adapter ─▶ masters ─▶ optimizer ─▶ state ─▶ checkpoint, if any
+index ─▶ split ─▶ order ─▶ plan          model ─▶ adapter ─▶ masters ─▶ optimizer ─▶ state ─▶ checkpoint, if any
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sdxl_ray.cache.shards import Location, ShardReader, read_index
 from sdxl_ray.diffusion.objectives import OBJECTIVES, Objective
 from sdxl_ray.diffusion.schedule import NoiseSchedule
 from sdxl_ray.diffusion.weighting import constant, min_snr
+from sdxl_ray.errors import ConfigError
 from sdxl_ray.records import Batch, EncodedSample
 from sdxl_ray.sdxl.adapters import adapter_parameters, attach_adapter
 from sdxl_ray.sdxl.checkpointing import set_gradient_checkpointing
@@ -111,7 +112,9 @@ def data_order(config: Config, data: Data) -> DataOrder:
     )
 
 
-def build_plan(config: Config, order: DataOrder, *, step: int, position: int, can_evaluate: bool, poll_every: int) -> Plan:
+def build_plan(
+    config: Config, order: DataOrder, *, step: int, position: int, can_evaluate: bool, poll_every: int
+) -> Plan:
     """The run as seen from `step` and `position`, which are 0 for a new one."""
     train, per_step = config.train, config.train.num_workers * config.train.accumulation
     steps_per_epoch = order.micro_batches_per_epoch / per_step
@@ -152,7 +155,7 @@ def build_training(
         unet,
         kind=config.adapter.kind,
         rank=config.adapter.rank,
-        alpha=config.adapter.alpha,
+        alpha=config.adapter.scaling_alpha,
         dropout=config.adapter.dropout,
         targets=config.adapter.targets,
         seed=config.run.seed,
@@ -196,6 +199,12 @@ def build_training(
     )
     scheduler_config = load_scheduler_config(model, revision=revision)
     schedule = NoiseSchedule.from_config(scheduler_config)
+    if config.loss.objective == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+        raise ConfigError(
+            f'loss.objective = "epsilon", but the schedule of {config.model.path} ends in pure noise '
+            "(rescale_betas_zero_snr), where epsilon says nothing about the image. Models with this schedule predict v: "
+            'set loss.objective = "v_prediction".'
+        )
     objective_class = OBJECTIVES[config.loss.objective]
     weighting = min_snr(config.loss.min_snr_gamma, config.loss.objective) if config.loss.min_snr_gamma else constant
 
@@ -236,7 +245,7 @@ def run_identity(config: Config, data: Data) -> dict[str, Any]:
         "model.dtype": config.model.dtype,
         "adapter.kind": config.adapter.kind,
         "adapter.rank": config.adapter.rank,
-        "adapter.alpha": config.adapter.alpha,
+        "adapter.alpha": config.adapter.scaling_alpha,
         "adapter.targets": config.adapter.targets,
         "loss.objective": config.loss.objective,
         "run.seed": config.run.seed,

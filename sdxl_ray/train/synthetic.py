@@ -104,9 +104,7 @@ def synthetic_state(
         unet=unet,
         denoise=functools.partial(predict, unet),
         masters=masters,
-        optimizer=adamw(
-            masters, learning_rate=learning_rate, weight_decay=0.01, betas=(0.9, 0.999), epsilon=1e-8
-        ),
+        optimizer=adamw(masters, learning_rate=learning_rate, weight_decay=0.01, betas=(0.9, 0.999), epsilon=1e-8),
         learning_rate=lr_schedule("constant", peak=learning_rate, warmup_steps=0, max_steps=1),
         device=masters.buffer.device,
     )

@@ -1,0 +1,46 @@
+"""One local Ray for the integration tests, and settings small enough for two cores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdxl_ray.config.load import config_from_dict
+from sdxl_ray.config.schema import Config
+from sdxl_ray.connection import connect
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    import ray
+
+    connect("local")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory) -> Path:
+    """One cache folder for all runs: content-addressed, so they cannot disturb each other."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def small_config(output: Path, cache: Path, name: str, model: str, **changes) -> Config:
+    """The photographs of the package at 64 px, a few steps. `changes` are sections: train={"num_workers": 2}."""
+    settings = {
+        "run": {"name": name, "output": str(output)},
+        "model": {"path": model, "dtype": "fp32"},
+        "dataset": {"path": "builtin:photographs", "resolution": 64, "bucket_step": 32},
+        "cache": {"path": str(cache), "vae_dtype": "fp32"},
+        "adapter": {"rank": 4},
+        "train": {"duration": "8 steps", "micro_batch_size": 2, "num_workers": 2, "log_every": 1},
+        "optimizer": {"learning_rate": 1e-3},
+        "eval": {"holdout": 0.15, "every": "4 steps", "num_timesteps": 2},
+        "checkpoint": {"every": "4 steps"},
+        "tracking": {"tensorboard": False},
+        "cluster": {"accelerator": "cpu"},
+    }
+    for section, values in changes.items():
+        settings.setdefault(section, {}).update(values)
+    return config_from_dict(settings)

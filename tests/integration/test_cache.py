@@ -1,0 +1,145 @@
+"""Stage 1 on a local Ray: incremental, restartable, exact."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors import safe_open
+
+from sdxl_ray.cache.pipeline import build_cache
+from sdxl_ray.config.load import BUILTIN_PHOTOGRAPHS, dump_config, with_overrides
+from sdxl_ray.connection import connect
+from sdxl_ray.errors import DatasetError
+from sdxl_ray.sdxl.tiny import write_tiny_sdxl
+
+from .conftest import small_config
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    return Path(shutil.copytree(BUILTIN_PHOTOGRAPHS, tmp_path / "photographs"))
+
+
+@pytest.fixture
+def config(tmp_path, photographs, tiny_model):
+    return with_overrides(
+        small_config(tmp_path / "runs", tmp_path / "cache", "cached", tiny_model), {"dataset.path": str(photographs)}
+    )
+
+
+def shard_times(cache: Path) -> dict[str, int]:
+    return {str(path.relative_to(cache)): path.stat().st_mtime_ns for path in cache.glob("**/*.safetensors")}
+
+
+def must_not_connect() -> None:
+    raise AssertionError("a complete cache needs no Ray")
+
+
+def test_a_second_run_encodes_nothing_and_a_deleted_shard_only_itself(config, photographs):
+    cache = Path(config.cache.path)
+    first = build_cache(config)
+    assert first.num_samples == first.num_latents_encoded == 21
+    assert first.num_captions_encoded > 21  # several captions for some, and the empty prompt
+
+    second = build_cache(config, connect=must_not_connect)
+    assert (second.num_latents_encoded, second.num_captions_encoded) == (0, 0)
+    assert second.index_path == first.index_path
+
+    before = shard_times(cache)
+    victim = next(name for name in before if name.startswith("latents"))
+    with safe_open(cache / victim, "pt") as shard:
+        held, lost = len(shard.get_slice("mean")[:]), shard.get_tensor("mean").clone()
+    (cache / victim).unlink()
+    third = build_cache(config)
+    assert third.num_latents_encoded == held
+    after = shard_times(cache)
+    assert {name for name in after if after[name] != before.get(name)} == {victim}
+    with safe_open(cache / victim, "pt") as shard:
+        assert shard.get_tensor("mean").equal(lost)
+
+    (photographs / "cat_face.txt").write_text("a new caption for the cat\n")
+    fourth = build_cache(config)
+    assert (fourth.num_latents_encoded, fourth.num_captions_encoded) == (0, 1)
+
+
+def test_another_vae_adds_entries_and_keeps_the_old_ones(config, tmp_path):
+    build_cache(config)
+    old = shard_times(Path(config.cache.path))
+    other = write_tiny_sdxl(tmp_path / "other", seed=1)
+    result = build_cache(with_overrides(config, {"model.path": str(other)}))
+    assert result.num_latents_encoded == 21
+    new = shard_times(Path(config.cache.path))
+    assert old.items() <= new.items()
+    assert len(new) > len(old)
+
+
+def test_unreadable_images_are_skipped_listed_and_not_tried_again(config, photographs):
+    """Three are damaged in their pixels, three are no images at all; every other image keeps its own captions."""
+    for number in range(3):
+        damaged = photographs / f"damaged_{number}.jpg"
+        damaged.write_bytes((photographs / "coffee_cup.jpg").read_bytes()[: 9000 + number])
+        damaged.with_suffix(".txt").write_text("a damaged photograph")
+    for name in ("astronaut.jpg", "retina.png", "grass.jpg"):
+        (photographs / name).write_bytes(b"no image at all")
+    config = with_overrides(config, {"dataset.max_unreadable": 0.5})
+    result = build_cache(config)
+    assert result.num_samples == 18
+    reasons = {Path(item.path).name: item.reason for item in result.skipped}
+    assert all("cannot be decoded" in reasons[f"damaged_{number}.jpg"] for number in range(3))
+    assert all("not an image" in reasons[name] for name in ("astronaut.jpg", "retina.png", "grass.jpg"))
+    listed = result.skipped_path.read_text()
+    assert all(name in listed for name in reasons)
+    for row in pq.read_table(result.index_path).to_pylist():
+        expected = Path(row["path"]).with_suffix(".txt").read_text().splitlines()
+        assert row["captions"] == [line.strip() for line in expected if line.strip()]
+        assert Path(row["path"]).name not in reasons
+
+    again = build_cache(config, connect=must_not_connect)
+    assert again.num_latents_encoded == 0
+    assert len(again.skipped) == 6
+
+    with pytest.raises(DatasetError) as raised:
+        build_cache(with_overrides(config, {"dataset.max_unreadable": 0.1}), connect=must_not_connect)
+    text = str(raised.value)
+    assert "6 of 24 images cannot be used, more than dataset.max_unreadable = 0.1 allows" in text
+    assert "damaged_0.jpg: cannot be decoded" in text
+    assert "raise dataset.max_unreadable" in text
+
+
+def test_a_killed_driver_loses_at_most_unfinished_shards(config, tmp_path):
+    """kill -9 as soon as the first shard is there; the next run encodes the rest only, and all is as without the kill."""
+    settings = tmp_path / "killed.toml"
+    settings.write_text(dump_config(config))
+    cache = Path(config.cache.path)
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "sdxl_ray", "cache", str(settings)],
+        env={**os.environ, "RAY_ADDRESS": ""},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not shard_times(cache) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        finished = shard_times(cache)
+        assert finished, "no shard was written in 90 s"
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)  # the whole group: driver, raylet, workers
+        driver.wait()
+    finished = shard_times(cache)
+    result = build_cache(config, connect=lambda: connect("local"))
+    assert result.num_samples == 21
+    assert finished.items() <= shard_times(cache).items()
+    num_entries = len(set(pq.read_table(result.index_path)["latent_key"].to_pylist()))
+    assert num_entries == 21
+    assert build_cache(config, connect=must_not_connect).num_latents_encoded == 0

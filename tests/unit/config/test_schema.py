@@ -1,0 +1,181 @@
+import pytest
+from pydantic import ValidationError
+
+from sdxl_ray.config.load import config_from_dict
+from sdxl_ray.config.schema import Config, contradictions
+from sdxl_ray.errors import ConfigError
+
+
+def test_the_defaults_are_valid_and_do_not_contradict_each_other():
+    assert contradictions(Config()) == []
+    assert config_from_dict({}).train == Config().train
+
+
+def test_the_defaults_pass_their_own_limits():
+    assert Config.model_validate(Config().model_dump(mode="json")) == Config()
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().train.micro_batch_size = 3
+
+
+def test_the_global_batch_counts_workers_and_accumulation():
+    config = config_from_dict({"train": {"micro_batch_size": 3, "accumulation": 4, "num_workers": 5}})
+    assert config.global_batch_size == 60
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "text"),
+    [
+        (
+            {"dataset": {"captions": ["textfile", "json"]}},
+            "dataset.captions",
+            '"json" is not a source; known: textfile, filename, instance_prompt',
+        ),
+        (
+            {"dataset": {"captions": ["instance_prompt"]}},
+            "dataset.instance_prompt",
+            'is empty, but dataset.captions has "instance_prompt". Write the prompt.',
+        ),
+        (
+            {"dataset": {"instance_prompt": "a cat"}},
+            "dataset.instance_prompt",
+            'is set, but dataset.captions never uses it. Add "instance_prompt" to dataset.captions.',
+        ),
+        (
+            {"dataset": {"resolution": 1000}},
+            "dataset.resolution",
+            "1000 is not a multiple of dataset.bucket_step = 64",
+        ),
+        (
+            {"lr_schedule": {"warmup": "11 steps"}, "train": {"duration": "10 steps"}},
+            "lr_schedule.warmup",
+            '"11 steps" is longer than train.duration = "10 steps"',
+        ),
+        ({"train": {"duration": "0 steps"}}, "train.duration", "must be at least 1 step or 1 epoch"),
+        ({"eval": {"every": "0 epochs"}}, "eval.every", "must be at least 1 step or 1 epoch"),
+        ({"validation": {"every": "0 steps"}}, "validation.every", "must be at least 1 step or 1 epoch"),
+        ({"checkpoint": {"every": "0 steps"}}, "checkpoint.every", "must be at least 1 step or 1 epoch"),
+        (
+            {"eval": {"holdout": 0.0}, "sweep": {"parameters": {"adapter.rank": {"grid": [4, 8]}}}},
+            "eval.holdout",
+            "is 0, but sweep.metric needs an eval loss. Set eval.holdout = 0.05, say.",
+        ),
+    ],
+)
+def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(raw)
+    assert str(error.value) == f"given: {key}: {text}"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"lr_schedule": {"warmup": "10 steps"}, "train": {"duration": "10 steps"}},
+        {
+            "lr_schedule": {"warmup": "11 steps"},
+            "train": {"duration": "10 epochs"},
+        },  # not comparable before the data is known
+        {"dataset": {"captions": ["textfile", "instance_prompt"], "instance_prompt": "a cat"}},
+        {"dataset": {"resolution": 1000, "bucket_step": 8}},
+        {"eval": {"holdout": 0.0}},
+    ],
+)
+def test_what_only_looks_like_a_contradiction(raw):
+    assert contradictions(config_from_dict(raw)) == []
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "..", ".", "a\\b", "a\0b"])
+def test_a_run_name_is_one_folder(name):
+    with pytest.raises(
+        ConfigError, match=r'must be the name of one folder, without "/" or ".."; where it lies is run.output'
+    ):
+        config_from_dict({"run": {"name": name}})
+
+
+@pytest.mark.parametrize("name", ["cat", "cat-2.1", "my cat", "..cat", "猫"])
+def test_a_run_name_may_be_any_one_folder(name):
+    assert config_from_dict({"run": {"name": name}}).run.name == name
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("run", "output"), ("cache", "path"), ("dataset", "path"), ("model", "path")]
+)
+def test_cloud_addresses_and_empty_paths_are_refused(section, key):
+    with pytest.raises(ConfigError, match="cloud addresses are not read yet; give a folder that all machines see"):
+        config_from_dict({section: {key: "s3://bucket/folder"}})
+    with pytest.raises(ConfigError, match=f'{section}.{key} = "": must not be empty'):
+        config_from_dict({section: {key: ""}})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_must_be_finite(value):
+    with pytest.raises(ConfigError, match=r"train\.max_grad_norm = (nan|inf): must be a finite number"):
+        config_from_dict({"train": {"max_grad_norm": value}})
+
+
+# ---- sweep -----------------------------------------------------------------------------------------------------------
+
+
+def sweep_error(parameters):
+    with pytest.raises(ConfigError) as error:
+        config_from_dict({"sweep": {"parameters": parameters}})
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("space", "text"),
+    [
+        ({}, "needs exactly one of grid, choice, uniform, loguniform; found none"),
+        ({"grid": [1], "choice": [2]}, "needs exactly one of grid, choice, uniform, loguniform; found grid, choice"),
+        ({"uniform": [0.5, 0.1]}, "needs [low, high] with low < high, found [0.5, 0.1]"),
+        ({"loguniform": [0.1, 0.1]}, "needs [low, high] with low < high, found [0.1, 0.1]"),
+        ({"loguniform": [0.0, 0.1]}, "loguniform needs bounds above 0, found [0.0, 0.1]"),
+        ({"grid": []}, "needs at least one value"),
+        ({"uniform": [0.1]}, "must be a list of two numbers: [low, high]"),
+        ({"uniform": [0.1, 0.2, 0.3]}, "must be a list of two numbers: [low, high]"),
+        ({"uniform": "0.1"}, "must be a list"),
+    ],
+)
+def test_a_search_space_is_one_thing_with_sound_bounds(space, text):
+    error = sweep_error({"adapter.dropout": space})
+    assert error.startswith("given: sweep.parameters.adapter.dropout")
+    assert text in error
+
+
+@pytest.mark.parametrize(
+    ("key", "space", "text"),
+    [
+        ("optimizer.learning_rat", {"grid": [1e-4]}, "no such setting. Did you mean optimizer.learning_rate?"),
+        ("adapter.rank", {"choice": [4, 5000]}, "cannot try 5000: adapter.rank: must be at most 1024"),
+        ("adapter.rank", {"uniform": [4, 16]}, "cannot try 4.0: adapter.rank: must be a whole number"),
+        ("adapter.targets", {"grid": ["attention", "all"]}, "cannot try 'all': adapter.targets: must be one of"),
+        (
+            "train.duration",
+            {"grid": ["10 steps"]},
+            'cannot try \'10 steps\': lr_schedule.warmup: "100 steps" is longer than train.duration = "10 steps"',
+        ),
+    ],
+)
+def test_every_value_of_a_sweep_is_tried_on_the_schema(key, space, text):
+    with pytest.raises(ConfigError) as error:
+        config_from_dict({"lr_schedule": {"warmup": "100 steps"}, "sweep": {"parameters": {key: space}}})
+    assert f"given: sweep.parameters.{key}: {text}" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["run.seed", "model.dtype", "dataset.crop", "cache.vae_dtype", "cluster.accelerator"])
+def test_what_the_trials_share_cannot_vary(key):
+    section, name = key.split(".")
+    default = getattr(getattr(Config(), section), name)
+    assert "cannot vary between trials, which share the model, the cache and the cluster" in sweep_error(
+        {key: {"grid": [default]}}
+    )
+
+
+def test_a_sound_sweep_passes():
+    parameters = {"optimizer.learning_rate": {"loguniform": [1e-5, 1e-3]}, "adapter.rank": {"choice": [4, 16]}}
+    config = config_from_dict({"sweep": {"parameters": parameters}})
+    assert config.sweep.parameters["adapter.rank"].values == (4, 16)
+    assert config.sweep.parameters["optimizer.learning_rate"].values == (1e-5, 1e-3)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from sdxl_ray.diffusion.schedule import NoiseSchedule
+from sdxl_ray.errors import ModelError
+
+CONFIGS = {
+    "sdxl": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000},
+    "linear": {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000},
+    "short": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 50},
+    "zero terminal snr": {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "rescale_betas_zero_snr": True,
+    },
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_alphas_are_diffusers_to_the_bit(config):
+    schedule = NoiseSchedule.from_config(config)
+    expected = DDPMScheduler.from_config(config).alphas_cumprod
+    assert schedule.alphas_cumprod.dtype == torch.float32
+    assert torch.equal(schedule.alphas_cumprod, expected)
+    assert schedule.num_timesteps == config["num_train_timesteps"]
+
+
+def test_other_keys_of_a_scheduler_config_do_not_matter_and_defaults_are_sdxls():
+    config = {**CONFIGS["sdxl"], "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    assert torch.equal(NoiseSchedule.from_config(config).alphas_cumprod, NoiseSchedule.from_config({}).alphas_cumprod)
+
+
+def test_snr_is_diffusers():
+    schedule = NoiseSchedule.from_config(CONFIGS["sdxl"])
+    timesteps = torch.arange(1000)
+    expected = compute_snr(DDPMScheduler.from_config(CONFIGS["sdxl"]), timesteps)
+    torch.testing.assert_close(schedule.snr(timesteps), expected, rtol=1e-5, atol=0)
+
+
+def test_snr_falls_from_clean_to_noise():
+    snr = NoiseSchedule.from_config(CONFIGS["sdxl"]).snr(torch.arange(1000))
+    assert (snr.diff() < 0).all()
+    assert snr[0] > 1000
+    assert 0.004 < snr[-1] < 0.005
+
+
+def test_scales_are_shaped_for_their_latents_and_keep_the_variance():
+    schedule = NoiseSchedule.from_config(CONFIGS["sdxl"])
+    signal_scale, noise_scale = schedule.signal_and_noise(torch.tensor([0, 500, 999]), torch.zeros(3, 4, 8, 8))
+    assert signal_scale.shape == noise_scale.shape == (3, 1, 1, 1)
+    torch.testing.assert_close(signal_scale**2 + noise_scale**2, torch.ones(3, 1, 1, 1))
+
+
+def test_an_unknown_beta_schedule_is_refused():
+    with pytest.raises(ModelError) as error:
+        NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2"})
+    assert str(error.value) == (
+        'scheduler: beta_schedule = "squaredcos_cap_v2", expected "scaled_linear" (SDXL) or "linear".'
+    )
+
+
+def test_zero_terminal_snr_ends_in_pure_noise():
+    schedule = NoiseSchedule.from_config(CONFIGS["zero terminal snr"])
+    assert schedule.snr(torch.tensor([999])).tolist() == [0.0]
+    plain = NoiseSchedule.from_config(CONFIGS["sdxl"])
+    torch.testing.assert_close(schedule.alphas_cumprod[0], plain.alphas_cumprod[0])

@@ -1,0 +1,255 @@
+import hashlib
+from collections import Counter
+
+import pytest
+
+from sdxl_ray.train.plan import DataOrder, Every, Plan, run_length, split_holdout
+
+AWKWARD = {
+    "7, 1 and 13 images": {"a": 7, "b": 1, "c": 13},
+    "one image": {"a": 1},
+    "full micro-batches only": {"a": 8, "b": 4},
+    "one large, many single": {"big": 30, **{f"single{number}": 1 for number in range(5)}},
+    "smaller than a micro-batch": {"a": 3, "b": 2},
+}
+
+
+def make_order(counts, *, repeats=1, micro_batch_size=4, seed=0):
+    buckets = [bucket for bucket, count in counts.items() for _ in range(count)]
+    return DataOrder(buckets, [repeats] * len(buckets), micro_batch_size=micro_batch_size, seed=seed)
+
+
+def make_plan(order, *, num_workers=1, accumulation=1, steps=None, epochs=None, step=0, position=0):
+    max_steps, num_micro_batches = run_length(
+        steps=steps,
+        epochs=epochs,
+        order=order,
+        micro_batches_per_step=num_workers * accumulation,
+        step=step,
+        position=position,
+    )
+    never = Every(0)
+    return Plan(
+        order=order,
+        num_workers=num_workers,
+        accumulation=accumulation,
+        max_steps=max_steps,
+        num_micro_batches=num_micro_batches,
+        log=never,
+        poll=never,
+        evaluate=never,
+        validate=never,
+        save=never,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+
+
+def steps_of(plan, step=0, position=0):
+    """What the loop does: the micro-batches of each step, by rank."""
+    steps = []
+    while step < plan.max_steps:
+        steps.append([plan.of_step(position, rank) for rank in range(plan.num_workers)])
+        position = plan.next_position(position)
+        step += 1
+    return steps, position
+
+
+def numbers(steps):
+    return [number for ranks in steps for taken in ranks for number in taken]
+
+
+# ---- the order of the data -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", AWKWARD.values(), ids=AWKWARD)
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_an_epoch_has_every_sample_exactly_repeats_times(counts, micro_batch_size, repeats):
+    order = make_order(counts, repeats=repeats, micro_batch_size=micro_batch_size)
+    epoch = order.epoch(2)
+    seen = Counter(
+        (row, repeat)
+        for micro_batch in epoch
+        for row, repeat in zip(micro_batch.rows, micro_batch.repeats, strict=True)
+    )
+    assert seen == {(row, repeat): 1 for row in range(sum(counts.values())) for repeat in range(repeats)}
+    assert order.samples_per_epoch == repeats * sum(counts.values())
+    assert len(epoch) == order.micro_batches_per_epoch
+
+
+@pytest.mark.parametrize("counts", AWKWARD.values(), ids=AWKWARD)
+def test_a_micro_batch_is_of_one_bucket_and_only_the_last_of_a_bucket_is_smaller(counts):
+    buckets = [bucket for bucket, count in counts.items() for _ in range(count)]
+    sizes = {bucket: [] for bucket in counts}
+    for micro_batch in make_order(counts).epoch(0):
+        (bucket,) = {buckets[row] for row in micro_batch.rows}
+        sizes[bucket].append(len(micro_batch.rows))
+    for bucket, count in counts.items():
+        assert sorted(sizes[bucket], reverse=True) == [4] * (count // 4) + [count % 4] * (count % 4 > 0)
+
+
+def test_samples_may_have_different_repeats():
+    order = DataOrder(["a", "a", "b"], [1, 3, 2], micro_batch_size=2, seed=0)
+    seen = Counter(row for micro_batch in order.epoch(0) for row in micro_batch.rows)
+    assert seen == {0: 1, 1: 3, 2: 2}
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    counts = AWKWARD["7, 1 and 13 images"]
+    order = make_order(counts)
+    assert order.epoch(3) == make_order(counts).epoch(3)
+    rows = [micro_batch.rows for micro_batch in order.epoch(0)]
+    assert rows != [micro_batch.rows for micro_batch in order.epoch(1)]
+    assert rows != [micro_batch.rows for micro_batch in make_order(counts, seed=1).epoch(0)]
+
+
+def test_items_are_the_epochs_one_after_the_other_in_whatever_order_they_are_asked_for():
+    order = make_order(AWKWARD["7, 1 and 13 images"])
+    expected = [micro_batch for epoch in range(3) for micro_batch in order.epoch(epoch)]
+    assert [micro_batch.number for micro_batch in expected] == list(range(3 * order.micro_batches_per_epoch))
+    assert [order[number] for number in range(len(expected))] == expected
+    assert [order[number] for number in (20, 0, 13, 7)] == [expected[number] for number in (20, 0, 13, 7)]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_buckets_are_mixed_in_proportion_to_their_sizes(epoch):
+    """Half of an epoch has about half of each large bucket: never all wide images first."""
+    counts = {"large": 800, "middle": 400, "small": 200}
+    buckets = [bucket for bucket, count in counts.items() for _ in range(count)]
+    first_half = make_order(counts).epoch(epoch)[: sum(counts.values()) // 4 // 2]
+    seen = Counter(buckets[row] for micro_batch in first_half for row in micro_batch.rows)
+    for bucket, count in counts.items():
+        # hypergeometric: half of the bucket's micro-batches, give or take four standard deviations
+        assert abs(seen[bucket] - count / 2) < 4 * 4 * (count / 4 / 4) ** 0.5, bucket
+
+
+# ---- dealt out to ranks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", AWKWARD.values(), ids=AWKWARD)
+@pytest.mark.parametrize(("num_workers", "accumulation"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (5, 3)])
+def test_two_epochs_end_exactly_and_all_ranks_do_the_same_number_of_steps(counts, num_workers, accumulation):
+    order = make_order(counts)
+    plan = make_plan(order, num_workers=num_workers, accumulation=accumulation, epochs=2)
+    steps, position = steps_of(plan)
+    assert position == plan.num_micro_batches == 2 * order.micro_batches_per_epoch
+    assert sorted(numbers(steps)) == list(range(position))
+    assert len(steps) == plan.max_steps == -(-position // (num_workers * accumulation))
+    for ranks in steps[:-1]:
+        assert [len(taken) for taken in ranks] == [accumulation] * num_workers
+    # what a rank reads ahead is what its steps ask for
+    for rank in range(num_workers):
+        read = [micro_batch.number for micro_batch in plan.remaining(0, rank)]
+        assert read == [number for ranks in steps for number in ranks[rank]]
+
+
+def test_the_last_step_may_leave_a_rank_without_a_micro_batch():
+    plan = make_plan(make_order({"a": 20}), num_workers=2, accumulation=1, epochs=1)  # 5 micro-batches
+    steps, _ = steps_of(plan)
+    assert steps == [[[0], [1]], [[2], [3]], [[4], []]]
+
+
+def test_the_samples_of_a_step_do_not_depend_on_how_they_are_dealt_out():
+    order = make_order(AWKWARD["7, 1 and 13 images"])
+
+    def samples(**dealt):
+        steps, _ = steps_of(make_plan(order, steps=6, **dealt))
+        return [sorted(row for taken in ranks for number in taken for row in order[number].rows) for ranks in steps]
+
+    assert (
+        samples(num_workers=4, accumulation=1)
+        == samples(num_workers=2, accumulation=2)
+        == samples(num_workers=1, accumulation=4)
+    )
+
+
+@pytest.mark.parametrize("position", [0, 1, 4, 9, 12])
+def test_what_remains_from_a_position_is_the_tail_of_the_whole(position):
+    order = make_order(AWKWARD["7, 1 and 13 images"])
+    plan = make_plan(order, epochs=2)
+    whole = [micro_batch.number for micro_batch in plan.remaining(0, 0)]
+    assert [micro_batch.number for micro_batch in plan.remaining(position, 0)] == whole[position:]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 3), (3, 4), (2, 2)])
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_resume_with_other_workers_sees_each_sample_exactly_once(before, after, stop_after):
+    order = make_order({"a": 30, "b": 13, "c": 1})
+    first = make_plan(order, num_workers=before, epochs=1)
+    begun, _ = steps_of(first)
+    done = begun[:stop_after]
+    position = len(numbers(done))
+    resumed = make_plan(order, num_workers=after, epochs=1, step=stop_after, position=position)
+    rest, end = steps_of(resumed, step=stop_after, position=position)
+    assert sorted(numbers(done) + numbers(rest)) == list(range(order.micro_batches_per_epoch))
+    assert end == order.micro_batches_per_epoch
+    assert resumed.max_steps == stop_after + len(rest)
+
+
+def test_in_steps_a_resume_with_other_workers_keeps_the_steps():
+    order = make_order({"a": 30})
+    resumed = make_plan(order, num_workers=3, steps=10, step=4, position=8)  # 4 steps of 2 workers
+    assert (resumed.max_steps, resumed.num_micro_batches) == (10, 8 + 6 * 3)
+
+
+@pytest.mark.parametrize("length", [{"steps": 3}, {"epochs": 1}])
+def test_a_resume_behind_the_end_has_nothing_to_do(length):
+    plan = make_plan(make_order({"a": 8}), step=5, position=5, **length)
+    assert steps_of(plan, step=5, position=5) == ([], 5)
+    assert list(plan.remaining(5, 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("every", "due"),
+    [
+        (Every(3), [3, 6, 9]),
+        (Every(3, last=10), [3, 6, 9, 10]),
+        (Every(5, last=10), [5, 10]),
+        (Every(0), []),
+        (Every(0, last=10), [10]),
+        (Every(20), []),
+    ],
+)
+def test_what_is_due(every, due):
+    assert [step for step in range(1, 11) if every.due(step)] == due
+
+
+# ---- held-out images -------------------------------------------------------------------------------------------------
+
+
+def hashes(count):
+    return [hashlib.sha256(str(number).encode()).hexdigest() for number in range(count)]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
+def test_holdout_is_a_partition_of_about_the_share(share):
+    train, held_out = split_holdout(hashes(2000), share)
+    assert sorted(train + held_out) == list(range(2000))
+    assert abs(len(held_out) - 2000 * share) < 5 * (2000 * share * (1 - share)) ** 0.5
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_copies_stay_on_one_side_and_adding_images_moves_none(share):
+    before = hashes(300)
+    train, held_out = split_holdout(before, share)
+    _, held_out_later = split_holdout(before + before + hashes(400)[300:], share)
+    assert held_out_later[: len(held_out)] == held_out
+    later = set(held_out_later)
+    assert later.isdisjoint(train)
+    assert all((row in later) == (row + 300 in later) for row in range(300))
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("share", [1e-6, 0.05, 0.5, 0.999999])
+def test_small_sets_keep_something_on_both_sides(count, share):
+    train, held_out = split_holdout(hashes(count), share)
+    assert train and held_out
+    assert sorted(train + held_out) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("image_hashes", "share"), [(hashes(5), 0.0), (hashes(1), 0.5), (hashes(1) * 3, 0.5), ([], 0.5)]
+)
+def test_nothing_is_held_out_without_a_share_or_with_one_image(image_hashes, share):
+    assert split_holdout(image_hashes, share) == (list(range(len(image_hashes))), [])

@@ -1,0 +1,64 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdxl_ray.config.load import with_overrides
+from sdxl_ray.errors import ConfigError
+from sdxl_ray.train.setup import load_data
+from tests.tiny import make_training
+
+
+def test_data_is_split_by_content_and_digested(config, index_path):
+    def load(holdout):
+        return load_data(index_path, cache=config.cache.path, holdout=holdout)
+
+    whole, split = load(0.0), load(0.2)
+    assert (len(whole.train), len(whole.held_out)) == (13, 0)
+    assert {sample.sample_id for sample in [*split.train, *split.held_out]} == {
+        sample.sample_id for sample in whole.train
+    }
+    assert split.held_out
+    assert whole.digest != split.digest
+    assert whole.digest == load(0.0).digest
+
+
+def test_epochs_and_steps_mean_the_same_run(config, index_path):
+    """9 training images in buckets of 5, 2 and 2: five micro-batches of 2 an epoch."""
+    in_epochs = make_training(with_overrides(config, {"train.duration": "2 epochs"}), index_path).plan
+    in_steps = make_training(with_overrides(config, {"train.duration": "10 steps"}), index_path).plan
+    assert in_epochs == in_steps or (in_epochs.max_steps, in_epochs.num_micro_batches) == (10, 10)
+    assert (in_steps.max_steps, in_steps.num_micro_batches) == (10, 10)
+
+
+def zero_snr_model(tiny_model, folder) -> str:
+    """The tiny SDXL with the schedule of v-prediction models, such as NoobAI's."""
+    shutil.copytree(tiny_model, folder)
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True}))
+    return str(folder)
+
+
+def test_epsilon_on_a_schedule_that_ends_in_pure_noise_is_refused(config, index_path, tiny_model, tmp_path):
+    """Field notes, trap 16."""
+    model = zero_snr_model(tiny_model, tmp_path / "zero-snr")
+    with pytest.raises(ConfigError, match=r'ends in pure noise .* set loss.objective = "v_prediction"'):
+        make_training(with_overrides(config, {"model.path": model}), index_path)
+
+
+def test_v_prediction_trains_on_a_schedule_that_ends_in_pure_noise(config, index_path, tiny_model, tmp_path):
+    """Field notes, trap 15: weights follow the rescaled schedule, and SNR 0 divides nothing by zero."""
+    changes = {
+        "model.path": zero_snr_model(tiny_model, tmp_path / "zero-snr"),
+        "loss.objective": "v_prediction",
+        "loss.min_snr_gamma": 5.0,
+    }
+    objective = make_training(with_overrides(config, changes), index_path).objective
+    weights = objective.weight(torch.arange(1000))
+    assert torch.isfinite(weights).all()
+    assert weights[999] == 0
+    latents, noise = torch.ones(1, 4, 2, 2), torch.full((1, 4, 2, 2), 3.0)
+    assert torch.equal(objective.corrupt(latents, noise, torch.tensor([999])), noise)
+    assert torch.equal(objective.target(latents, noise, torch.tensor([999])), -latents)
