@@ -92,9 +92,11 @@ class Flops:
 # -- 1: the matrix peak -----------------------------------------------------------------------------------------------
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> dict[str, Any]:
+def matrix_peak(device: torch.device, dtype: torch.dtype, *, tiny: bool) -> dict[str, Any]:
     """TFLOP/s of square matrix products, the best of several sizes: what a perfect network could reach here."""
-    sizes = (512, 1024, 2048, 4096) if device.type == "cpu" else (2048, 4096, 8192, 12288)
+    seconds, sizes = 0.5, (512, 1024, 2048, 4096) if device.type == "cpu" else (2048, 4096, 8192, 12288)
+    if tiny:
+        seconds, sizes = 0.05, (128, 256)
     by_size = {}
     for size in sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -143,6 +145,16 @@ def count_flops(tiny: bool, resolution: int, checkpointing: str, rank: int, targ
     return Flops(forward=forward.get_total_flops(), forward_backward=needed, executed=executed)
 
 
+def build_or_none(dtype: torch.dtype, device: torch.device, tiny: bool) -> UNet2DConditionModel | None:
+    """The U-Net, or None where the device is too small for its weights alone."""
+    try:
+        return build_unet(dtype=dtype, device=device, config=unet_config(tiny))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
 def unet_config(tiny: bool) -> dict[str, Any]:
     """SDXL's, or the one of the tests."""
     return tiny_unet_config() if tiny else UNET_CONFIG
@@ -183,12 +195,13 @@ class StepTimer:
 
 def measure(row: Row, unet: UNet2DConditionModel, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Step times, memory and last loss of one row; `status` says "out of memory" where it did not fit."""
+    detach_adapter(unet)  # the last row's
     reset_peak_memory(device)
     timer, num_steps = StepTimer(device), args.warmup + args.steps
     run = run_sdxl_ray if row.recipe == "sdxl-ray" else run_diffusers
     try:
         loss = run(row, unet, args, device, timer, num_steps)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return {"status": "out of memory"}
@@ -250,11 +263,9 @@ def run_diffusers(
         latents: torch.Tensor, timesteps: torch.Tensor, prompts: torch.Tensor, pooled: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
         dtype = unet.conv_in.weight.dtype
-        conditions = {
-            "text_embeds": pooled.to(dtype),
-            "time_ids": ids.to(dtype),
-        }  # time ids in bf16, as the script has them
-        with torch.autocast(device.type, DTYPES[args.dtype]):
+        # time ids in bf16, as the script has them
+        conditions = {"text_embeds": pooled.to(dtype), "time_ids": ids.to(dtype)}
+        with torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32"):
             return unet(
                 latents.to(dtype), timesteps, prompts.to(dtype), added_cond_kwargs=conditions, return_dict=False
             )[0]
@@ -277,8 +288,8 @@ def ready_batches(unet: UNet2DConditionModel, row: Row, device: torch.device) ->
     """Batches without end, drawn before the clock starts: this is about the step, not about the data."""
     resolution_hw = (row.resolution, row.resolution)
     plan = synthetic_plan(num_steps=NUM_BATCHES, batch_size=row.batch, resolution_hw=resolution_hw)
-    drawn = list(synthetic_batches(unet.config, plan, resolution_hw=resolution_hw))
-    return itertools.cycle(batch.pin_memory() if device.type == "cuda" else batch for batch in drawn)
+    drawn = synthetic_batches(unet.config, plan, resolution_hw=resolution_hw)
+    return itertools.cycle([batch.pin_memory() if device.type == "cuda" else batch for batch in drawn])
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -346,7 +357,7 @@ def device_name(device: torch.device) -> str:
 
 HEADER = (
     f"{'recipe':<20}{'batch':>6}{'px':>6}  {'checkpointing':<14}{'img/s':>9}{'step s':>9}{'p10':>9}{'p90':>9}"
-    f"{'TF/s':>8}{'of peak':>9}{'TF/s run':>10}{'GiB':>7}{'loss':>9}"
+    f"{'TF/s':>9}{'of peak':>9}{'TF/s run':>10}{'GiB':>7}{'loss':>9}"
 )
 
 
@@ -356,7 +367,7 @@ def print_row(row: Row, result: dict[str, Any]) -> None:
     if result["status"] == "ok":
         line += (
             f"{result['images_per_s']:>9.3g}{result['step_s_median']:>9.3g}{result['step_s_p10']:>9.3g}"
-            f"{result['step_s_p90']:>9.3g}{result['tflops_per_s']:>8.3g}{result['share_of_peak']:>9.1%}"
+            f"{result['step_s_p90']:>9.3g}{result['tflops_per_s']:>9.3g}{result['share_of_peak']:>9.1%}"
             f"{result['executed_tflops_per_s']:>10.3g}{result['peak_memory_gib']:>7.2f}{result['last_loss']:>9.4f}"
         )
     else:
@@ -369,7 +380,7 @@ def main() -> None:
     args = parse_arguments()
     device = torch.device(args.device) if args.device else best_device()
     dtype = DTYPES[args.dtype]
-    peak = matrix_peak(device, dtype, seconds=0.05 if args.tiny else 0.5)
+    peak = matrix_peak(device, dtype, tiny=args.tiny)
     environment = {
         "device": device_name(device),
         "backend": f"ROCm {torch.version.hip}"
@@ -382,28 +393,24 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "scripts/bench_train.py", *sys.argv[1:]]),
     }
-    print(
-        f"{environment['device']} | torch {torch.__version__}, diffusers {diffusers.__version__}, peft {peft.__version__}"
-    )
-    print(
-        f"matrix peak {peak['tflops_per_s']:.3g} TFLOP/s in {args.dtype} | "
-        + ", ".join(f"{size}: {value:.3g}" for size, value in peak["by_size"].items())
-    )
+    print(" | ".join(f"{name} {environment[name]}" for name in ("device", "backend", "torch", "diffusers", "peft")))
+    by_size = ", ".join(f"{size}: {value:.3g}" for size, value in peak["by_size"].items())
+    print(f"matrix peak {peak['tflops_per_s']:.3g} TFLOP/s in {args.dtype} (by size {by_size})")
     for resolution in args.resolution:
         flops = count_flops(args.tiny, resolution, "none", args.rank, args.targets)
         print(
-            f"{resolution}², rank {args.rank}, {args.targets}: {flops.forward / 1e12:.4g} TFLOP forward, {flops.forward_backward / 1e12:.4g} with backward"
+            f"{resolution}², rank {args.rank}, {args.targets}: {flops.forward / 1e12:.5g} TFLOP forward, "
+            f"{flops.forward_backward / 1e12:.5g} with backward, per image"
         )
     print(HEADER, flush=True)
 
     rows = []
     for recipe in args.recipe:
         base_dtype = torch.float32 if recipe == "diffusers-fp32-base" else dtype
-        unet = build_unet(dtype=base_dtype, device=device, config=unet_config(args.tiny))
+        unet = build_or_none(base_dtype, device, args.tiny)
         for resolution, checkpointing, batch in itertools.product(args.resolution, args.checkpointing, args.batch):
             row = Row(recipe, batch, resolution, checkpointing)
-            result = measure(row, unet, args, device)
-            detach_adapter(unet)
+            result = measure(row, unet, args, device) if unet is not None else {"status": "out of memory"}
             flops = count_flops(args.tiny, resolution, checkpointing, args.rank, args.targets)
             result |= {f"{name}_flops_per_image": value for name, value in asdict(flops).items()}
             if result["status"] == "ok":

@@ -52,7 +52,8 @@ def main() -> int:
     """Build, run, compare with the limit; the exit code."""
     args = parse_arguments()
     resolution_hw = (args.resolution, args.resolution)
-    result: dict[str, Any] = vars(args) | {"json": None, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {name: value for name, value in vars(args).items() if name != "json"}
+    result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     result["rss_after_imports_gib"] = peak_rss_gib()
 
     began = time.perf_counter()
@@ -71,8 +72,9 @@ def main() -> int:
     result["adapter_parameters"] = state.masters.gradient.numel()
     print(
         f"U-Net {result['unet_parameters']:,} parameters in bf16, built in {result['build_s']:.1f} s "
-        f"| adapter {result['adapter_parameters']:,} in {result['adapter_modules']} modules (rank {args.rank}, {args.targets}) "
-        f"| {args.resolution}², batch 1, checkpointing {args.gradient_checkpointing} | RSS {peak_rss_gib():.2f} GiB",
+        f"| adapter {result['adapter_parameters']:,} in {result['adapter_modules']} modules "
+        f"(rank {args.rank}, {args.targets}) | {args.resolution}², batch 1, "
+        f"checkpointing {args.gradient_checkpointing} | RSS {peak_rss_gib():.2f} GiB",
         flush=True,
     )
 
@@ -96,9 +98,8 @@ def main() -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"loss finite: {'yes' if result['finite'] else 'NO'} | modules whose lora_B moved: {changed}/{result['adapter_modules']}"
-    )
+    finite = "yes" if result["finite"] else "NO"
+    print(f"loss finite: {finite} | modules whose lora_B moved: {changed}/{result['adapter_modules']}")
     print(
         f"peak RSS {result['peak_rss_gib']:.2f} GiB (getrusage {result['peak_rss_by_getrusage_gib']:.2f}) "
         f"{'<=' if fits else 'EXCEEDS'} --max-rss-gib {args.max_rss_gib:g}"

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the schema. Run: python scripts/make_docs.py (a test fails when the file is stale)."""
+"""Write docs/configuration.md from the schema: python scripts/make_docs.py. A test fails when the file is stale."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sdxl_ray.connection import connect
     from sdxl_ray.errors import SdxlRayError
     from sdxl_ray.generate import generate_images
+    from sdxl_ray.sweeps.tuner import SweepResult, sweep
     from sdxl_ray.train.launch import FitResult, export_lora, fit
-    from sdxl_ray.sweep.tuner import SweepResult, sweep
 
 __version__ = "0.1.0"
 
@@ -34,8 +34,8 @@ _HOMES = {
     "FitResult": "sdxl_ray.train.launch",
     "export_lora": "sdxl_ray.train.launch",
     "generate_images": "sdxl_ray.generate",
-    "sweep": "sdxl_ray.sweep.tuner",
-    "SweepResult": "sdxl_ray.sweep.tuner",
+    "sweep": "sdxl_ray.sweeps.tuner",
+    "SweepResult": "sdxl_ray.sweeps.tuner",
 }
 
 # A literal list, so that type checkers see the same names as `_HOMES`; a test holds them equal.

@@ -32,7 +32,7 @@ def main() -> None:
         if code is None:
             traceback.print_exc()
             print(
-                f"error: {type(error).__name__}: {error}\nThis is a bug in sdxl-ray: please report it with the text above.",
+                f"error: {type(error).__name__}: {error}\nThis is a bug in sdxl-ray: please report the text above.",
                 file=sys.stderr,
             )
             code = 1

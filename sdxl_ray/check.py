@@ -54,9 +54,7 @@ def explain(config: Config) -> Explanation:
         InputError: what would stop the run.
     """
     model = resolve_model(config.model.path)
-    plan = plan_cache(
-        config.dataset, config.model, config.cache, model_path=model, prompts=config.validation.prompts
-    )
+    plan = plan_cache(config.dataset, config.model, config.cache, model_path=model, prompts=config.validation.prompts)
     found = Explanation(buckets=plan.buckets)
     _explain_images(config, plan, found)
     _explain_steps(config, plan, found)
@@ -83,7 +81,8 @@ def _explain_images(config: Config, plan: CachePlan, found: Explanation) -> None
             f"{len(enlarged)} images are smaller than their bucket and are enlarged, up to {max(enlarged):.1f} times"
         )
     found.lines.append(
-        f"cache       {plan.num_missing_latents} images and {plan.num_missing_text} captions to encode, into {config.cache.path}"
+        f"cache       {plan.num_missing_latents} images and {plan.num_missing_text} captions to encode, "
+        f"into {config.cache.path}"
     )
 
 
@@ -128,7 +127,9 @@ def _explain_model(config: Config, model: str, found: Explanation) -> None:
     revision = config.model.revision or None
     shapes = unet_weight_shapes(model, revision=revision)
     num_parameters = sum(math.prod(shape) for shape in shapes.values())
-    modules, found.num_adapter_parameters = count_adapter_parameters(shapes, config.adapter.rank, config.adapter.targets)
+    modules, found.num_adapter_parameters = count_adapter_parameters(
+        shapes, config.adapter.rank, config.adapter.targets
+    )
     found.lines.append(
         f"adapter     {config.adapter.kind} rank {config.adapter.rank} on {modules} layers: "
         f"{found.num_adapter_parameters / 1e6:.2f} M parameters beside {num_parameters / 1e6:,.0f} M frozen ones"
@@ -144,7 +145,8 @@ def _explain_model(config: Config, model: str, found: Explanation) -> None:
     found.memory_gib = estimate_memory_gib(config, num_parameters, found.num_adapter_parameters)
     found.lines.append(
         f"memory      about {found.memory_gib:.1f} GiB per worker at {config.dataset.resolution} px with "
-        f'micro_batch_size {config.train.micro_batch_size}, gradient_checkpointing "{config.train.gradient_checkpointing}"'
+        f"micro_batch_size {config.train.micro_batch_size}, "
+        f'gradient_checkpointing "{config.train.gradient_checkpointing}"'
     )
 
 

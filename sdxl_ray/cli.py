@@ -19,7 +19,9 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file of settings.", metavar="CONFIG", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings that replace those of the file: optimizer.learning_rate=2e-4", metavar="[KEY=VALUE]..."),
+    typer.Argument(
+        help="Settings that replace those of the file: optimizer.learning_rate=2e-4", metavar="[KEY=VALUE]..."
+    ),
 ]
 Address = Annotated[
     str | None,
@@ -148,15 +150,13 @@ def sweep(
 ) -> None:
     """Stage 3: search the settings named in [sweep], stop bad trials early, export the best LoRA."""
     from sdxl_ray.config.load import load_config
-    from sdxl_ray.sweep.tuner import sweep as run_sweep
+    from sdxl_ray.sweeps.tuner import sweep as run_sweep
     from sdxl_ray.tracking.console import Console
     from sdxl_ray.tracking.display import RunDisplay
 
     settings = load_config(config, overrides or [])
     with Console() as console:
-        result = run_sweep(
-            settings, resume=resume, overwrite=overwrite, address=address, on_event=RunDisplay(console)
-        )
+        result = run_sweep(settings, resume=resume, overwrite=overwrite, address=address, on_event=RunDisplay(console))
         console.line()
         console.line(result.table())
         console.line()

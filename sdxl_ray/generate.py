@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +46,7 @@ def find_source(path: str | Path, *, step: int | None = None, model: str = "") -
         return Source(model=model or DEFAULT_MODEL, lora_file=path)
     run_folder = path.parent.parent if path.name.startswith("step_") else path
     if not (run_folder / "config.toml").exists():
-        raise InputError(
-            f"{path}: expected a run's folder (with config.toml), one of its checkpoints, or a LoRA's .safetensors file."
-        )
+        raise InputError(f"{path}: expected a run's folder (with config.toml), one of its checkpoints, or a LoRA file.")
     config = load_config(run_folder / "config.toml")
     common: dict[str, Any] = {
         "model": model or config.model.path,
@@ -97,7 +94,7 @@ def generate_images(
     if not prompts:
         raise InputError('no prompt given: -p "a photo of ..."')
     from sdxl_ray.sdxl.adapters import adapter_disabled
-    from sdxl_ray.sdxl.sampling import side_by_side
+    from sdxl_ray.sdxl.sampling import file_stem, side_by_side
 
     found = source if isinstance(source, Source) else find_source(source, step=step, model=model)
     drawing = _Drawing(found, lora_scale)
@@ -105,7 +102,7 @@ def generate_images(
     arguments = (prompts, negative_prompt, size, num_steps, guidance_scale, seed)
     images = drawing.draw(*arguments)
     out = Path(out)
-    paths = [out / f"{number:02d}_{_stem(prompt)}.png" for number, prompt in enumerate(prompts)]
+    paths = [out / f"{number:02d}_{file_stem(prompt)}.png" for number, prompt in enumerate(prompts)]
     to_save = dict(zip(paths, images, strict=True))
     if compare:
         with adapter_disabled(drawing.unet):
@@ -122,13 +119,23 @@ def generate_images(
 class _Drawing:
     """The loaded model with the LoRA on it."""
 
-    def __init__(self, source: Source, lora_scale: float):
-        from sdxl_ray.sdxl.components import load_scheduler_config, load_text_encoders, load_unet, load_vae, resolve_model
+    def __init__(self, source: Source, lora_scale: float) -> None:
+        from sdxl_ray.sdxl.components import (
+            load_scheduler_config,
+            load_text_encoders,
+            load_unet,
+            load_vae,
+            resolve_model,
+        )
         from sdxl_ray.sdxl.devices import DTYPES, best_device
 
         self.source, self.device = source, best_device()
         model = resolve_model(source.model)
-        where: dict[str, Any] = {"device": self.device, "revision": source.revision or None, "variant": source.variant or None}
+        where: dict[str, Any] = {
+            "device": self.device,
+            "revision": source.revision or None,
+            "variant": source.variant or None,
+        }
         dtype = DTYPES[source.dtype]
         self.unet = load_unet(model, dtype=dtype, **where)
         self.encoders = load_text_encoders(model, dtype=dtype, **where)
@@ -140,7 +147,13 @@ class _Drawing:
             self._load_checkpoint(source.checkpoint, source.adapter or {}, lora_scale)
 
     def draw(
-        self, prompts: Sequence[str], negative: str, height_width: tuple[int, int], num_steps: int, guidance: float, seed: int
+        self,
+        prompts: Sequence[str],
+        negative: str,
+        height_width: tuple[int, int],
+        num_steps: int,
+        guidance: float,
+        seed: int,
     ) -> list[Image.Image]:
         import torch
 
@@ -203,7 +216,3 @@ def _checkpoint(run_folder: Path, step: int | None) -> Path:
         have = ", ".join(path.name for path in found) or "none"
         raise InputError(f"{run_folder}: no checkpoint{f' of step {step}' if step is not None else ''}. Found: {have}.")
     return wanted[-1]
-
-
-def _stem(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:40] or "empty"

@@ -54,11 +54,12 @@ def tiny_config(folder: Path, model: str, **overrides: Any) -> Any:
             "run": {"name": "tiny", "output": str(folder / "runs"), "seed": 7},
             "model": {"path": model, "dtype": "fp32"},
             "dataset": {"path": str(folder / "images"), "resolution": 64, "bucket_step": 16},
+            # batches of 1, so that encoding one image again gives the same bits
             "cache": {
                 "path": str(folder / "cache"),
                 "vae_dtype": "fp32",
                 "batch_size": 1,
-            },  # 1: so that one image alone gives the same bits
+            },
             "adapter": {"rank": 2, "alpha": 4.0},
             "train": {"duration": "4 steps", "micro_batch_size": 2, "log_every": 1},
             "optimizer": {"learning_rate": 1e-2},
@@ -189,9 +190,8 @@ def run_workers(function: Callable[..., Any], world_size: int, *args: Any, time_
 
     `function` is a module's own, so that it can be pickled. A worker that raises or hangs fails the test.
     """
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # imports torch once; forking this process, with threads, may hang
+    # The server imports torch once and forks; forking this process, which has threads, may hang.
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sdxl_ray.train.setup", "sdxl_ray.train.loop"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [

@@ -24,8 +24,8 @@ MAX_ASPECT = 4.0  # SDXL's own table ends there
 def make_buckets(resolution: int, step: int) -> tuple[tuple[int, int], ...]:
     """All buckets (height, width) for about `resolution`² pixels, edges multiples of `step`, as tall ones as wide ones.
 
-    SDXL's own table at 1024 (the only one that is not symmetric: it has 704x1344, but not 1344x704); elsewhere the sizes
-    that cannot grow by one step without exceeding `resolution`² pixels.
+    SDXL's own table at 1024, which alone is not symmetric (it has 704x1344, but not 1344x704); elsewhere the sizes that
+    cannot grow by one step without exceeding `resolution`² pixels.
     """
     if (resolution, step) == (1024, 64):
         return SDXL_BUCKETS

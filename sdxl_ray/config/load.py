@@ -19,7 +19,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from sdxl_ray.config.schema import Config, contradictions
+from sdxl_ray.config.schema import Config, SearchSpace, contradictions
 from sdxl_ray.errors import ConfigError
 
 BUILTIN_PHOTOGRAPHS = Path(__file__).parent.parent / "demo" / "photographs"
@@ -269,6 +269,8 @@ def _explain(item: Any) -> Problem:
     key = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
     given, context = item["input"], item.get("ctx", {})
     match item["type"]:
+        case "extra_forbidden" if key.startswith("sweep.parameters."):
+            return Problem(key, f"unknown key; known: {', '.join(SearchSpace.model_fields)}")
         case "extra_forbidden":
             return Problem(key, f"unknown key.{_did_you_mean(key, known_keys())}")
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":

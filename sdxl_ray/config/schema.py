@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sdxl_ray.config.units import Duration, DurationField, Warmup, WarmupField
 
@@ -168,7 +168,9 @@ class OptimizerSection(Section):
 class LrScheduleSection(Section):
     """The learning rate over the run: a pure function of the optimizer step."""
 
-    name: Literal["constant", "linear", "cosine"] = setting("constant", "linear and cosine reach 0 at the last step.")
+    name: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "linear and cosine fall to 0 just after the last step."
+    )
     warmup: WarmupField = setting(Warmup(percent=5.0), 'Linear rise from 0: "100 steps", "1 epoch" or "5 %".')
 
 
@@ -270,6 +272,22 @@ class SweepSection(Section):
     max_concurrent: int = setting(1, "Trials at the same time. Each needs train.num_workers workers.", ge=1)
     grace_steps: int = setting(200, "No trial is stopped before this step.", unit="steps", ge=1)
     reduction_factor: int = setting(2, "ASHA keeps one in this many at each rung (arXiv:1810.05934).", ge=2)
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _also_without_quotes(cls, given: Any) -> Any:
+        """`adapter.rank = {...}` without quotes is a table in a table to TOML; here it means the same."""
+        return _joined_keys(given) if isinstance(given, dict) else given
+
+
+def _joined_keys(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values()):
+            joined |= _joined_keys(value, f"{prefix}{key}.")
+        else:
+            joined[prefix + key] = value
+    return joined
 
 
 class Config(Section):

@@ -34,7 +34,7 @@ def demo_config(folder: Path) -> Config:
 
 
 def run_demo(folder: Path, *, console: Console, address: str | None = None) -> FitResult:
-    """Cache, train on two workers, evaluate, draw with and without the LoRA, export, verify; say where everything is."""
+    """Cache, train on two workers, evaluate, draw with and without the LoRA, export, verify; say where it all is."""
     config = demo_config(folder.absolute())
     console.line("A small SDXL with random weights, 21 photographs, two workers on the CPU: every stage once.")
     console.line("What it draws is noise, because the model has never learnt anything.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,11 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for child in training:
             child.training = True
+
+
+def file_stem(prompt: str) -> str:
+    """The first words of a prompt, fit for a file name on every system."""
+    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:40] or "empty"
 
 
 def side_by_side(

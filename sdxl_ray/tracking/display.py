@@ -11,7 +11,7 @@ from sdxl_ray.tracking.metrics import duration, progress_line
 class RunDisplay:
     """Called with each event of `fit` and `build_cache`."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console) -> None:
         self.console = console
         self.memory_total_gib = 0.0
         self.first_eval: float | None = None
@@ -34,7 +34,9 @@ class RunDisplay:
         else:
             self.console.line("       nothing to encode: all of it was there")
         if result.skipped:
-            self.console.line(f"       skipped {len(result.skipped)} images, reasons in {result.skipped_path}", style="yellow")
+            self.console.line(
+                f"       skipped {len(result.skipped)} images, reasons in {result.skipped_path}", style="yellow"
+            )
         if result.num_long_captions:
             self.console.line(
                 f"       {result.num_long_captions} captions are longer than 77 tokens; the rest of them is not seen",
@@ -44,7 +46,9 @@ class RunDisplay:
     def on_started(self, event: dict[str, Any]) -> None:
         self.memory_total_gib = event["memory_total_gib"]
         if event["checkpoint"]:
-            self.console.line(f"train: continuing at step {event['step']} of {event['max_steps']}, {event['checkpoint']}")
+            self.console.line(
+                f"train: continuing at step {event['step']} of {event['max_steps']}, {event['checkpoint']}"
+            )
         else:
             self.console.line(f"train: {event['max_steps']} steps")
 
@@ -58,7 +62,9 @@ class RunDisplay:
         if "eval/loss" in values:
             self.first_eval = values["eval/loss"] if self.first_eval is None else self.first_eval
             since = f" ({values['eval/loss'] - self.first_eval:+.4f} since the first)" if step else " (before training)"
-            self.console.line(f"eval  {step:>{len(str(max_steps))}}/{max_steps} | eval loss {values['eval/loss']:.4f}{since}")
+            self.console.line(
+                f"eval  {step:>{len(str(max_steps))}}/{max_steps} | eval loss {values['eval/loss']:.4f}{since}"
+            )
 
     def on_images(self, event: dict[str, Any]) -> None:
         self.console.line(f"images: {event['count']} in {event['folder']}")

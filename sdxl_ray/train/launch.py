@@ -111,7 +111,9 @@ def fit(
     if index_path is None:
         cache = build_cache(
             config,
-            progress=lambda stage, done, total: on_event({"event": "progress", "stage": stage, "done": done, "total": total}),
+            progress=lambda stage, done, total: on_event(
+                {"event": "progress", "stage": stage, "done": done, "total": total}
+            ),
             connect=lambda: connect(address),
         )
         on_event({"event": "cache", "result": cache})
@@ -128,7 +130,7 @@ def fit(
     check_room(config.train.num_workers, resources, growing=not is_local())
     monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]  # its result comes back in `return_value`
         train_loop_config={
             "config": config.model_dump(mode="json", exclude_none=True),
             "index_path": str(index_path),
@@ -140,10 +142,12 @@ def fit(
         scaling_config=ScalingConfig(
             num_workers=config.train.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the config of Ray Train's version 1
             name="checkpoints",  # so that a checkpoint lies in runs/<name>/checkpoints/step_000500
             storage_path=str(run_folder),
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=config.cluster.max_failures, controller_failure_limit=3
+            ),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.checkpoint.keep,
                 checkpoint_score_attribute=keep_best or None,
@@ -182,8 +186,8 @@ def _prepare_folder(run_folder: Path, *, resume: bool, overwrite: bool) -> Path 
     elif found:
         step = read_progress(found[-1])["step"]
         raise ConfigError(
-            f"{run_folder} holds a run with a checkpoint of step {step}. --resume continues it, --overwrite deletes it, "
-            "run.name=... starts another."
+            f"{run_folder} holds a run with a checkpoint of step {step}. --resume continues it, "
+            "--overwrite deletes it, run.name=... starts another."
         )
     elif (run_folder / "checkpoints").exists():
         shutil.rmtree(run_folder / "checkpoints")  # Ray's notes about a run that never saved anything
@@ -294,7 +298,7 @@ def _explained(error: Exception, fatal: tuple[str, str] | None) -> SdxlRayError:
 
 
 def _prune(run_folder: Path, keep: int, keep_best: str) -> None:
-    """Ray deletes the checkpoints it knows; those of a run that was killed before Ray heard of them are ours to delete."""
+    """Ray deletes the checkpoints it knows; those that it never heard of, as the run was killed, are ours to delete."""
     if keep_best:
         return
     for path in list_checkpoints(run_folder / "checkpoints")[:-keep]:

@@ -202,8 +202,8 @@ def build_training(
     if config.loss.objective == "epsilon" and schedule.alphas_cumprod[-1] == 0:
         raise ConfigError(
             f'loss.objective = "epsilon", but the schedule of {config.model.path} ends in pure noise '
-            "(rescale_betas_zero_snr), where epsilon says nothing about the image. Models with this schedule predict v: "
-            'set loss.objective = "v_prediction".'
+            "(rescale_betas_zero_snr), where epsilon says nothing about the image. Models with this schedule "
+            'predict v: set loss.objective = "v_prediction".'
         )
     objective_class = OBJECTIVES[config.loss.objective]
     weighting = min_snr(config.loss.min_snr_gamma, config.loss.objective) if config.loss.min_snr_gamma else constant

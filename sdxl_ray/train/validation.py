@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from sdxl_ray.cache.shards import Location, ShardReader
 from sdxl_ray.errors import storage_errors
-from sdxl_ray.sdxl.sampling import draw_images
+from sdxl_ray.sdxl.sampling import draw_images, file_stem
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,3 @@ def draw_share(
             image.save(path)
         written.append(path)
     return written
-
-
-def file_stem(prompt: str) -> str:
-    """The first words of a prompt, fit for a file name on every system."""
-    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:40] or "empty"

@@ -17,7 +17,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
 from sdxl_ray.config.schema import Config
-from sdxl_ray.errors import SdxlRayError
+from sdxl_ray.errors import SdxlRayError, TrainingError
 from sdxl_ray.sdxl.adapters import adapter_disabled
 from sdxl_ray.sdxl.components import load_vae, resolve_model
 from sdxl_ray.tracking.metrics import MetricsFile
@@ -47,7 +47,10 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | None:
     if fatal:  # Ray restarts workers after every error; this one would only come again
         raise SdxlRayError(fatal)
     try:
-        return _train(config, workers, settings)
+        try:
+            return _train(config, workers, settings)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(_out_of_memory(config, workers, error)) from error
     except SdxlRayError as error:
         ray.get(monitor.report_fatal.remote(type(error).__name__, str(error)))
         raise
@@ -93,6 +96,17 @@ def _train(config: Config, workers: Workers, settings: dict[str, Any]) -> dict[s
     }
 
 
+def _out_of_memory(config: Config, workers: Workers, error: Exception) -> str:
+    train = config.train
+    return (
+        f"worker {workers.world_rank} ran out of memory on its accelerator with train.micro_batch_size = "
+        f'{train.micro_batch_size}, train.gradient_checkpointing = "{train.gradient_checkpointing}", '
+        f"dataset.resolution = {config.dataset.resolution}. Set train.micro_batch_size = {max(1, train.micro_batch_size // 2)} with "
+        f"train.accumulation = {2 * train.accumulation} (the same global batch, but a run of its own), or "
+        f'train.gradient_checkpointing = "transformer" or "full". {str(error).splitlines()[0]}'
+    )
+
+
 def _latest(resume_from: str, from_ray: Checkpoint | None) -> Path | None:
     """The later of the checkpoint that the driver found and the one that Ray kept over a restart of the workers.
 
@@ -109,7 +123,7 @@ class RayReporter:
     checkpoints only; numbers go straight to their files.
     """
 
-    def __init__(self, config: Config, training: Training, run_folder: Path, monitor: Any):
+    def __init__(self, config: Config, training: Training, run_folder: Path, monitor: Any) -> None:
         self.config = config
         self.training = training
         self.run_folder = run_folder
@@ -132,7 +146,7 @@ class RayReporter:
     # ---- the loop's side
 
     def started(self, checkpoint: Path | None) -> None:
-        """Before the first step: where it begins, and the base model's own loss and images to compare with. Collective."""
+        """Before the first step: where it begins; the base model's own loss and images, to compare. Collective."""
         state, plan = self.training.state, self.training.plan
         self.post(
             event="started",

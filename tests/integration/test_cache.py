@@ -117,7 +117,7 @@ def test_unreadable_images_are_skipped_listed_and_not_tried_again(config, photog
 
 
 def test_a_killed_driver_loses_at_most_unfinished_shards(config, tmp_path):
-    """kill -9 as soon as the first shard is there; the next run encodes the rest only, and all is as without the kill."""
+    """kill -9 as soon as the first shard is there; the next run encodes the rest only."""
     settings = tmp_path / "killed.toml"
     settings.write_text(dump_config(config))
     cache = Path(config.cache.path)

@@ -57,7 +57,9 @@ def adapter(run_folder: Path, name: str = LAST) -> dict[str, torch.Tensor]:
 
 
 def losses(run_folder: Path) -> dict[int, float]:
-    return {line["step"]: line["train/loss"] for line in read_metrics(run_folder / "metrics.jsonl") if "train/loss" in line}
+    return {
+        line["step"]: line["train/loss"] for line in read_metrics(run_folder / "metrics.jsonl") if "train/loss" in line
+    }
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -65,7 +67,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
     for name, tensor in adapter(expected).items():
         assert adapter(found)[name].equal(tensor), name
     states = [
-        torch.load(folder / "checkpoints" / LAST / "optimizer.pt", weights_only=True)["state"] for folder in (found, expected)
+        torch.load(folder / "checkpoints" / LAST / "optimizer.pt", weights_only=True)["state"]
+        for folder in (found, expected)
     ]
     for number, moments in states[1].items():
         assert all(states[0][number][name].equal(value) for name, value in moments.items()), number
@@ -183,7 +186,7 @@ def test_export_and_generate_from_a_checkpoint_and_from_the_file(plain, tmp_path
 
 
 def test_resume_without_a_checkpoint_says_so(config):
-    with pytest.raises(CheckpointError, match="no checkpoint to resume from. Leave out --resume"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint to resume from\. Leave out --resume"):
         fit(with_overrides(config, {"run.name": "never_started"}), resume=True)
 
 

@@ -303,7 +303,7 @@ def test_as_many_as_allowed_are_allowed(config, images):
 
 def test_no_readable_image_at_all_is_an_error_whatever_is_allowed(config, images):
     spoil(images, 20)
-    with pytest.raises(DatasetError, match="^20 of 20 images cannot be used, which leaves none:"):
+    with pytest.raises(DatasetError, match=r"^20 of 20 images cannot be used, which leaves none:"):
         plan_of(config, dataset__max_unreadable=1.0)
 
 

@@ -160,6 +160,10 @@ duration = "2000"
         ("[validation]\nheight = 100", "2: validation.height = 100: must be a multiple of 8 (pixels)"),
         ('[validation]\nprompts = "a cat"', '2: validation.prompts = "a cat": must be a list, such as ["one", "two"]'),
         ("[dataset]\ncaptions = []", "2: dataset.captions: must not be empty"),
+        (
+            "[sweep.parameters]\nadapter.rank = { gird = [4] }",
+            "2: sweep.parameters.adapter.rank.gird: unknown key; known: grid, choice, uniform, loguniform",
+        ),
         ("run = 5", "1: run = 5: must be a section: [run]"),
         ("[[run]]\nseed = 1", "1: run: must be a section: [run]"),
         ("run = { seed = -1 }", "1: run.seed = -1: must be at least 0"),
@@ -231,6 +235,21 @@ def test_overrides(write, override, expected):
     for part in override.partition("=")[0].strip().split("."):
         value = getattr(value, part)
     assert (str(value) if "duration" in override else value) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ('[sweep.parameters]\n"adapter.rank" = { grid = [4] }', []),
+        ("[sweep.parameters]\nadapter.rank = { grid = [4] }", []),  # to TOML, a table in a table
+        ("[sweep.parameters.adapter.rank]\ngrid = [4]", []),
+        ("", ["sweep.parameters.adapter.rank={ grid = [4] }"]),
+        ("", ['sweep.parameters={ "adapter.rank" = { grid = [4] } }']),
+    ],
+)
+def test_what_is_swept_needs_no_quotes(write, text, overrides):
+    parameters = load_config(write(text), overrides).sweep.parameters
+    assert {key: space.grid for key, space in parameters.items()} == {"adapter.rank": (4,)}
 
 
 def test_later_overrides_win(write):

@@ -4,12 +4,11 @@ import torch
 from sdxl_ray.diffusion.schedule import NoiseSchedule
 from sdxl_ray.diffusion.weighting import constant, min_snr
 
-# SDXL's alphas_cumprod, multiplied up in double precision by `alphas_cumprod` below; gamma 5.
 TIMESTEPS = (0, 1, 10, 50, 100, 150, 200, 250, 300, 500, 750, 900, 998, 999)
 
 
 def alphas_cumprod(timestep: int) -> float:
-    """The schedule once more in double precision: beta_t = (a + (b - a) t / 999)^2, a = sqrt(0.00085), b = sqrt(0.012)."""
+    """The schedule once more in double precision: beta_t = (a + (b - a) t / 999)^2, a² = 0.00085, b² = 0.012."""
     product = 1.0
     for t in range(timestep + 1):
         product *= 1 - (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * t / 999) ** 2

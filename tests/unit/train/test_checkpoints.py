@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sdxl_ray.config.load import with_overrides
 from sdxl_ray.errors import CheckpointError, ConfigError, StorageError
 from sdxl_ray.train.checkpoints import (
     ADAPTER_FILE,
@@ -141,21 +142,13 @@ def test_a_missing_or_damaged_file_is_named_with_the_cure(tmp_path, name, damage
 
 
 def test_only_complete_checkpoints_are_listed_in_the_order_of_their_steps(tmp_path):
-    for name in (
-        "step_000500",
-        "step_001000",
-        "step_000020",
-        "step_1000000",
-        "step_000300",
-        ".tmp-0a1b",
-        "step_12",
-        "x",
-    ):
+    complete = ["step_000020", "step_000500", "step_001000", "step_1000000"]
+    for name in (*reversed(complete), "step_000300", ".tmp-0a1b", "step_12", "x"):
         (tmp_path / name).mkdir()
         if name != "step_000300":
             (tmp_path / name / STATE_FILE).write_text("{}")
     found = [path.name for path in list_checkpoints(tmp_path)]
-    assert found == ["step_000020", "step_000500", "step_001000", "step_1000000"]
+    assert found == complete
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
@@ -202,8 +195,6 @@ def test_every_setting_that_differs_is_listed():
     ],
 )
 def test_what_decides_the_data_or_the_weights_may_not_change(config, index_path, key, value):
-    from sdxl_ray.config.load import with_overrides
-
     changed = with_overrides(config, {key: value})
     before, after = (
         run_identity(each, load_data(index_path, cache=config.cache.path, holdout=each.eval.holdout))
@@ -217,8 +208,6 @@ def test_what_decides_the_data_or_the_weights_may_not_change(config, index_path,
     ("key", "value"), [("train.num_workers", 4), ("train.accumulation", 2), ("train.log_every", 5)]
 )
 def test_what_decides_neither_may_change(config, index_path, key, value):
-    from sdxl_ray.config.load import with_overrides
-
     data = load_data(index_path, cache=config.cache.path, holdout=0.2)
     check_resumable(
         run_identity(config, data), run_identity(with_overrides(config, {key: value}), data), Path("runs/cat")

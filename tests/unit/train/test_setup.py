@@ -29,7 +29,7 @@ def test_epochs_and_steps_mean_the_same_run(config, index_path):
     """9 training images in buckets of 5, 2 and 2: five micro-batches of 2 an epoch."""
     in_epochs = make_training(with_overrides(config, {"train.duration": "2 epochs"}), index_path).plan
     in_steps = make_training(with_overrides(config, {"train.duration": "10 steps"}), index_path).plan
-    assert in_epochs == in_steps or (in_epochs.max_steps, in_epochs.num_micro_batches) == (10, 10)
+    assert (in_epochs.max_steps, in_epochs.num_micro_batches) == (10, 10)
     assert (in_steps.max_steps, in_steps.num_micro_batches) == (10, 10)
 
 

@@ -6,8 +6,9 @@ from PIL import Image
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.sdxl.adapters import adapter_disabled
 from sdxl_ray.sdxl.components import load_vae
+from sdxl_ray.sdxl.sampling import file_stem
 from sdxl_ray.train.setup import validation_prompts
-from sdxl_ray.train.validation import draw_share, file_stem
+from sdxl_ray.train.validation import draw_share
 from tests.tiny import PROMPTS, make_training
 
 NAMES = ["00_a_red_house.png", "01_a_cat_on_the_moon.png", "02_trees.png"]

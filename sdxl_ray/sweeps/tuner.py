@@ -1,8 +1,8 @@
 """The driver of a sweep: one cache, then trials that are plain `fit` runs under Ray Tune, stopped early by ASHA.
 
 The cache is built before the first trial and none of the settings it depends on may vary, so no trial encodes anything.
-Every evaluation of a trial comes with a checkpoint; the best one of each trial is kept, so the best LoRA of the sweep is
-the best evaluation of all, also when its trial was stopped or went on to overfit.
+Every evaluation of a trial comes with a checkpoint; the best one of each trial is kept. So the best LoRA of the sweep
+is that of the best evaluation of all, also when its trial was stopped or went on to overfit.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import check_room, connect, is_local
 from sdxl_ray.errors import CheckpointError, ConfigError, Interrupted, SdxlRayError, TrainingError, storage_errors
 from sdxl_ray.export.verify import ExportedFile
-from sdxl_ray.sweep.ranking import Trial, as_csv, as_table, rank, read_trials, write_trial
-from sdxl_ray.sweep.search_space import num_samples, to_tune
+from sdxl_ray.sweeps.ranking import Trial, as_csv, as_table, rank, read_trials, write_trial
+from sdxl_ray.sweeps.search_space import num_samples, to_tune
 from sdxl_ray.train.checkpoints import list_checkpoints
 from sdxl_ray.train.launch import export_lora, fit
 from sdxl_ray.train.setup import build_plan, data_order, load_data
@@ -83,7 +83,9 @@ def sweep(
     _prepare_folder(folder, resume=resume, overwrite=overwrite)
     cache = build_cache(
         config,
-        progress=lambda stage, done, total: on_event({"event": "progress", "stage": stage, "done": done, "total": total}),
+        progress=lambda stage, done, total: on_event(
+            {"event": "progress", "stage": stage, "done": done, "total": total}
+        ),
         connect=lambda: connect(address),
     )
     on_event({"event": "cache", "result": cache})
@@ -105,7 +107,9 @@ def sweep(
         (folder / "trials.csv").write_text(as_csv(trials), encoding="utf-8")
     if not trials or trials[0].best_loss is None:
         problems = {trial.problem.strip().splitlines()[-1] for trial in trials if trial.problem}
-        raise TrainingError(f"no trial got as far as an evaluation: {'; '.join(sorted(problems))}. See {folder / 'trials'}.")
+        raise TrainingError(
+            f"no trial got as far as an evaluation: {'; '.join(sorted(problems))}. See {folder / 'trials'}."
+        )
     on_event({"event": "line", "text": "exporting and verifying the best LoRA"})
     return SweepResult(
         folder=folder,
@@ -149,10 +153,12 @@ class _TrialLines(tune.Callback):
 
     listener: ClassVar[Callable[[Event], None]] = staticmethod(lambda event: None)
 
-    def __init__(self, metric: str):
+    def __init__(self, metric: str) -> None:
         self.metric = metric
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         if self.metric in result:
             self._say(f"trial {trial.trial_id} | step {result['step']} | eval loss {result[self.metric]:.4f}", trials)
 

@@ -62,27 +62,37 @@ def _read_trial(folder: Path, max_steps: int) -> Trial:
 def rank(trials: Iterable[Trial]) -> list[Trial]:
     """Best first; those without any evaluation last."""
     return sorted(
-        trials, key=lambda trial: (trial.best_loss is None, trial.best_loss if trial.best_loss is not None else 0.0, trial.name)
+        trials,
+        key=lambda trial: (
+            trial.best_loss is None,
+            trial.best_loss if trial.best_loss is not None else 0.0,
+            trial.name,
+        ),
     )
 
 
 def as_table(trials: Sequence[Trial]) -> str:
     """Aligned text, best first."""
-    return _aligned([["rank", *header(trials)], *([str(place), *row(trial)] for place, trial in enumerate(trials, 1))])
+    return _aligned(
+        [["rank", *_header(trials)], *([str(place), *_row(trial)] for place, trial in enumerate(trials, 1))]
+    )
 
 
 def as_csv(trials: Sequence[Trial]) -> str:
+    """The same for spreadsheets."""
     text = io.StringIO()
-    csv.writer(text).writerows([["rank", *header(trials)], *([place, *row(trial)] for place, trial in enumerate(trials, 1))])
+    csv.writer(text).writerows(
+        [["rank", *_header(trials)], *([place, *_row(trial)] for place, trial in enumerate(trials, 1))]
+    )
     return text.getvalue()
 
 
-def header(trials: Sequence[Trial]) -> list[str]:
+def _header(trials: Sequence[Trial]) -> list[str]:
     parameters = list(trials[0].parameters) if trials else []
     return ["eval/loss", "at step", "steps", *parameters, "outcome", "trial"]
 
 
-def row(trial: Trial) -> list[str]:
+def _row(trial: Trial) -> list[str]:
     loss = "" if trial.best_loss is None else f"{trial.best_loss:.5f}"
     values = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in trial.parameters.values()]
     return [loss, str(trial.best_step), str(trial.last_step), *values, trial.outcome, trial.name]
@@ -90,4 +100,6 @@ def row(trial: Trial) -> list[str]:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows
+    )

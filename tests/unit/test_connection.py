@@ -1,0 +1,138 @@
+import socket
+
+import pytest
+import ray
+
+from sdxl_ray import connection
+from sdxl_ray.connection import check_room, connect, in_ray_job, remove_stale_cluster_file
+from sdxl_ray.errors import ClusterError
+
+
+@pytest.fixture
+def no_ray(monkeypatch, tmp_path):
+    """As if Ray had never run here; `ray.init` fails the test unless it replaces it."""
+    for name in (*connection.DEFAULT_ENVIRONMENT, "RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(connection, "_CURRENT_CLUSTER", tmp_path / "ray_current_cluster")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("started Ray"))
+
+
+@pytest.fixture
+def started(no_ray, monkeypatch):
+    """What `ray.init` was called with."""
+    calls = []
+    monkeypatch.setattr(ray, "init", lambda **settings: calls.append(settings))
+    return calls
+
+
+def test_without_an_address_ray_starts_on_this_machine(started):
+    connect()
+    (settings,) = started
+    assert settings["address"] == "local"
+    assert settings["runtime_env"] is None
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "expected"), [("a:1", None, "a:1"), (None, "b:2", "b:2"), ("a:1", "b:2", "a:1")]
+)
+def test_the_address_comes_before_the_variable(started, monkeypatch, address, variable, expected):
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    connect(address)
+    assert started[0]["address"] == expected
+    assert started[0]["runtime_env"]["py_modules"][0].endswith("sdxl_ray")  # the workers may not have this package
+
+
+def test_a_submitted_job_brings_its_own_package(started, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert in_ray_job()
+    connect("a:1")
+    assert started[0]["runtime_env"] is None
+
+
+def test_the_users_environment_wins(started, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
+    connect()
+    import os
+
+    assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
+    assert os.environ["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
+
+
+def test_connected_already(no_ray, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    connect("a:1")  # `no_ray` fails a start
+
+
+def test_the_address_for_jobs_is_no_address_to_connect_to(no_ray):
+    with pytest.raises(ClusterError) as error:
+        connect("http://head:8265")
+    assert str(error.value).startswith("http://head:8265 is the address for submitting jobs: `ray job submit")
+
+
+@pytest.mark.parametrize(
+    ("cause", "text"), [(ConnectionError("nobody\nmore"), "nobody"), (TimeoutError(), "TimeoutError")]
+)
+def test_nobody_answers(no_ray, monkeypatch, cause, text):
+    def fail(**_):
+        raise cause
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ClusterError) as error:
+        connect("head:6379")
+    assert str(error.value).splitlines() == [
+        f"no Ray at head:6379: {text}",
+        "Check the address with `ray status --address HOST:6379`, or leave it out to use this machine alone.",
+    ]
+
+
+# ---- the note of a dead cluster --------------------------------------------------------------------------------------
+
+
+def test_the_note_of_a_living_cluster_stays(no_ray):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection._CURRENT_CLUSTER.write_text(f"127.0.0.1:{server.getsockname()[1]}\n")
+        assert not remove_stale_cluster_file()
+    assert connection._CURRENT_CLUSTER.exists()
+
+
+@pytest.mark.parametrize("note", ["dead", "nonsense", ""])
+def test_the_note_of_a_dead_cluster_goes(no_ray, note):
+    if note == "dead":
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            note = f"127.0.0.1:{server.getsockname()[1]}"
+    connection._CURRENT_CLUSTER.write_text(note)
+    assert remove_stale_cluster_file()
+    assert not connection._CURRENT_CLUSTER.exists()
+    assert not remove_stale_cluster_file()
+
+
+# ---- room ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """Two nodes with 4 CPUs, one of them with 2 GPUs; a dead one with many."""
+    alive = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}])
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "resources"),
+    [(2, {"CPU": 1, "GPU": 1}), (8, {"CPU": 1}), (4, {"CPU": 2, "GPU": 0}), (2, {"CPU": 3})],
+)
+def test_what_fits_passes_and_one_more_does_not(nodes, num_workers, resources):
+    check_room(num_workers, resources)
+    with pytest.raises(ClusterError, match=f"the cluster has room for {num_workers} "):
+        check_room(num_workers + 1, resources)
+    check_room(num_workers + 1, resources, growing=True)
+
+
+def test_what_does_not_fit_says_why(nodes):
+    with pytest.raises(ClusterError) as error:
+        check_room(3, {"CPU": 1.0, "GPU": 1.0})
+    assert str(error.value) == (
+        "train.num_workers = 3 with 1 CPU, 1 GPU each do not fit: the cluster has room for 2 "
+        "(2 nodes: 4 CPU, 2 GPU; 4 CPU, 0 GPU). Lower train.num_workers or cluster.cpus_per_worker, or add machines."
+    )

@@ -1,0 +1,98 @@
+import pytest
+
+from sdxl_ray.tracking import console as module
+from sdxl_ray.tracking.console import Console
+
+PLAIN = "[bold]not markup[/] :cat: https://example.org/a_b 1234 'text' " + "long " * 60 + "end"
+
+
+def test_lines_are_printed_and_logged_as_they_are(tmp_path, capsys):
+    console = Console(live=False, log_file=tmp_path / "log.txt")
+    console.line(PLAIN)
+    console.line("猫", style="yellow")
+    console.line()
+    assert capsys.readouterr().out == f"{PLAIN}\n猫\n\n"
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == f"{PLAIN}\n猫\n\n"
+
+
+def test_errors_go_to_standard_error_and_to_the_log(tmp_path, capsys):
+    Console(live=False, log_file=tmp_path / "log.txt").error(PLAIN)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"{PLAIN}\n")
+    assert (tmp_path / "log.txt").read_text() == f"{PLAIN}\n"
+
+
+def test_log_to_adds_a_log_once_and_keeps_what_is_there(tmp_path, capsys):
+    log = tmp_path / "runs" / "cat" / "log.txt"
+    for text in ("first run", "second run"):
+        console = Console(live=False)
+        console.line("before the folder is known")
+        console.log_to(log)
+        console.log_to(log)
+        console.line(text)
+    assert log.read_text() == "first run\nsecond run\n"
+
+
+def test_a_log_that_cannot_be_written_is_given_up_and_the_others_go_on(tmp_path, capsys):
+    broken, good = tmp_path / "broken.txt", tmp_path / "good.txt"
+    broken.mkdir()
+    console = Console(live=False, log_file=broken)
+    console.log_to(good)
+    console.line("one")
+    console.line("two")
+    captured = capsys.readouterr()
+    assert captured.out == "one\ntwo\n"
+    assert captured.err == f"{broken}: Is a directory; this log ends here\n"
+    assert good.read_text() == "one\ntwo\n"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds since the machine started, set by the test."""
+    now = {"s": 0.0}
+    monkeypatch.setattr(module.time, "monotonic", lambda: now["s"])
+    return now
+
+
+@pytest.mark.parametrize("uptime", [0.0, 1e6])
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds_and_at_the_end(clock, capsys, uptime):
+    console = Console(live=False)
+    for done in range(1, 41):
+        clock["s"] = uptime + done
+        console.progress("images", done, 40)
+    assert capsys.readouterr().out == "images: 12/40\nimages: 23/40\nimages: 34/40\nimages: 40/40\n"
+
+
+def test_stages_have_their_own_clock(clock, capsys):
+    console = Console(live=False)
+    console.progress("text", 1, 9)
+    clock["s"] = 8
+    console.progress("images", 1, 9)
+    clock["s"] = 11
+    console.progress("text", 2, 9)
+    console.progress("images", 2, 9)
+    assert capsys.readouterr().out == "text: 2/9\n"
+
+
+def test_on_a_terminal_progress_is_a_bar_that_goes_away(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with Console(live=True, log_file=tmp_path / "log.txt") as console:
+        console.progress("images", 1, 4)
+        assert [task.completed for task in console._progress.tasks] == [1]
+        console.progress("images", 2, 4)
+        console.progress("text", 1, 2)
+        assert [(task.description, task.completed, task.total) for task in console._progress.tasks] == [
+            ("images", 2, 4),
+            ("text", 1, 2),
+        ]
+        console.progress("images", 4, 4)
+        assert [task.description for task in console._progress.tasks] == ["text"]
+        console.line("a line that stays")
+    assert console._progress is None
+    assert "a line that stays\n" in capsys.readouterr().out
+    assert (tmp_path / "log.txt").read_text() == "a line that stays\n"  # no bars
+
+
+def test_what_is_no_terminal_gets_no_bars(capsys):
+    assert Console().live is False
