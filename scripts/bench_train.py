@@ -46,11 +46,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdxl_ray.diffusion.loss import diffusion_loss
 from sdxl_ray.errors import TrainingError
 from sdxl_ray.records import Batch
-from sdxl_ray.sdxl.adapters import TARGETS, attach_adapter, detach_adapter
+from sdxl_ray.sdxl.adapters import attach_adapter, detach_adapter
 from sdxl_ray.sdxl.architecture import UNET_CONFIG, build_unet
 from sdxl_ray.sdxl.checkpointing import CHECKPOINTING_MODES, set_gradient_checkpointing
 from sdxl_ray.sdxl.devices import DTYPES, best_device
-from sdxl_ray.sdxl.tiny import _unet_config as tiny_unet_config
+from sdxl_ray.sdxl.targets import TARGETS
+from sdxl_ray.sdxl.tiny import unet_config as tinyunet_config
 from sdxl_ray.train import loop
 from sdxl_ray.train.synthetic import (
     Recorder,
@@ -157,7 +158,7 @@ def build_or_none(dtype: torch.dtype, device: torch.device, tiny: bool) -> UNet2
 
 def unet_config(tiny: bool) -> dict[str, Any]:
     """SDXL's, or the one of the tests."""
-    return tiny_unet_config() if tiny else UNET_CONFIG
+    return tinyunet_config() if tiny else UNET_CONFIG
 
 
 # -- 4: measuring -----------------------------------------------------------------------------------------------------

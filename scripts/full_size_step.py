@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from sdxl_ray.errors import TrainingError
-from sdxl_ray.sdxl.adapters import TARGETS
 from sdxl_ray.sdxl.architecture import build_unet
 from sdxl_ray.sdxl.checkpointing import CHECKPOINTING_MODES
+from sdxl_ray.sdxl.targets import TARGETS
 from sdxl_ray.train import loop
 from sdxl_ray.train.synthetic import (
     Recorder,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from sdxl_ray.cache.planning import CachePlan, plan_cache
 from sdxl_ray.records import parse_bucket_key
-from sdxl_ray.sdxl.adapters import count_adapter_parameters
 from sdxl_ray.sdxl.components import read_part_config, resolve_model
 from sdxl_ray.sdxl.fingerprint import unet_weight_shapes
+from sdxl_ray.sdxl.targets import count_adapter_parameters
 from sdxl_ray.train.plan import DataOrder, run_length, split_holdout
 
 if TYPE_CHECKING:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # planning a run needs the order of its data, and no torch
+    import torch
 
 
 def keyed_generator(*key: object) -> np.random.Generator:
@@ -22,6 +25,8 @@ def keyed_generator(*key: object) -> np.random.Generator:
 
 def keyed_normal(shape: Sequence[int], *key: object) -> torch.Tensor:
     """Standard normal float32 of `shape`."""
+    import torch
+
     return torch.from_numpy(keyed_generator(*key).standard_normal(tuple(shape), dtype=np.float32))
 
 

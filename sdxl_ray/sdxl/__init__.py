@@ -7,9 +7,11 @@ text            captions -> prompt_embeds and pooled_prompt_embeds
 vae             pixels <-> latents, as a posterior (mean and standard deviation)
 conditioning    time ids, caption dropout, and the one place that calls the U-Net
 adapters        the trained delta: attach, save, load, switch off, remove          (the only user of peft here)
+targets         which layers get an adapter, without torch
 checkpointing   which activations are recomputed in the backward pass
 sampling        images from U-Net and embeddings; the labelled sheet that compares them
 devices         which device and which precision
 quiet           diffusers and transformers report errors only
+architecture    the true SDXL's configs; its U-Net with random weights, for scripts
 tiny            a small SDXL with random weights, for tests, demos and `builtin:tiny`
 """

@@ -150,7 +150,7 @@ def _write_parts(folder: Path, seed: int) -> None:
         text_encoder = CLIPTextModel(clip)
         text_encoder_2 = CLIPTextModelWithProjection(type(clip)(**{**clip.to_dict(), "hidden_act": "gelu"}))
         vae = AutoencoderKL(**_vae_config())
-        unet = UNet2DConditionModel(**_unet_config())
+        unet = UNet2DConditionModel(**unet_config())
     with torch.no_grad():
         for encoder in (text_encoder, text_encoder_2):
             embedding: Any = encoder.get_input_embeddings()
@@ -189,7 +189,7 @@ def _write_parts(folder: Path, seed: int) -> None:
     )
 
 
-def _unet_config() -> dict[str, Any]:
+def unet_config() -> dict[str, Any]:
     """SDXL's own config with narrow levels; `attention_head_dim` is the number of heads, a name diffusers kept."""
     return {
         "sample_size": 16,

@@ -10,4 +10,7 @@ optimizers.py   fp32 master weights, AdamW, the learning rate as a function of t
 checkpoints.py  written whole or not at all
 eval_loss.py    a loss that can be compared from step to step
 validation.py   images that can be compared from step to step
+finish.py       the verified LoRA files and what their headers say
+setup.py        everything one rank needs, built from the config and the index
+synthetic.py    batches of random tensors, for benchmarks without a cache
 """

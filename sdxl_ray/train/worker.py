@@ -101,8 +101,9 @@ def _out_of_memory(config: Config, workers: Workers, error: Exception) -> str:
     return (
         f"worker {workers.world_rank} ran out of memory on its accelerator with train.micro_batch_size = "
         f'{train.micro_batch_size}, train.gradient_checkpointing = "{train.gradient_checkpointing}", '
-        f"dataset.resolution = {config.dataset.resolution}. Set train.micro_batch_size = {max(1, train.micro_batch_size // 2)} with "
-        f"train.accumulation = {2 * train.accumulation} (the same global batch, but a run of its own), or "
+        f"dataset.resolution = {config.dataset.resolution}. "
+        f"Set train.micro_batch_size = {max(1, train.micro_batch_size // 2)} with "
+        f"train.accumulation = {2 * train.accumulation} (a run of its own), or "
         f'train.gradient_checkpointing = "transformer" or "full". {str(error).splitlines()[0]}'
     )
 

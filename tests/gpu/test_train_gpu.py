@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sdxl_ray.records import Batch
 from sdxl_ray.sdxl.adapters import adapter_state_dict, attach_adapter
 from sdxl_ray.sdxl.architecture import UNET_CONFIG, build_unet
-from sdxl_ray.sdxl.tiny import _unet_config
+from sdxl_ray.sdxl.tiny import unet_config
 from sdxl_ray.train import loop
 from sdxl_ray.train.synthetic import (
     Recorder,
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda sees no device on this machine"),
 ]
 
-TINY = _unet_config()
+TINY = unet_config()
 # SDXL's levels at a quarter of their width: about 170 million parameters, 0.3 GiB
 MID_SIZE = UNET_CONFIG | {"block_out_channels": (96, 160, 320), "attention_head_dim": [2, 5, 10]}
 RESOLUTION_HW = (128, 128)

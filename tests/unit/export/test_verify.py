@@ -12,7 +12,8 @@ import sdxl_ray.export.verify as verify
 from sdxl_ray.errors import ExportError
 from sdxl_ray.export.formats import AdapterSpec, write_diffusers, write_kohya
 from sdxl_ray.export.verify import export_adapter, make_probe, probe_output, verify_file
-from sdxl_ray.sdxl.adapters import TARGETS, attach_adapter, detach_adapter, load_adapter_state_dict
+from sdxl_ray.sdxl.adapters import attach_adapter, detach_adapter, load_adapter_state_dict
+from sdxl_ray.sdxl.targets import TARGETS
 
 # every layer with a weight matrix, convolutions and embeddings included
 EVERYTHING = (

@@ -9,9 +9,9 @@ from sdxl_ray.diffusion.schedule import NoiseSchedule
 from sdxl_ray.sdxl import architecture
 from sdxl_ray.sdxl.adapters import adapter_parameters, attach_adapter, detach_adapter
 from sdxl_ray.sdxl.architecture import build_unet
-from sdxl_ray.sdxl.tiny import _unet_config
+from sdxl_ray.sdxl.tiny import unet_config
 
-TINY = _unet_config()
+TINY = unet_config()
 
 
 def num_parameters(module) -> int:
