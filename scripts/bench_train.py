@@ -235,7 +235,7 @@ def run_sdxl_ray(
     plan = synthetic_plan(num_steps=num_steps, batch_size=row.batch, resolution_hw=resolution_hw, log_every=num_steps)
     report = Recorder()
     batches = timer.watched(ready_batches(unet, row, device))
-    loop.run(state, plan, batches, synthetic_objective(), report)
+    loop.run(state, plan, batches, synthetic_objective(device), report)
     timer.mark()
     return report.history[-1][1]["train/loss"]
 
@@ -258,7 +258,7 @@ def run_diffusers(
     unet.train()
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2, eps=1e-8)
-    objective, loss_value = synthetic_objective(), float("nan")
+    objective, loss_value = synthetic_objective(device), float("nan")
 
     def denoise(
         latents: torch.Tensor, timesteps: torch.Tensor, prompts: torch.Tensor, pooled: torch.Tensor, ids: torch.Tensor

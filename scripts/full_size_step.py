@@ -82,7 +82,7 @@ def main() -> int:
     batches = synthetic_batches(unet.config, plan, resolution_hw=resolution_hw)
     report = StepPrinter()
     try:
-        loop.run(state, plan, batches, synthetic_objective(), report)
+        loop.run(state, plan, batches, synthetic_objective(state.device), report)
         result["finite"] = True
     except TrainingError as error:  # the loop looks at loss and gradient norm at every step
         print(f"not finite: {error}")

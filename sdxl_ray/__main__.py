@@ -9,9 +9,10 @@ import traceback
 def main() -> None:
     """0 done, 1 the run failed, 2 your input, 130 interrupted. Known errors print message and cure, no traceback."""
     from sdxl_ray.cli import app
-    from sdxl_ray.connection import filter_ray_noise
+    from sdxl_ray.connection import filter_ray_noise, set_environment
     from sdxl_ray.errors import SdxlRayError
 
+    set_environment()
     show_traceback = "--traceback" in sys.argv
     if show_traceback:
         sys.argv.remove("--traceback")

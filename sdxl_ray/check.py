@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from sdxl_ray.cache.planning import CachePlan, plan_cache
 from sdxl_ray.records import parse_bucket_key
-from sdxl_ray.sdxl.components import read_part_config, resolve_model
+from sdxl_ray.sdxl.components import objective_warning, read_part_config, resolve_model
 from sdxl_ray.sdxl.fingerprint import unet_weight_shapes
 from sdxl_ray.sdxl.targets import count_adapter_parameters
-from sdxl_ray.train.plan import DataOrder, run_length, split_holdout
+from sdxl_ray.train.plan import DataOrder, Every, run_length, split_holdout
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config
@@ -25,7 +25,13 @@ ACTIVATIONS_GIB = {
     "attention": {"none": 5.22, "transformer": 1.1, "full": 0.8},
     "all-linear": {"none": 6.29, "transformer": 1.2, "full": 0.9},
 }
+# What drawing a validation image takes at least in GiB, counted likewise: the VAE's weights and its live tensors for a
+# tile of 512² in fp32; a 1024² image is decoded at once, with 3.0, where there is room. The U-Net's guided pair, 0.3,
+# is over by then.
+_VAE_GIB = 0.31
+_TILE_GIB = 0.8
 _TRUE_UNET_PARAMETERS = 2_500_000_000  # at least: anything smaller is not the architecture of the table above
+_MUCH_EVALUATION = 0.1  # of the forward passes
 _CONTEXT_GIB = 1.0  # CUDA context, cuDNN and cuBLAS workspaces
 
 
@@ -38,6 +44,7 @@ class Explanation:
     global_batch_size: int = 0
     num_steps: int = 0
     num_epochs: float = 0.0
+    eval_share: float = 0.0  # of the run's forward passes
     num_adapter_parameters: int = 0
     memory_gib: float | None = None
     disk_gib: float = 0.0
@@ -87,7 +94,8 @@ def _explain_images(config: Config, plan: CachePlan, found: Explanation) -> None
 
 
 def _explain_steps(config: Config, plan: CachePlan, found: Explanation) -> None:
-    train_rows, held_out = split_holdout([sample.image_hash for sample in plan.samples], config.eval.holdout)
+    hashes = [sample.image_hash for sample in plan.samples]
+    train_rows, held_out = split_holdout(hashes, config.eval.holdout, config.eval.max_images)
     train = [plan.samples[row] for row in train_rows]
     order = DataOrder(
         [sample.bucket for sample in train],
@@ -119,13 +127,24 @@ def _explain_steps(config: Config, plan: CachePlan, found: Explanation) -> None:
     )
     if smaller and len(train) < 10 * config.train.micro_batch_size * max(1, len(found.buckets)):
         found.warnings.append(f"{smaller} buckets end an epoch with a smaller micro-batch; its images count the same")
+    every = Every(config.eval.every.in_steps(order.micro_batches_per_epoch / per_step), last=found.num_steps)
+    num_evaluations = 1 + sum(every.due(step) for step in range(1, found.num_steps + 1))  # also before the first step
+    evaluated = num_evaluations * len(held_out) * config.eval.num_timesteps
+    trained = found.num_epochs * order.samples_per_epoch
+    found.eval_share = evaluated / (evaluated + trained)
+    if found.eval_share > _MUCH_EVALUATION:
+        found.warnings.append(
+            f"evaluation is {found.eval_share:.0%} of the run's forward passes: {num_evaluations} times "
+            f"{len(held_out)} images at {config.eval.num_timesteps} noise levels. "
+            "Raise eval.every, or lower eval.max_images or eval.num_timesteps."
+        )
     if not held_out and config.eval.holdout > 0:
         found.warnings.append("too few different images to hold one out; there is no eval loss")
 
 
 def _explain_model(config: Config, model: str, found: Explanation) -> None:
     revision = config.model.revision or None
-    shapes = unet_weight_shapes(model, revision=revision)
+    shapes = unet_weight_shapes(model, revision=revision, variant=config.model.variant or None)
     num_parameters = sum(math.prod(shape) for shape in shapes.values())
     modules, found.num_adapter_parameters = count_adapter_parameters(
         shapes, config.adapter.rank, config.adapter.targets
@@ -134,30 +153,33 @@ def _explain_model(config: Config, model: str, found: Explanation) -> None:
         f"adapter     {config.adapter.kind} rank {config.adapter.rank} on {modules} layers: "
         f"{found.num_adapter_parameters / 1e6:.2f} M parameters beside {num_parameters / 1e6:,.0f} M frozen ones"
     )
-    prediction = read_part_config(model, "scheduler", revision=revision).get("prediction_type", "epsilon")
-    if prediction != config.loss.objective:
-        found.warnings.append(
-            f'loss.objective = "{config.loss.objective}", but the scheduler of model.path says "{prediction}"'
-        )
+    warning = objective_warning(config.loss.objective, read_part_config(model, "scheduler", revision=revision))
+    if warning:
+        found.warnings.append(warning)
     if num_parameters < _TRUE_UNET_PARAMETERS:
         found.lines.append("memory      a small model: not estimated")
         return
     found.memory_gib = estimate_memory_gib(config, num_parameters, found.num_adapter_parameters)
     found.lines.append(
-        f"memory      about {found.memory_gib:.1f} GiB per worker at {config.dataset.resolution} px with "
+        f"memory      estimated at {found.memory_gib:.1f} GiB per worker at {config.dataset.resolution} px with "
         f"micro_batch_size {config.train.micro_batch_size}, "
         f'gradient_checkpointing "{config.train.gradient_checkpointing}"'
     )
 
 
 def estimate_memory_gib(config: Config, num_parameters: int, num_adapter_parameters: int) -> float:
-    """Weights, activations, adapter with optimizer, workspace. The figures behind it: docs/numerics.md."""
+    """Weights, adapter with optimizer, workspace, and the larger of a step's activations and a validation image's.
+
+    An estimate, not a measurement: live tensors counted on the true architecture. docs/numerics.md says how.
+    """
     weight_bytes = {"bf16": 2, "fp32": 4}[config.model.dtype]
     images = config.train.micro_batch_size * (config.dataset.resolution / 1024) ** 2
     activations = ACTIVATIONS_GIB[config.adapter.targets][config.train.gradient_checkpointing] * weight_bytes / 2
     # masters, gradients and two moments in fp32, and the copy and gradient in the U-Net's precision
     adapter = num_adapter_parameters * (16 + 2 * weight_bytes) / GIB
-    return num_parameters * weight_bytes / GIB + activations * images + adapter + _CONTEXT_GIB
+    step = activations * images
+    drawing = _VAE_GIB + _TILE_GIB if config.validation.prompts else 0.0
+    return num_parameters * weight_bytes / GIB + max(step, drawing) + adapter + _CONTEXT_GIB
 
 
 def _explain_disk(config: Config, plan: CachePlan, model: str, found: Explanation) -> None:

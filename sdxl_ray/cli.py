@@ -48,7 +48,10 @@ def init(
         raise ConfigError(f'--preset "{preset}": expected one of {", ".join(PRESETS)}')
     if path.exists():
         raise ConfigError(f"{path} exists already; choose another name or remove it.")
-    path.write_text(render_template(file_name=str(path), preset=preset), encoding="utf-8")
+    try:
+        path.write_text(render_template(file_name=str(path), preset=preset), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
     typer.echo(f"{path} written. Set dataset.path in it, then: sdxl-ray check {path}")
 
 

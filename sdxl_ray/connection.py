@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -39,8 +40,7 @@ def connect(address: str | None = None) -> None:
     Raises:
         ClusterError: nothing answers at the address, or Ray does not start.
     """
-    for name, value in DEFAULT_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     import ray
 
     if ray.is_initialized():
@@ -74,6 +74,24 @@ def connect(address: str | None = None) -> None:
             f"no Ray at {target}: {next(iter(str(error).splitlines()), type(error).__name__)}\n"
             "Check the address with `ray status --address HOST:6379`, or leave it out to use this machine alone."
         ) from error
+
+
+def set_environment() -> None:
+    """`DEFAULT_ENVIRONMENT` where the user has not decided; some of it is read when Ray is imported."""
+    for name, value in DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def wants_gpu(accelerator: str) -> bool:
+    """Whether workers ask for GPUs: `cluster.accelerator`, where "auto" is yes if the connected cluster has any."""
+    import ray
+
+    return accelerator == "gpu" or (accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def worker_resources(accelerator: str, cpus_per_worker: float) -> dict[str, float]:
+    """What one training worker reserves."""
+    return {"CPU": cpus_per_worker, **({"GPU": 1.0} if wants_gpu(accelerator) else {})}
 
 
 def in_ray_job() -> bool:
@@ -142,10 +160,14 @@ def filter_ray_noise() -> None:
     os.close(write_end)
 
     def copy() -> None:
-        with os.fdopen(read_end, "rb") as lines:
+        pending = b""
+        while chunk := os.read(read_end, 65536):
+            # download bars end their lines with a carriage return
+            *lines, pending = re.split(rb"(?<=[\r\n])", pending + chunk)
             for line in lines:
                 if not any(noise in line for noise in _KNOWN_NOISE):
                     os.write(original, line)
+        os.write(original, pending)
 
     thread = threading.Thread(target=copy, daemon=True)
     thread.start()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_ray.config.load import load_config
 from sdxl_ray.errors import InputError, ModelError, storage_errors
+from sdxl_ray.run_folder import ADAPTER_FILE, CONFIG_FILE, EXPORT_FOLDER, find_checkpoint, is_in_checkpoints
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,15 +41,16 @@ def find_source(path: str | Path, *, step: int | None = None, model: str = "") -
         model: base model; needed for a LoRA file that was not trained on SDXL base.
 
     Raises:
-        InputError: it is none of them, or the run has nothing to draw with.
+        InputError: it is none of them.
+        CheckpointError: the run has no such checkpoint, or it is not complete.
     """
     path = Path(path).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
         return Source(model=model or DEFAULT_MODEL, lora_file=path)
-    run_folder = path.parent.parent if path.name.startswith("step_") else path
-    if not (run_folder / "config.toml").exists():
+    run_folder = path.parent.parent if is_in_checkpoints(path) else path
+    if not (run_folder / CONFIG_FILE).exists():
         raise InputError(f"{path}: expected a run's folder (with config.toml), one of its checkpoints, or a LoRA file.")
-    config = load_config(run_folder / "config.toml")
+    config = load_config(run_folder / CONFIG_FILE)
     common: dict[str, Any] = {
         "model": model or config.model.path,
         "revision": config.model.revision,
@@ -56,12 +59,10 @@ def find_source(path: str | Path, *, step: int | None = None, model: str = "") -
         "prediction_type": config.loss.objective,
         "height_width": (config.validation.height, config.validation.width),
     }
-    exported = run_folder / "export" / f"{config.run.name}.safetensors"
+    exported = run_folder / EXPORT_FOLDER / f"{config.run.name}.safetensors"
     if path == run_folder and step is None and exported.exists():
         return Source(**common, lora_file=exported)
-    checkpoint = path if path != run_folder else _checkpoint(run_folder, step)
-    if not (checkpoint / "adapter.safetensors").exists():
-        raise InputError(f"{checkpoint}: no adapter.safetensors, expected a checkpoint of sdxl-ray.")
+    _, checkpoint = find_checkpoint(path, step)
     adapter = {**config.adapter.model_dump(), "alpha": config.adapter.scaling_alpha}
     return Source(**common, checkpoint=checkpoint, adapter=adapter)
 
@@ -90,10 +91,10 @@ def generate_images(
 
     Raises:
         InputError: nothing to draw with, or no prompt.
+        CheckpointError: no such checkpoint.
     """
     if not prompts:
         raise InputError('no prompt given: -p "a photo of ..."')
-    from sdxl_ray.sdxl.adapters import adapter_disabled
     from sdxl_ray.sdxl.sampling import file_stem, side_by_side
 
     found = source if isinstance(source, Source) else find_source(source, step=step, model=model)
@@ -105,7 +106,7 @@ def generate_images(
     paths = [out / f"{number:02d}_{file_stem(prompt)}.png" for number, prompt in enumerate(prompts)]
     to_save = dict(zip(paths, images, strict=True))
     if compare:
-        with adapter_disabled(drawing.unet):
+        with drawing.base_model():
             base = drawing.draw(*arguments)
         rows = [list(pair) for pair in zip(base, images, strict=True)]
         to_save[out / "comparison.png"] = side_by_side(rows, ["base model", "with the LoRA"], list(prompts))
@@ -179,6 +180,18 @@ class _Drawing:
             prediction_type=self.source.prediction_type,
         )
 
+    @contextlib.contextmanager
+    def base_model(self) -> Iterator[None]:
+        """Without the LoRA inside, also in the text encoders: LoRAs of other trainers often have a part there."""
+        from sdxl_ray.sdxl.adapters import adapter_disabled
+
+        with (
+            adapter_disabled(self.unet),
+            adapter_disabled(self.encoders.text_encoder),
+            adapter_disabled(self.encoders.text_encoder_2),
+        ):
+            yield
+
     def _load_file(self, path: Path, scale: float) -> None:
         """Through the same call that diffusers' users make; it also reads a LoRA's text encoder part."""
         from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
@@ -206,13 +219,4 @@ class _Drawing:
         from sdxl_ray.sdxl.adapters import attach_adapter, load_adapter_state_dict
 
         attach_adapter(self.unet, **{**adapter, "alpha": adapter["alpha"] * scale})
-        load_adapter_state_dict(self.unet, load_file(checkpoint / "adapter.safetensors"))
-
-
-def _checkpoint(run_folder: Path, step: int | None) -> Path:
-    found = sorted((run_folder / "checkpoints").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-    wanted = [path for path in found if step is None or path.name == f"step_{step:06d}"]
-    if not wanted:
-        have = ", ".join(path.name for path in found) or "none"
-        raise InputError(f"{run_folder}: no checkpoint{f' of step {step}' if step is not None else ''}. Found: {have}.")
-    return wanted[-1]
+        load_adapter_state_dict(self.unet, load_file(checkpoint / ADAPTER_FILE))

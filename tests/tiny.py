@@ -144,7 +144,7 @@ def make_training(config: Any, index_path: Path, *, workers: Any = None, checkpo
     from sdxl_ray.train.setup import build_training, load_data
     from sdxl_ray.train.state import Workers
 
-    data = load_data(index_path, cache=config.cache.path, holdout=config.eval.holdout)
+    data = load_data(config, index_path)
     return build_training(config, data, workers=workers or Workers(), device=torch.device("cpu"), checkpoint=checkpoint)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -42,6 +43,11 @@ def make_buckets(resolution: int, step: int) -> tuple[tuple[int, int], ...]:
 
 def nearest_bucket(original_hw: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The bucket nearest in log aspect, so that 2:1 and 1:2 are equally far from 1:1. Ties go to the larger area."""
+    return _nearest_bucket(original_hw, tuple(buckets))
+
+
+@functools.lru_cache(maxsize=65536)  # a million images have few sizes
+def _nearest_bucket(original_hw: tuple[int, int], buckets: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     aspect = math.log(original_hw[0] / original_hw[1])
     return min(buckets, key=lambda hw: (round(abs(math.log(hw[0] / hw[1]) - aspect), 9), -hw[0] * hw[1], hw))
 

@@ -22,13 +22,11 @@ def load_pixels(record: ImageRecord) -> np.ndarray:
 
     Raises:
         UnreadableImage: the file cannot be decoded, or is not the one that was scanned.
+        OSError: this machine cannot read the file, which says nothing about the image.
     """
     if record.resized_hw is None or record.bucket_hw is None or record.crop_top_left is None:
         raise ValueError(f"{record.path} has no bucket yet")
-    try:
-        content = Path(record.path).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"cannot be read: {error.strerror or error}") from None
+    content = Path(record.path).read_bytes()
     if hashlib.sha256(content).hexdigest() != record.image_hash:
         raise UnreadableImage("changed while it was being cached; run `sdxl-ray cache` again")
     with warnings.catch_warnings():

@@ -113,12 +113,12 @@ def plan_cache(
     prompts: Iterable[str] = (),
     scan: Callable[..., list[ScannedFile]] = scan_images,
 ) -> CachePlan:
-    """Find out what has to be encoded. Reads headers of new files only.
+    """Find out what has to be encoded. Reads new files only.
 
     Args:
         model_path: a local folder or a Hub id (`resolve_model` of model.path).
         prompts: texts to encode besides the captions: validation prompts.
-        scan: how new files are scanned; the pipeline passes one that runs on Ray for large folders.
+        scan: how new files are scanned; the pipeline passes one that shows progress, and uses Ray for large folders.
 
     Raises:
         DatasetError: no images, too many unreadable ones, ambiguous or missing captions.

@@ -1,7 +1,7 @@
 """Find the images: a content hash, the size as a person sees it, or the reason why not.
 
-Only headers are parsed; pixels are decoded once, later, in images.py. What was found is remembered by (path, size,
-modification time), so that a second run over unchanged files only lists the folder.
+A new file is read whole, for its hash, and its header is parsed; pixels are decoded once, later, in images.py. What was
+found is remembered by (path, size, modification time), so that a second run over unchanged files only lists the folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from sdxl_ray.errors import DatasetError, storage_errors
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jfif"})
+SHOW_PROGRESS_FROM = 300  # new files: fewer take no time worth showing
 _EXIF_ORIENTATION = 0x0112
 _ROTATED_BY_A_QUARTER = (5, 6, 7, 8)
 
@@ -175,11 +176,19 @@ def scan_images(
     memo: Mapping[tuple[str, int, int], ScannedFile],
     max_pixels: int,
     num_threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ScannedFile]:
-    """Every file, in the order given; those in `memo` are not opened. In threads: reading and hashing free the GIL."""
+    """Every file, in the order given; those in `memo` are not opened. In threads: reading and hashing free the GIL.
+
+    `progress` is called with (done, total) of the new files now and then; not at all where they are few.
+    """
     unknown = [file for file in files if file not in memo]
+    scanned = {}
     with ThreadPoolExecutor(num_threads or min(32, 4 * (os.cpu_count() or 1))) as threads:
-        scanned = {file.identity: file for file in threads.map(lambda file: scan_file(file, max_pixels), unknown)}
+        for done, file in enumerate(threads.map(lambda file: scan_file(file, max_pixels), unknown), start=1):
+            scanned[file.identity] = file
+            if len(unknown) >= SHOW_PROGRESS_FROM and (done % 100 == 0 or done == len(unknown)):
+                progress(done, len(unknown))
     return [memo.get(file) or scanned[file] for file in files]
 
 

@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,9 @@ class ShardStore:
     def remove_stale_temporaries(self) -> int:
         """Delete what killed jobs left behind a day ago or earlier; younger ones may still be being written."""
         removed = 0
-        for path in self.cache.glob("**/.tmp-*"):
+        # Only where we write: a search through everything below a large shared folder takes minutes.
+        written_to = ("", "latents/*/", "text/", "datasets/*/")
+        for path in (path for folder in written_to for path in self.cache.glob(f"{folder}.tmp-*")):
             with contextlib.suppress(FileNotFoundError):  # another job was faster
                 if time.time() - path.stat().st_mtime > _STALE_TEMPORARY_S:
                     path.unlink()
@@ -165,11 +168,15 @@ class ShardStore:
 
 
 class ShardReader:
-    """Rows of memory-mapped shards, checked against their CRC. Safe to share between prefetch threads."""
+    """Rows of memory-mapped shards, checked against their CRC. Safe to share between prefetch threads.
 
-    def __init__(self, cache: str | Path) -> None:
+    The shards read last stay open, at most `max_open`: Linux allows a process 65,530 memory maps.
+    """
+
+    def __init__(self, cache: str | Path, *, max_open: int = 4096) -> None:
         self.cache = Path(cache)
-        self._open: dict[str, tuple[Any, list[int]]] = {}
+        self.max_open = max_open
+        self._open: OrderedDict[str, tuple[Any, list[int]]] = OrderedDict()  # the one read last comes last
         self._lock = threading.Lock()
 
     def read(self, location: Location) -> dict[str, torch.Tensor]:
@@ -202,6 +209,9 @@ class ShardReader:
                         f"{path}: cannot be read ({error}). Run `sdxl-ray cache`: only what is missing is encoded."
                     ) from None
                 self._open[shard] = (file, checksums)
+                if len(self._open) > self.max_open:
+                    self._open.popitem(last=False)  # unmapped once no thread reads from it any more
+            self._open.move_to_end(shard)
             return self._open[shard]
 
 

@@ -101,8 +101,12 @@ class CacheSection(Section):
         "cache", "Where the encoded tensors are kept: a folder that all machines see.", unit="path", min_length=1
     )
     vae_dtype: Literal["bf16", "fp32"] = setting("bf16", "Precision of the VAE. fp16 is not offered: SDXL's overflows.")
-    num_encoders: int = setting(1, "Encoders working side by side.", unit="Ray actors", ge=1)
-    gpus_per_encoder: float = setting(1.0, "Fractions share a GPU. Ignored where there is none.", unit="GPUs", gt=0)
+    num_encoders: int = setting(
+        0, "Encoders working side by side. 0: one per GPU; without GPUs, one.", unit="Ray actors", ge=0
+    )
+    gpus_per_encoder: float = setting(
+        1.0, "Fractions share a GPU. Ignored where there is none.", unit="GPUs", gt=0, le=1
+    )
     batch_size: int = setting(8, "Images or captions encoded at once.", ge=1)
 
 
@@ -179,6 +183,11 @@ class EvalSection(Section):
 
     holdout: float = setting(
         0.05, "Share of the images kept out of training, chosen by content. 0: no evaluation.", ge=0, lt=1
+    )
+    max_images: int = setting(
+        64,
+        "At most this many different images are held out, however large the share; the others are trained on.",
+        ge=1,
     )
     every: DurationField = setting(Duration(200, "steps"), "Period of the evaluation.")
     num_timesteps: int = setting(4, "Noise levels per image, spread evenly over 0-999.", ge=1, le=100)

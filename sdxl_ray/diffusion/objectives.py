@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from sdxl_ray.diffusion.schedule import NoiseSchedule
-from sdxl_ray.diffusion.weighting import Weighting, constant
+from sdxl_ray.diffusion.weighting import Weighting
 
 
 class Objective(Protocol):
@@ -32,7 +32,7 @@ class Epsilon:
     """Predict the noise: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, target eps. DDPM, arXiv:2006.11239 eq. 4 and 14."""
 
     schedule: NoiseSchedule
-    weighting: Weighting = constant
+    weighting: Weighting | None = None  # None: every noise level counts the same
 
     def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         signal_scale, noise_scale = self.schedule.signal_and_noise(timesteps, latents)
@@ -42,6 +42,8 @@ class Epsilon:
         return noise
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        if self.weighting is None:
+            return torch.ones(timesteps.shape, dtype=torch.float32, device=timesteps.device)
         return self.weighting(self.schedule.snr(timesteps))
 
 

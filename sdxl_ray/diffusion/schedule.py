@@ -13,7 +13,10 @@ from sdxl_ray.errors import ModelError
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """alphas_cumprod: (T,) float32, from nearly 1 (clean) at t = 0 to nearly 0 (noise) at t = T - 1."""
+    """alphas_cumprod: (T,) float32, from nearly 1 (clean) at t = 0 to nearly 0 (noise) at t = T - 1.
+
+    It lies where the timesteps are, brought there once by `to`: a copy at every lookup would hold up the host.
+    """
 
     alphas_cumprod: torch.Tensor
 
@@ -37,19 +40,23 @@ class NoiseSchedule:
             betas = _with_zero_terminal_snr(betas)
         return cls(torch.cumprod(1.0 - betas, dim=0))
 
+    def to(self, device: torch.device | str) -> NoiseSchedule:
+        """The same schedule on another device."""
+        return NoiseSchedule(self.alphas_cumprod.to(device))
+
     @property
     def num_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
     def signal_and_noise(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), float32, shaped to multiply `like` (B, ...)."""
-        alphas_cumprod = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        alphas_cumprod = self.alphas_cumprod[timesteps]
         shape = (-1, *([1] * (like.ndim - 1)))
         return (alphas_cumprod**0.5).view(shape), ((1 - alphas_cumprod) ** 0.5).view(shape)
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio abar_t / (1 - abar_t) of each timestep, (B,) float32."""
-        alphas_cumprod = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        alphas_cumprod = self.alphas_cumprod[timesteps]
         return alphas_cumprod / (1 - alphas_cumprod)
 
 

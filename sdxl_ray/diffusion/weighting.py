@@ -9,11 +9,6 @@ import torch
 Weighting = Callable[[torch.Tensor], torch.Tensor]  # snr (B,) -> weight (B,)
 
 
-def constant(snr: torch.Tensor) -> torch.Tensor:
-    """Every noise level counts the same."""
-    return torch.ones_like(snr)
-
-
 def min_snr(gamma: float, objective: str) -> Weighting:
     """Min-SNR-gamma (arXiv:2303.09556, section 3.4) as a weight on the objective's own squared error.
 

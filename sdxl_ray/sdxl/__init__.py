@@ -2,9 +2,11 @@
 
 components      load U-Net, VAE and text encoders from a folder or the Hub                  <- start here
 fingerprint     what a part is, as a hash and as shapes, without torch      (reached through components)
+digests         sha256 of model files, each read once per machine            (reached through fingerprint)
 files, hub      which files make up a part; fetch them from the Hub          (reached through components)
 text            captions -> prompt_embeds and pooled_prompt_embeds
 vae             pixels <-> latents, as a posterior (mean and standard deviation)
+tiling          decoding a large image in parts
 conditioning    time ids, caption dropout, and the one place that calls the U-Net
 adapters        the trained delta: attach, save, load, switch off, remove          (the only user of peft here)
 targets         which layers get an adapter, without torch

@@ -9,15 +9,17 @@ a `.bin` is a pickle and can run code when it is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_ray.errors import ModelError
 from sdxl_ray.sdxl import hub
-from sdxl_ray.sdxl.files import PARTS, WEIGHT_STEMS, missing_files, pickled_weights, variant_to_load
+from sdxl_ray.sdxl.files import PARTS, WEIGHT_STEMS, missing_files, pickled_weights, variant_to_load, weight_files
 from sdxl_ray.sdxl.fingerprint import fingerprint, text_fingerprint, unet_weight_shapes, vae_fingerprint
 from sdxl_ray.sdxl.quiet import quiet_libraries
 from sdxl_ray.sdxl.tiny import builtin_model
@@ -34,12 +36,18 @@ __all__ = [
     "load_text_encoders",
     "load_unet",
     "load_vae",
+    "objective_warning",
     "read_part_config",
     "resolve_model",
     "text_fingerprint",
+    "unet_identity",
     "unet_weight_shapes",
     "vae_fingerprint",
 ]
+
+
+# 64 samples of 4 KiB: training changes a weight everywhere, so two finetunes differ in the first of them already
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +215,60 @@ def read_part_config(model: str, part: str, *, revision: str | None = None) -> d
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}). Copy it again from the model's source.") from error
+
+
+def objective_warning(objective: str, scheduler_config: Mapping[str, Any]) -> str:
+    """One line where `loss.objective` is not what the model's scheduler says it predicts; empty where it is.
+
+    No error, since the config of a finetune is often a copy of SDXL base's.
+    """
+    prediction = scheduler_config.get("prediction_type", "epsilon")
+    if prediction == objective:
+        return ""
+    return (
+        f'loss.objective = "{objective}", but the scheduler of model.path says "{prediction}". '
+        f'Set loss.objective = "{prediction}", unless you know that its config is wrong.'
+    )
+
+
+def unet_identity(model: str, *, revision: str | None = None, variant: str | None = None) -> str:
+    """Which U-Net this is, in milliseconds: what a resumed run has to have in common with the run it continues.
+
+    A folder is known by the U-Net's config and, of each weight file, its size and samples of its bytes: moved or
+    renamed it stays the same, and another finetune of the same shape does not. (`fingerprint` reads all of the 5 to 10
+    GB.) A model on the Hub is known by its commit where the local cache knows it, else by the revision's name.
+
+    Raises:
+        ModelError: the part is missing.
+    """
+    if not hub.is_local(model):
+        return f"{model}@{_cached_commit(model, revision or 'main')}" + (f" {variant}" if variant else "")
+    folder, stem = hub.part_folder(model, "unet", variant=variant), WEIGHT_STEMS["unet"]
+    config = {key: value for key, value in read_part_config(model, "unet").items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in weight_files(folder, stem, variant_to_load(folder, stem, variant)):
+        try:
+            size = path.stat().st_size
+            digest.update(str(size).encode())
+            with path.open("rb") as file:
+                for number in range(_NUM_SAMPLES):
+                    file.seek(number * size // _NUM_SAMPLES)
+                    digest.update(file.read(_SAMPLE_BYTES))
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error}). Copy it again from the model's source.") from error
+    return digest.hexdigest()[:16]
+
+
+def _cached_commit(model: str, revision: str) -> str:
+    """The commit that a branch or tag was when it was last fetched; the name itself where nothing was. No network."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    reference = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model") / "refs" / revision
+    try:
+        return reference.read_text(encoding="utf-8").strip()
+    except OSError:
+        return revision
 
 
 def _load(

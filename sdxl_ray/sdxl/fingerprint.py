@@ -1,18 +1,19 @@
 """What a part of the model is, as a short hash and as shapes: from its files, without torch.
 
 A cached latent belongs to one VAE, a cached embedding to one pair of text encoders; the hash says which. It depends on
-the bytes, not on the path or the Hub id, so a moved or renamed model keeps its cache.
+the bytes, not on the path or the Hub id, so a moved or renamed model keeps its cache; of a model on the Hub, only the
+configs and vocabularies are fetched to know it.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_ray.sdxl import hub
+from sdxl_ray.sdxl.digests import file_sha256
 from sdxl_ray.sdxl.files import PARTS, TOKENIZER_FILES, WEIGHT_STEMS, header_shapes, variant_to_load, weight_files
 
 if TYPE_CHECKING:
@@ -29,26 +30,40 @@ def fingerprint(model: str, part: str, *, revision: str | None = None, variant: 
     Raises:
         ModelError: the part is missing, or the Hub does not give it.
     """
-    folder = hub.part_folder(model, part, revision, variant=variant)
-    digest = hashlib.sha256()
+    if hub.is_local(model) or part not in WEIGHT_STEMS:
+        folder = hub.part_folder(model, part, revision, variant=variant)
+        digests = _local_digests(folder, part, variant)
+    else:
+        folder = hub.part_folder(model, part, revision, config_only=True)
+        digests = _hub_digests(model, folder, part, revision, variant)
     config = json.loads((folder / PARTS[part]).read_text(encoding="utf-8"))
+    digest = hashlib.sha256()
     digest.update(json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True).encode())
+    for sha256 in digests:
+        digest.update(bytes.fromhex(sha256))
+    return digest.hexdigest()[:_LENGTH]
+
+
+def _local_digests(folder: Path, part: str, variant: str | None) -> list[str]:
     if part in WEIGHT_STEMS:
         stem = WEIGHT_STEMS[part]
         files = weight_files(folder, stem, variant_to_load(folder, stem, variant))
     else:
         files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    for file in files:
-        status = file.stat()
-        digest.update(_file_digest(str(file), status.st_size, status.st_mtime_ns))
-    return digest.hexdigest()[:_LENGTH]
+    return [file_sha256(file) for file in files]
 
 
-@functools.lru_cache(maxsize=256)
-def _file_digest(path: str, size: int, mtime_ns: int) -> bytes:
-    """sha256 of a file, read once per process: size and time in the key, so that a changed file is read again."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def _hub_digests(model: str, folder: Path, part: str, revision: str | None, variant: str | None) -> list[str]:
+    """The same without fetching gigabytes only to hash them: the Hub knows, and so do the names in its local cache."""
+    files = weight_files(folder, WEIGHT_STEMS[part], variant)
+    known = {file.name: file_sha256(file) for file in files if file.is_file()}
+    elsewhere = [f"{part}/{file.name}" for file in files if file.name not in known]
+    if elsewhere:
+        told = hub.remote_sha256(model, revision, elsewhere)
+        known.update({name.rpartition("/")[2]: sha256 for name, sha256 in told.items()})
+    if all(file.name in known for file in files):
+        return [known[file.name] for file in files]
+    return _local_digests(hub.part_folder(model, part, revision, variant=variant), part, variant)
 
 
 def text_fingerprint(model: str, *, revision: str | None = None, variant: str | None = None) -> str:
@@ -74,7 +89,9 @@ def vae_fingerprint(
     return hashlib.sha256(f"{part},{str(dtype).removeprefix('torch.')}".encode()).hexdigest()[:_LENGTH]
 
 
-def unet_weight_shapes(model: str, *, revision: str | None = None) -> dict[str, tuple[int, ...]]:
+def unet_weight_shapes(
+    model: str, *, revision: str | None = None, variant: str | None = None
+) -> dict[str, tuple[int, ...]]:
     """Name and shape of each U-Net weight, as in its state dict, for estimates. Reads headers only, also on the Hub.
 
     Raises:
@@ -82,12 +99,12 @@ def unet_weight_shapes(model: str, *, revision: str | None = None) -> dict[str, 
     """
     stem = WEIGHT_STEMS["unet"]
     if hub.is_local(model):
-        folder = hub.part_folder(model, "unet")
-        files = weight_files(folder, stem, variant_to_load(folder, stem, None))
+        folder = hub.part_folder(model, "unet", variant=variant)
+        files = weight_files(folder, stem, variant_to_load(folder, stem, variant))
         shapes = [header_shapes(file) for file in files]
     else:
         folder = hub.part_folder(model, "unet", revision, config_only=True)
-        files = weight_files(folder, stem, variant_to_load(folder, stem, None))
+        files = weight_files(folder, stem, variant_to_load(folder, stem, variant))
         shapes = [
             header_shapes(file) if file.is_file() else hub.remote_header_shapes(model, revision, f"unet/{file.name}")
             for file in files

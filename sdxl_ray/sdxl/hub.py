@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,29 @@ def remote_header_shapes(model: str, revision: str | None, file: str) -> dict[st
     except Exception as error:
         raise _explained(error, model, revision) from error
     return {name: tuple(info.shape) for name, info in tensors.items()}
+
+
+def remote_sha256(model: str, revision: str | None, files: Sequence[str]) -> dict[str, str]:
+    """sha256 of large files of a repository, without fetching them; those that the Hub does not tell are left out."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        found = HfApi().get_paths_info(model, list(files), revision=revision)
+    except Exception:  # offline, gated: who fetches the files will be told why
+        return {}
+    return {file.path: file.lfs.sha256 for file in found if isinstance(file, RepoFile) and file.lfs}
+
+
+def cached_sha256(path: Path) -> str | None:
+    """sha256 of a file in the Hub's local cache: a link to a blob that is called by it. None for any other file.
+
+    Source: huggingface.co/docs/huggingface_hub/guides/manage-cache (git hashes, 40 digits, name the small files).
+    """
+    if not path.is_symlink() or not path.is_file():
+        return None
+    blob = path.readlink()
+    return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else None
 
 
 def _explained(error: Exception, model: str, revision: str | None) -> ModelError:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from sdxl_ray.sdxl.tiling import decode_in_tiles
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -54,10 +57,21 @@ def pixels_from_uint8(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """latents (B, 4, h, w), times `scaling_factor`, to uint8 images (B, 8h, 8w, 3) on the VAE's device."""
+    """latents (B, 4, h, w), times `scaling_factor`, to uint8 images (B, 8h, 8w, 3) on the VAE's device.
+
+    Whole; in tiles of 512² where the accelerator has no room for that.
+    """
     shift, scale = _normalisation(vae, vae.device)
-    unscaled = latents.to(vae.device, torch.float32) / scale + shift
-    pixel_values = vae.decode(unscaled.to(vae.dtype)).sample.float()
+    unscaled = (latents.to(vae.device, torch.float32) / scale + shift).to(vae.dtype)
+
+    def decode(part: Tensor) -> Tensor:
+        return vae.decode(part).sample.float()
+
+    pixel_values = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        pixel_values = decode(unscaled)
+    if pixel_values is None:  # after the `with`: the error's traceback holds what filled the memory
+        pixel_values = decode_in_tiles(decode, unscaled)
     return ((pixel_values / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ray.errors import storage_errors
+from sdxl_ray.run_folder import checkpoint_name
 from sdxl_ray.tracking.metrics import read_metrics
-from sdxl_ray.train.checkpoints import checkpoint_name
-
-TRIAL_FILE = "trial.json"
 
 
 @dataclass(frozen=True)
@@ -32,20 +30,21 @@ class Trial:
 
 
 def write_trial(folder: Path, parameters: Mapping[str, Any], *, problem: str = "") -> None:
-    """trial.json in the trial's folder: what it tries, and why it failed if it did."""
+    """A .json beside the trial's folder: what it tries, and why it failed if it did."""
     with storage_errors("writing down a trial", folder, "Free some space, then use --resume."):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"parameters": dict(parameters), "problem": problem}, indent=2)
-        (folder / TRIAL_FILE).write_text(text, encoding="utf-8")
+        folder.with_suffix(".json").write_text(text, encoding="utf-8")
 
 
 def read_trials(folder: Path, *, max_steps: int) -> list[Trial]:
     """Every trial below `folder`, as its files tell it."""
-    return [_read_trial(path.parent, max_steps) for path in sorted(folder.glob(f"*/{TRIAL_FILE}"))]
+    return [_read_trial(path, max_steps) for path in sorted(folder.glob("*.json"))]
 
 
-def _read_trial(folder: Path, max_steps: int) -> Trial:
-    description = json.loads((folder / TRIAL_FILE).read_text(encoding="utf-8"))
+def _read_trial(description_path: Path, max_steps: int) -> Trial:
+    description = json.loads(description_path.read_text(encoding="utf-8"))
+    folder = description_path.with_suffix("")
     path = folder / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() else []
     # a checkpoint is needed to hand back the LoRA; the evaluation before the first step has none

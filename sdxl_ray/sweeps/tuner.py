@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
@@ -26,12 +25,13 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.config.load import dump_config, with_overrides
 from sdxl_ray.config.schema import Config
-from sdxl_ray.connection import check_room, connect, is_local
+from sdxl_ray.connection import check_room, connect, is_local, worker_resources
 from sdxl_ray.errors import CheckpointError, ConfigError, Interrupted, SdxlRayError, TrainingError, storage_errors
 from sdxl_ray.export.verify import ExportedFile
+from sdxl_ray.run_folder import list_checkpoints
 from sdxl_ray.sweeps.ranking import Trial, as_csv, as_table, rank, read_trials, write_trial
 from sdxl_ray.sweeps.search_space import num_samples, to_tune
-from sdxl_ray.train.checkpoints import list_checkpoints
+from sdxl_ray.train.folder import claim_folder, inspect_folder, keep_index
 from sdxl_ray.train.launch import export_lora, fit
 from sdxl_ray.train.setup import build_plan, data_order, load_data
 
@@ -80,7 +80,7 @@ def sweep(
             '  [sweep.parameters]\n  "optimizer.learning_rate" = { loguniform = [1e-5, 1e-3] }'
         )
     folder = Path(config.run.output) / config.run.name
-    _prepare_folder(folder, resume=resume, overwrite=overwrite)
+    _inspect_folder(folder, resume=resume, overwrite=overwrite)
     cache = build_cache(
         config,
         progress=lambda stage, done, total: on_event(
@@ -89,14 +89,12 @@ def sweep(
         connect=lambda: connect(address),
     )
     on_event({"event": "cache", "result": cache})
-    with storage_errors("starting the sweep", folder, "Free some space or choose another run.output."):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(dump_config(config), encoding="utf-8")
-
-    connect(address)
-    check_room(config.train.num_workers * config.sweep.max_concurrent, _resources(config), growing=not is_local())
     max_steps = _max_steps(config, cache.index_path)
-    tuner = _tuner(config, folder, cache.index_path, max_steps, resume=resume)
+    connect(address)
+    resources = worker_resources(config.cluster.accelerator, config.cluster.cpus_per_worker)
+    check_room(config.train.num_workers * config.sweep.max_concurrent, resources, growing=not is_local())
+    claim_folder(folder, config, resume=resume)
+    tuner = _tuner(config, folder, keep_index(folder, cache.index_path), max_steps, resume=resume)
     _TrialLines.listener = staticmethod(on_event)
     with _sigterm_as_sigint():
         results = tuner.fit()
@@ -215,31 +213,25 @@ def _tuner(config: Config, folder: Path, index_path: Path, max_steps: int, *, re
     )
 
 
-def _prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    exists = (folder / "tune").exists()
-    if resume and not exists:
+def _inspect_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and not (folder / "tune").exists():
         raise CheckpointError(f"{folder}: no sweep to resume. Leave out --resume to start it.")
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    elif not resume and folder.exists() and any(folder.iterdir()):
+    if not resume:
+        inspect_folder(folder, resume=False, overwrite=overwrite)
+    if not resume and not overwrite and (folder / "tune").exists():
         raise ConfigError(
-            f"{folder} exists already. --resume continues a sweep, --overwrite deletes it, run.name=... starts another."
+            f"{folder} holds a sweep. --resume continues it, --overwrite deletes it, run.name=... starts another."
         )
 
 
-def _resources(config: Config) -> dict[str, float]:
-    use_gpu = config.cluster.accelerator != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-    return {"CPU": config.cluster.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-
-
 def _max_steps(config: Config, index_path: Path) -> int:
-    data = load_data(index_path, cache=config.cache.path, holdout=config.eval.holdout)
+    data = load_data(config, index_path)
     if not data.held_out:
         raise ConfigError(
             "eval.holdout leaves no image to evaluate on, and sweep.metric needs an eval loss. Add images or raise it."
         )
     order = data_order(config, data)
-    return build_plan(config, order, step=0, position=0, can_evaluate=True, poll_every=1).max_steps
+    return build_plan(config, order, step=0, position=0, can_evaluate=True).max_steps
 
 
 def _write_best_config(config: Config, best: Trial, folder: Path) -> Path:
@@ -255,7 +247,7 @@ def _write_best_config(config: Config, best: Trial, folder: Path) -> Path:
 def _export_best(config: Config, best: Trial, folder: Path) -> tuple[ExportedFile, ...]:
     exported = []
     for file in export_lora(best.folder, step=best.best_step):
-        suffix = file.path.name.removeprefix(f"{best.name}-step_{best.best_step:06d}")
+        suffix = file.path.name.removeprefix(best.name).removeprefix(f"-step_{best.best_step:06d}")
         target = folder / "export" / f"{config.run.name}{suffix}"
         with storage_errors("copying the best LoRA", target, f"Free some space; it is also at {file.path}."):
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -23,24 +23,23 @@ class Console:
         self.rich = RichConsole(highlight=False, soft_wrap=True, emoji=False)  # ":cat:" in a path stays as it is
         self.live = self.rich.is_terminal if live is None else live
         self._logs: list[Path] = [log_file] if log_file else []
+        self._early: list[str] = []  # lines from before a run's folder was its own
         self._progress: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._last_shown: dict[str, float] = {}
 
     def log_to(self, path: Path) -> None:
-        """From here on, lines are also appended to this file."""
+        """Append lines to this file too, those printed so far included."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path not in self._logs:
             self._logs.append(path)
+            early, self._early = self._early, []
+            for text in early:
+                self._log(text)
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
         """A line that stays."""
         self.rich.print(text, style=style, markup=False)
-        self._log(text)
-
-    def error(self, text: str) -> None:
-        """A problem, on standard error."""
-        RichConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(text, style="red", markup=False)
         self._log(text)
 
     def progress(self, stage: str, done: int, total: int) -> None:
@@ -84,6 +83,8 @@ class Console:
             self._progress.remove_task(self._tasks.pop(stage))
 
     def _log(self, text: str) -> None:
+        if not self._logs:
+            self._early.append(text)
         for path in list(self._logs):
             try:
                 with path.open("a", encoding="utf-8") as file:

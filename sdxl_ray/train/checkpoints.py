@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
-import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -18,18 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_ray.errors import CheckpointError, ConfigError, storage_errors
+from sdxl_ray.run_folder import ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, checkpoint_name
 
 if TYPE_CHECKING:
     from sdxl_ray.train.state import TrainState
-
-STATE_FILE = "state.json"
-ADAPTER_FILE = "adapter.safetensors"
-OPTIMIZER_FILE = "optimizer.pt"
-
-
-def checkpoint_name(step: int) -> str:
-    """`step_000500`, so that names sort like steps."""
-    return f"step_{step:06d}"
 
 
 def save_checkpoint(folder: Path, state: TrainState, identity: Mapping[str, Any]) -> Path:
@@ -54,10 +46,10 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Mapping[str, Any]
             # "unexpected pos 576 vs 534", and nothing tells that from another failure.
             optimizer = io.BytesIO()
             torch.save(saved["optimizer"], optimizer)
-            (temporary / ADAPTER_FILE).write_bytes(safetensors.torch.save(saved["adapter"]))
-            (temporary / OPTIMIZER_FILE).write_bytes(optimizer.getbuffer())
             progress = {**saved["progress"], "identity": dict(identity)}
-            (temporary / STATE_FILE).write_text(json.dumps(progress, indent=2), encoding="utf-8")
+            _write(temporary / ADAPTER_FILE, safetensors.torch.save(saved["adapter"]))
+            _write(temporary / OPTIMIZER_FILE, optimizer.getbuffer())
+            _write(temporary / STATE_FILE, json.dumps(progress, indent=2).encode())
             if final.exists():  # the same step again, after a restart from an earlier one
                 final.rename(folder / f".tmp-{uuid.uuid4().hex}")
             temporary.rename(final)
@@ -65,6 +57,14 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Mapping[str, Any]
             for leftover in folder.glob(".tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
     return final
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """On the disk, not only in its cache, before the rename that says so: a power cut must not leave a hollow file."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -103,16 +103,6 @@ def read_progress(path: Path) -> dict[str, Any]:
             f"{path}: no readable {STATE_FILE} ({error}); expected a checkpoint of sdxl-ray."
         ) from None
     return progress
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [
-        path
-        for path in folder.glob("step_*")
-        if re.fullmatch(r"step_\d{6,}", path.name) and (path / STATE_FILE).exists()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], run: Path) -> None:

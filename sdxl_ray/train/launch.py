@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
-import secrets
-import shutil
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +17,20 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-import sdxl_ray
 from sdxl_ray import errors
 from sdxl_ray.cache.pipeline import build_cache
-from sdxl_ray.config.load import dump_config
+from sdxl_ray.config.load import load_config, with_overrides
 from sdxl_ray.config.schema import Config
-from sdxl_ray.connection import check_room, connect, is_local
-from sdxl_ray.errors import CheckpointError, ConfigError, Interrupted, SdxlRayError, TrainingError, storage_errors
+from sdxl_ray.connection import check_room, connect, is_local, worker_resources
+from sdxl_ray.errors import Interrupted, SdxlRayError, TrainingError
 from sdxl_ray.export.verify import ExportedFile
-from sdxl_ray.train.checkpoints import check_resumable, list_checkpoints, read_progress
+from sdxl_ray.run_folder import find_checkpoint, list_checkpoints
+from sdxl_ray.sdxl.devices import best_device
+from sdxl_ray.train.checkpoints import check_resumable, read_progress
+from sdxl_ray.train.finish import export_run
+from sdxl_ray.train.folder import claim_folder, inspect_folder, keep_index, prune_checkpoints
+from sdxl_ray.train.setup import build_training, load_data, run_identity
+from sdxl_ray.train.state import Workers
 from sdxl_ray.train.worker import train_worker
 
 Event = dict[str, Any]
@@ -67,10 +70,7 @@ class RunMonitor:
     def report_fatal(self, kind: str, text: str) -> None:
         self.fatal = self.fatal or (kind, text)
 
-    def fatal_error(self) -> str:
-        return self.fatal[1] if self.fatal else ""
-
-    def fatal_kind(self) -> tuple[str, str] | None:
+    def fatal_error(self) -> tuple[str, str] | None:
         return self.fatal
 
 
@@ -106,8 +106,7 @@ def fit(
         RunError: the run failed; checkpoints are kept.
     """
     run_folder = Path(config.run.output) / config.run.name
-    latest = _prepare_folder(run_folder, resume=resume, overwrite=overwrite)
-    on_folder()
+    latest = inspect_folder(run_folder, resume=resume, overwrite=overwrite)
     if index_path is None:
         cache = build_cache(
             config,
@@ -119,15 +118,15 @@ def fit(
         on_event({"event": "cache", "result": cache})
         index_path = cache.index_path
     if latest is not None:
-        _check_resumable(config, index_path, latest, run_folder)
-    _write_records(config, run_folder)
-
+        data = load_data(config, index_path)
+        check_resumable(read_progress(latest).get("identity", {}), run_identity(config, data), run_folder)
     connect(address)
-    use_gpu = config.cluster.accelerator == "gpu" or (
-        config.cluster.accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0
-    )
-    resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    resources = worker_resources(config.cluster.accelerator, config.cluster.cpus_per_worker)
     check_room(config.train.num_workers, resources, growing=not is_local())
+    claim_folder(run_folder, config, resume=resume)
+    on_folder()
+    index_path = keep_index(run_folder, index_path)
+
     monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # its result comes back in `return_value`
@@ -140,7 +139,7 @@ def fit(
             "export": export,
         },
         scaling_config=ScalingConfig(
-            num_workers=config.train.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=config.train.num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the config of Ray Train's version 1
             name="checkpoints",  # so that a checkpoint lies in runs/<name>/checkpoints/step_000500
@@ -159,7 +158,8 @@ def fit(
         ),
     )
     returned = _run_and_watch(trainer, monitor, on_event)
-    _prune(run_folder, config.checkpoint.keep, keep_best)
+    if not keep_best:
+        prune_checkpoints(run_folder, config.checkpoint.keep)
     if not returned["finished"]:
         raise Interrupted(
             f"stopped at step {returned['step']}; everything is saved in {run_folder}. Continue with --resume."
@@ -172,61 +172,14 @@ def fit(
     )
 
 
-def _prepare_folder(run_folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to continue from, or None for a new run."""
-    found = list_checkpoints(run_folder / "checkpoints")
-    if resume:
-        if not found:
-            raise CheckpointError(
-                f"{run_folder / 'checkpoints'}: no checkpoint to resume from. Leave out --resume to start the run."
-            )
-        return found[-1]
-    if overwrite and run_folder.exists():
-        shutil.rmtree(run_folder)
-    elif found:
-        step = read_progress(found[-1])["step"]
-        raise ConfigError(
-            f"{run_folder} holds a run with a checkpoint of step {step}. --resume continues it, "
-            "--overwrite deletes it, run.name=... starts another."
-        )
-    elif (run_folder / "checkpoints").exists():
-        shutil.rmtree(run_folder / "checkpoints")  # Ray's notes about a run that never saved anything
-    return None
-
-
-def _check_resumable(config: Config, index_path: Path, latest: Path, run_folder: Path) -> None:
-    from sdxl_ray.train.setup import load_data, run_identity
-
-    data = load_data(index_path, cache=config.cache.path, holdout=config.eval.holdout)
-    check_resumable(read_progress(latest).get("identity", {}), run_identity(config, data), run_folder)
-
-
-def _write_records(config: Config, run_folder: Path) -> None:
-    """config.toml as resolved, and environment.json: what a reader of the run needs to repeat it."""
-    from importlib.metadata import version
-
-    packages = ("torch", "diffusers", "transformers", "peft", "ray", "safetensors", "numpy", "pillow")
-    record_path = run_folder / "environment.json"
-    run_id = json.loads(record_path.read_text())["run_id"] if record_path.exists() else secrets.token_hex(4)
-    environment = {
-        "run_id": run_id,
-        "sdxl_ray": sdxl_ray.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: version(name) for name in packages},
-    }
-    with storage_errors("starting the run", run_folder, "Free some space or choose another run.output."):
-        run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "config.toml").write_text(dump_config(config), encoding="utf-8")
-        record_path.write_text(json.dumps(environment, indent=2), encoding="utf-8")
-
-
 def _worker_environment() -> dict[str, str]:
     return {
         # Ray Train sets CUDA_VISIBLE_DEVICES for all GPUs of the node while Ray Core sets HIP_VISIBLE_DEVICES to one of
         # them, and HIP wins: "invalid device ordinal" on nodes with several AMD GPUs (ray issue 49260).
         "RAY_EXPERIMENTAL_NOSET_HIP_VISIBLE_DEVICES": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # Forty bucket shapes fragment the allocator's fixed segments until it runs out although there is room.
+        "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
     }
 
 
@@ -241,14 +194,21 @@ def _run_and_watch(trainer: TorchTrainer, monitor: Any, on_event: Callable[[Even
             outcome["error"] = error
 
     thread = threading.Thread(target=work, daemon=True)
-    with _stop_on_signal(monitor, on_event):
+    with _signals_heard() as asked:
         thread.start()
+        told = False
         while thread.is_alive():
             thread.join(0.25)
             _show_events(monitor, on_event)
+            if asked.is_set() and not told:
+                told = True
+                monitor.request_stop.remote()
+                text = "stopping: the step is finished and saved first (again to stop at once)"
+                on_event({"event": "line", "text": text})
     _show_events(monitor, on_event)
-    if "error" in outcome:
-        raise _explained(outcome["error"], ray.get(monitor.fatal_kind.remote()))
+    fatal = ray.get(monitor.fatal_error.remote())
+    if "error" in outcome or fatal:
+        raise _explained(outcome.get("error"), fatal)
     returned: dict[str, Any] = outcome["result"].return_value
     return returned
 
@@ -259,27 +219,30 @@ def _show_events(monitor: Any, on_event: Callable[[Event], None]) -> None:
 
 
 @contextmanager
-def _stop_on_signal(monitor: Any, on_event: Callable[[Event], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the workers to save and stop; the second ends this process as usual."""
+def _signals_heard() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second ends this process as usual.
+
+    The handler does nothing else: it can interrupt a line that is just being printed.
+    """
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield  # inside a Tune trial: signals are the sweep's
+        yield asked  # inside a Tune trial: signals are the sweep's
         return
 
-    def ask(number: int, frame: Any) -> None:
+    def hear(number: int, frame: Any) -> None:
+        asked.set()
         for each, handler in before.items():
             signal.signal(each, handler)
-        monitor.request_stop.remote()
-        on_event({"event": "line", "text": "stopping: the step is finished and saved first (again to stop at once)"})
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _explained(error: Exception, fatal: tuple[str, str] | None) -> SdxlRayError:
+def _explained(error: Exception | None, fatal: tuple[str, str] | None) -> SdxlRayError:
     """What a worker said, without the five layers that Ray wraps around it."""
     if fatal is not None:
         kind, text = fatal
@@ -297,14 +260,6 @@ def _explained(error: Exception, fatal: tuple[str, str] | None) -> SdxlRayError:
     return explained
 
 
-def _prune(run_folder: Path, keep: int, keep_best: str) -> None:
-    """Ray deletes the checkpoints it knows; those that it never heard of, as the run was killed, are ours to delete."""
-    if keep_best:
-        return
-    for path in list_checkpoints(run_folder / "checkpoints")[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def export_lora(run: str | Path, *, step: int | None = None, formats: Sequence[str] = ()) -> tuple[ExportedFile, ...]:
     """Write and verify the LoRA of a run's checkpoint, in this process.
 
@@ -317,38 +272,14 @@ def export_lora(run: str | Path, *, step: int | None = None, formats: Sequence[s
         CheckpointError: no such checkpoint.
         ExportError: a file does not reproduce the trained model.
     """
-    from sdxl_ray.config.load import load_config, with_overrides
-    from sdxl_ray.sdxl.devices import best_device
-    from sdxl_ray.train.finish import export_run
-    from sdxl_ray.train.setup import build_training, load_data
-    from sdxl_ray.train.state import Workers
-
     run_folder, checkpoint = find_checkpoint(run, step)
     config = load_config(run_folder / "config.toml")
     if formats:
         config = with_overrides(config, {"export.formats": list(formats)})
-    cache = build_cache(config, connect=connect)
-    data = load_data(cache.index_path, cache=config.cache.path, holdout=config.eval.holdout)
-    training = build_training(config, data, workers=Workers(), device=best_device(), checkpoint=checkpoint)
-    name = config.run.name if step is None else f"{config.run.name}-{checkpoint.name}"
+    data = load_data(config, run_folder / "data" / "index.parquet")
+    device = best_device(config.cluster.accelerator)
+    training = build_training(config, data, workers=Workers(), device=device, checkpoint=checkpoint)
+    is_last = checkpoint == list_checkpoints(run_folder / "checkpoints")[-1]
+    name = config.run.name if is_last else f"{config.run.name}-{checkpoint.name}"
     samples = run_folder / "samples" / checkpoint.name
-    files = export_run(config, training, run_folder / "export", name=name, sample_folder=samples, started_at=None)
-    return tuple(files)
-
-
-def find_checkpoint(run: str | Path, step: int | None = None) -> tuple[Path, Path]:
-    """(run folder, checkpoint) of a run's folder or of one of its checkpoints.
-
-    Raises:
-        CheckpointError: there is none, with those that exist.
-    """
-    path = Path(run)
-    if path.name.startswith("step_"):
-        return path.parent.parent, path
-    found = list_checkpoints(path / "checkpoints")
-    wanted = [each for each in found if step is None or read_progress(each)["step"] == step]
-    if not wanted:
-        have = ", ".join(each.name for each in found) or "none"
-        what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise CheckpointError(f"{path}: {what}. Found: {have}.")
-    return path, wanted[-1]
+    return tuple(export_run(config, training, run_folder / "export", name=name, sample_folder=samples, started_at=None))

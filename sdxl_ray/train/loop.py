@@ -58,19 +58,19 @@ def run(
         TrainingError: the loss or the gradient is not finite.
     """
     clock = Clock(state.device)
+    votes = StopVotes(state.device)
     while state.step < plan.max_steps:
         state.step += 1
         metrics = train_step(state, plan, batches, objective, clock, stop=report.asked_to_stop())
 
-        stopping = plan.poll.due(state.step) and bool(metrics.pop("stop"))  # all ranks alike: the sum over them
+        stopping = votes.decide(metrics.pop("stop"))  # all ranks alike: the sum over them
         saving = plan.save.due(state.step) or stopping
         if plan.log.due(state.step) or saving:
             report.metrics(state.step, numbers(state, plan, metrics, clock))  # the only host sync of most steps
         with clock.paused():
             if evaluate is not None and plan.evaluate.due(state.step):  # all ranks
                 values = evaluate()
-                best = state.best_eval_loss
-                state.best_eval_loss = values["eval/loss"] if best is None else min(best, values["eval/loss"])
+                state.last_eval_loss = values["eval/loss"]
                 report.evaluated(state.step, values)
             if plan.validate.due(state.step):  # each rank its share of the prompts
                 report.images(state.step)
@@ -124,6 +124,32 @@ def train_step(
         "train/grad_norm": grad_norm,
         "stop": stop_votes > 0,
     }
+
+
+class StopVotes:
+    """Whether any rank was asked to stop, from the sum over all of them.
+
+    On an accelerator, this step's sum is copied to the host behind the step and looked at after the next one, when it
+    has long arrived: looking at once would make the host wait in every step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.delayed = device.type == "cuda"
+        self.waiting: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def decide(self, vote: torch.Tensor) -> bool:
+        if not self.delayed:
+            return bool(vote)
+        before = self.waiting
+        on_host = torch.empty((), dtype=vote.dtype, pin_memory=True)
+        on_host.copy_(vote, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self.waiting = (on_host, arrived)
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0])
 
 
 class Clock:

@@ -97,7 +97,6 @@ class Plan:
     max_steps: int
     num_micro_batches: int  # of the whole run; the last step may have fewer than the others
     log: Every
-    poll: Every  # how often ranks look whether they were asked to stop
     evaluate: Every
     validate: Every
     save: Every
@@ -139,17 +138,18 @@ def run_length(
     return steps, position + max(0, steps - step) * micro_batches_per_step
 
 
-def split_holdout(image_hashes: Sequence[str], share: float) -> tuple[list[int], list[int]]:
+def split_holdout(image_hashes: Sequence[str], share: float, max_images: int) -> tuple[list[int], list[int]]:
     """(rows to train on, rows held out), by content: copies of an image stay on one side, and adding images moves none.
 
-    Where `share` > 0 catches none of a small collection, the image with the smallest hash is held out; at least one
-    image is always left to train on.
+    Of the images that `share` catches, those with the `max_images` smallest hashes are held out and the others trained
+    on; there, adding an image can give one back to training, and never the reverse. Where `share` > 0 catches none of a
+    small collection, the image with the smallest hash is held out; at least one image is always left to train on.
     """
     if share <= 0 or len(set(image_hashes)) < 2:
         return list(range(len(image_hashes))), []
     held_out = {digest for digest in image_hashes if int(digest[:8], 16) / 2**32 < share}
     ordered = sorted(set(image_hashes))
-    held_out = held_out or {ordered[0]}
+    held_out = set(sorted(held_out)[:max_images]) or {ordered[0]}
     if len(held_out) == len(ordered):
         held_out.discard(ordered[-1])
     train = [row for row, digest in enumerate(image_hashes) if digest not in held_out]

@@ -18,12 +18,12 @@ import torch
 from sdxl_ray.cache.shards import Location, ShardReader, read_index
 from sdxl_ray.diffusion.objectives import OBJECTIVES, Objective
 from sdxl_ray.diffusion.schedule import NoiseSchedule
-from sdxl_ray.diffusion.weighting import constant, min_snr
+from sdxl_ray.diffusion.weighting import min_snr
 from sdxl_ray.errors import ConfigError
 from sdxl_ray.records import Batch, EncodedSample
 from sdxl_ray.sdxl.adapters import adapter_parameters, attach_adapter
 from sdxl_ray.sdxl.checkpointing import set_gradient_checkpointing
-from sdxl_ray.sdxl.components import load_scheduler_config, load_unet, resolve_model
+from sdxl_ray.sdxl.components import load_scheduler_config, load_unet, resolve_model, unet_identity
 from sdxl_ray.sdxl.conditioning import predict
 from sdxl_ray.sdxl.devices import DTYPES
 from sdxl_ray.train.batches import BatchBuilder, prefetch
@@ -83,21 +83,26 @@ class Training:
         rows = range(workers.world_rank, len(self.data.held_out), workers.world_size)
 
         def share() -> Iterator[Batch]:
-            return prefetch(lambda row: self.eval_builder.evaluation(row, self.num_eval_timesteps), rows)
+            return prefetch(
+                lambda row: self.eval_builder.evaluation(row, self.num_eval_timesteps),
+                rows,
+                pin_memory=self.state.device.type == "cuda",
+            )
 
         return stable_eval_loss(self.state, share, self.eval_objective)
 
 
-def load_data(index_path: str | Path, *, cache: str | Path, holdout: float) -> Data:
-    """The index, split by content into training and held-out samples."""
+def load_data(config: Config, index_path: str | Path) -> Data:
+    """The index, split by content into training and held-out samples as the config says."""
     samples, locations = read_index(index_path)
-    train, held_out = split_holdout([sample.image_hash for sample in samples], holdout)
+    hashes = [sample.image_hash for sample in samples]
+    train, held_out = split_holdout(hashes, config.eval.holdout, config.eval.max_images)
     manifest = json.loads((Path(index_path).parent / "manifest.json").read_text(encoding="utf-8"))
     return Data(
         train=[samples[row] for row in train],
         held_out=[samples[row] for row in held_out],
         locations=locations,
-        reader=ShardReader(cache),
+        reader=ShardReader(config.cache.path),
         prompts={text: Location(**place) for text, place in manifest["prompts"].items()},
     )
 
@@ -112,9 +117,7 @@ def data_order(config: Config, data: Data) -> DataOrder:
     )
 
 
-def build_plan(
-    config: Config, order: DataOrder, *, step: int, position: int, can_evaluate: bool, poll_every: int
-) -> Plan:
+def build_plan(config: Config, order: DataOrder, *, step: int, position: int, can_evaluate: bool) -> Plan:
     """The run as seen from `step` and `position`, which are 0 for a new one."""
     train, per_step = config.train, config.train.num_workers * config.train.accumulation
     steps_per_epoch = order.micro_batches_per_epoch / per_step
@@ -135,7 +138,6 @@ def build_plan(
         max_steps=max_steps,
         num_micro_batches=num_micro_batches,
         log=Every(train.log_every, last=max_steps),
-        poll=Every(poll_every),
         evaluate=Every(config.eval.every.in_steps(steps_per_epoch), last=max_steps) if can_evaluate else Every(0),
         validate=Every(config.validation.every.in_steps(steps_per_epoch), last=max_steps) if validates else Every(0),
         save=Every(config.checkpoint.every.in_steps(steps_per_epoch), last=max_steps),
@@ -188,7 +190,6 @@ def build_training(
         step=state.step,
         position=state.position,
         can_evaluate=bool(data.held_out),
-        poll_every=config.train.log_every if device.type == "cuda" else 1,  # looking makes the host wait for the device
     )
     steps_per_epoch = order.micro_batches_per_epoch / plan.micro_batches_per_step
     state.learning_rate = lr_schedule(
@@ -198,7 +199,7 @@ def build_training(
         max_steps=plan.max_steps,
     )
     scheduler_config = load_scheduler_config(model, revision=revision)
-    schedule = NoiseSchedule.from_config(scheduler_config)
+    schedule = NoiseSchedule.from_config(scheduler_config).to(device)
     if config.loss.objective == "epsilon" and schedule.alphas_cumprod[-1] == 0:
         raise ConfigError(
             f'loss.objective = "epsilon", but the schedule of {config.model.path} ends in pure noise '
@@ -206,7 +207,7 @@ def build_training(
             'predict v: set loss.objective = "v_prediction".'
         )
     objective_class = OBJECTIVES[config.loss.objective]
-    weighting = min_snr(config.loss.min_snr_gamma, config.loss.objective) if config.loss.min_snr_gamma else constant
+    weighting = min_snr(config.loss.min_snr_gamma, config.loss.objective) if config.loss.min_snr_gamma else None
 
     def builder(samples: list[EncodedSample]) -> BatchBuilder:
         return BatchBuilder(
@@ -240,8 +241,10 @@ def validation_prompts(config: Config, data: Data) -> Prompts | None:
 
 def run_identity(config: Config, data: Data) -> dict[str, Any]:
     """The settings that a resumed run has to share with the run that it continues."""
+    model = resolve_model(config.model.path)
+    unet = unet_identity(model, revision=config.model.revision or None, variant=config.model.variant or None)
     return {
-        "model.path": Path(config.model.path).name,
+        "model (U-Net)": unet,
         "model.dtype": config.model.dtype,
         "adapter.kind": config.adapter.kind,
         "adapter.rank": config.adapter.rank,
@@ -251,6 +254,7 @@ def run_identity(config: Config, data: Data) -> dict[str, Any]:
         "run.seed": config.run.seed,
         "train.micro_batch_size": config.train.micro_batch_size,
         "eval.holdout": config.eval.holdout,
+        "eval.max_images": config.eval.max_images,
         "dataset.repeats": config.dataset.repeats,
         "the training images and captions (hash)": data.digest,
     }

@@ -39,14 +39,14 @@ class TrainState:
     workers: Workers = field(default_factory=Workers)
     step: int = 0  # optimizer steps done
     position: int = 0  # micro-batches consumed by all ranks together
-    best_eval_loss: float | None = None
+    last_eval_loss: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides its config. Randomness is keyed, so none of it is here."""
         return {
             "adapter": self.masters.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "progress": {"step": self.step, "position": self.position, "best_eval_loss": self.best_eval_loss},
+            "progress": {"step": self.step, "position": self.position, "last_eval_loss": self.last_eval_loss},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -56,4 +56,4 @@ class TrainState:
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.step = state["progress"]["step"]
         self.position = state["progress"]["position"]
-        self.best_eval_loss = state["progress"]["best_eval_loss"]
+        self.last_eval_loss = state["progress"]["last_eval_loss"]

@@ -59,9 +59,9 @@ class Recorder:
         return False
 
 
-def synthetic_objective() -> Epsilon:
+def synthetic_objective(device: torch.device) -> Epsilon:
     """What SDXL base was trained on."""
-    return Epsilon(NoiseSchedule.from_config(SCHEDULER_CONFIG))
+    return Epsilon(NoiseSchedule.from_config(SCHEDULER_CONFIG).to(device))
 
 
 def synthetic_plan(
@@ -77,7 +77,6 @@ def synthetic_plan(
         max_steps=num_steps,
         num_micro_batches=num_steps,
         log=Every(log_every, last=num_steps),
-        poll=never,
         evaluate=never,
         validate=never,
         save=never,

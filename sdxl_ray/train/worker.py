@@ -18,11 +18,12 @@ from ray.train.torch import get_device
 
 from sdxl_ray.config.schema import Config
 from sdxl_ray.errors import SdxlRayError, TrainingError
+from sdxl_ray.run_folder import checkpoint_name
 from sdxl_ray.sdxl.adapters import adapter_disabled
-from sdxl_ray.sdxl.components import load_vae, resolve_model
+from sdxl_ray.sdxl.components import load_vae, objective_warning, resolve_model
 from sdxl_ray.tracking.metrics import MetricsFile
 from sdxl_ray.tracking.trackers import TensorBoardTracker, Tracker, WandbTracker
-from sdxl_ray.train.checkpoints import checkpoint_name, read_progress, save_checkpoint
+from sdxl_ray.train.checkpoints import save_checkpoint
 from sdxl_ray.train.finish import export_run
 from sdxl_ray.train.loop import run
 from sdxl_ray.train.setup import Training, build_training, load_data, run_identity, validation_prompts
@@ -43,9 +44,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | None:
     context = ray.train.get_context()
     workers = Workers(context.get_world_rank(), context.get_world_size())
     monitor = settings["monitor"]
-    fatal = ray.get(monitor.fatal_error.remote())
-    if fatal:  # Ray restarts workers after every error; this one would only come again
-        raise SdxlRayError(fatal)
+    if ray.get(monitor.fatal_error.remote()):
+        return None  # Ray restarts workers after every error; this one would only come again, and the driver knows it
     try:
         try:
             return _train(config, workers, settings)
@@ -59,8 +59,10 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | None:
 def _train(config: Config, workers: Workers, settings: dict[str, Any]) -> dict[str, Any] | None:
     run_folder = Path(settings["run_folder"])
     started_at = time.time()
-    data = load_data(settings["index_path"], cache=config.cache.path, holdout=config.eval.holdout)
+    data = load_data(config, settings["index_path"])
     checkpoint = _latest(settings["resume_from"], ray.train.get_checkpoint())
+    if workers.world_rank == 0:
+        settings["monitor"].post.remote(json.dumps({"event": "line", "text": f"loading {config.model.path}"}))
     training = build_training(config, data, workers=workers, device=get_device(), checkpoint=checkpoint)
     report = RayReporter(config, training, run_folder, settings["monitor"])
     try:
@@ -91,30 +93,32 @@ def _train(config: Config, workers: Workers, settings: dict[str, Any]) -> dict[s
     return {
         "finished": finished,
         "step": training.state.step,
-        "eval_loss": report.last_eval.get("eval/loss"),
+        "eval_loss": training.state.last_eval_loss,
         "exports": [(str(file.path), file.format, file.relative_error) for file in exports],
     }
 
 
 def _out_of_memory(config: Config, workers: Workers, error: Exception) -> str:
     train = config.train
+    cures = ['train.gradient_checkpointing = "transformer" or "full"', "a smaller dataset.resolution"]
+    if train.micro_batch_size > 1:
+        smaller = f"train.micro_batch_size = {train.micro_batch_size // 2}"
+        cures.insert(0, f"{smaller} with train.accumulation = {2 * train.accumulation}")
     return (
         f"worker {workers.world_rank} ran out of memory on its accelerator with train.micro_batch_size = "
         f'{train.micro_batch_size}, train.gradient_checkpointing = "{train.gradient_checkpointing}", '
-        f"dataset.resolution = {config.dataset.resolution}. "
-        f"Set train.micro_batch_size = {max(1, train.micro_batch_size // 2)} with "
-        f"train.accumulation = {2 * train.accumulation} (a run of its own), or "
-        f'train.gradient_checkpointing = "transformer" or "full". {str(error).splitlines()[0]}'
+        f"dataset.resolution = {config.dataset.resolution}. Try {', or '.join(cures)}. Images drawn while training "
+        f"need memory too (validation.prompts). {str(error).splitlines()[0]}"
     )
 
 
 def _latest(resume_from: str, from_ray: Checkpoint | None) -> Path | None:
     """The later of the checkpoint that the driver found and the one that Ray kept over a restart of the workers.
 
-    Every rank comes to the same answer: both were handed to it, neither is looked up in a folder.
+    By name, reading neither: every rank comes to the same answer, and the earlier one may have been deleted by now.
     """
     candidates = [Path(path) for path in (resume_from, from_ray.path if from_ray else "") if path]
-    return max(candidates, key=lambda path: read_progress(path)["step"], default=None)
+    return max(candidates, key=lambda path: int(path.name.removeprefix("step_")), default=None)
 
 
 class RayReporter:
@@ -140,7 +144,7 @@ class RayReporter:
         self._stop = threading.Event()
         self._closed = threading.Event()
         if self.is_first:
-            self.metrics_file = MetricsFile(run_folder / "metrics.jsonl", resume_step=training.state.step)
+            self.metrics_file = MetricsFile(run_folder / "metrics.jsonl", resume_step=training.state.step or -1)
             self.trackers = _open_trackers(config, run_folder)
             threading.Thread(target=self._watch_for_stop, daemon=True).start()
 
@@ -156,6 +160,9 @@ class RayReporter:
             checkpoint=str(checkpoint) if checkpoint else "",
             memory_total_gib=_memory_total_gib(state.device),
         )
+        warning = objective_warning(self.config.loss.objective, self.training.scheduler_config)
+        if warning:
+            self.post(event="line", text=f"note: {warning}")
         if state.step > 0:
             return
         if self.training.data.held_out:
@@ -219,7 +226,8 @@ class RayReporter:
         if self.vae is None:
             model, revision = resolve_model(self.config.model.path), self.config.model.revision or None
             # fp32: a single small forward pass, and some SDXL VAEs overflow below it
-            self.vae = load_vae(model, dtype=torch.float32, device=state.device, revision=revision)
+            variant = self.config.model.variant or None
+            self.vae = load_vae(model, dtype=torch.float32, device=state.device, revision=revision, variant=variant)
         draw_share(
             state.unet,
             self.vae,

@@ -62,7 +62,7 @@ def train(state, num_steps, *, resolution_hw=RESOLUTION_HW, batch_size=2):
     plan = synthetic_plan(num_steps=num_steps, batch_size=batch_size, resolution_hw=resolution_hw)
     batches = synthetic_batches(state.unet.config, plan, resolution_hw=resolution_hw, position=state.position)
     report = Recorder()
-    loop.run(state, plan, batches, synthetic_objective(), report)
+    loop.run(state, plan, batches, synthetic_objective(state.device), report)
     return [values["train/loss"] for _, values in report.history]
 
 

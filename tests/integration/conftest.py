@@ -11,8 +11,9 @@ from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import connect
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def local_ray():
+    """For this folder only: the unit tests run without Ray."""
     import ray
 
     connect("local")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
+from sdxl_ray.cache import pipeline
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.config.load import BUILTIN_PHOTOGRAPHS, dump_config, with_overrides
 from sdxl_ray.connection import connect
-from sdxl_ray.errors import DatasetError
+from sdxl_ray.errors import CacheError, DatasetError, ModelError
 from sdxl_ray.sdxl.tiny import write_tiny_sdxl
 
 from .conftest import small_config
@@ -70,6 +72,48 @@ def test_a_second_run_encodes_nothing_and_a_deleted_shard_only_itself(config, ph
     (photographs / "cat_face.txt").write_text("a new caption for the cat\n")
     fourth = build_cache(config)
     assert (fourth.num_latents_encoded, fourth.num_captions_encoded) == (0, 1)
+
+
+def test_runs_with_other_validation_prompts_keep_each_others(config):
+    """A run may still be reading its prompts when another one starts."""
+    first = build_cache(with_overrides(config, {"validation.prompts": ["a red house"]}))
+    second = build_cache(with_overrides(config, {"validation.prompts": ["a blue house"]}))
+    assert (second.num_latents_encoded, second.num_captions_encoded) == (0, 1)
+    assert first.index_path == second.index_path
+    manifest = json.loads((second.index_path.parent / "manifest.json").read_text())
+    assert {"a red house", "a blue house", ""} <= manifest["prompts"].keys()
+
+
+def test_a_scan_on_ray_is_the_scan_of_threads_and_shows_itself(config, monkeypatch):
+    by_threads = build_cache(config)
+    (Path(config.cache.path) / "scan.parquet").unlink()
+    monkeypatch.setattr(pipeline, "SCAN_ON_RAY_FROM", 1)
+    seen = []
+    by_ray = build_cache(config, progress=lambda *event: seen.append(event))
+    assert (by_ray.num_samples, by_ray.num_latents_encoded) == (by_threads.num_samples, 0)
+    assert seen == [("scan", 21, 21)]
+
+
+def test_an_image_that_is_gone_when_it_is_decoded_is_an_error(config, photographs, monkeypatch):
+    """As on a node that does not see the folder: not a skip, which would train on fewer images without a word."""
+
+    def gone():
+        (photographs / "coffee_cup.jpg").unlink()
+
+    with pytest.raises(
+        CacheError, match=r"cannot read .*coffee_cup\.jpg: No such file or directory\. Is dataset\.path"
+    ):
+        build_cache(config, connect=gone)
+
+
+def test_a_model_that_the_encoders_cannot_load_is_the_users_model_error(config, tmp_path, tiny_model):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+    def spoil():
+        (model / "text_encoder" / "model.safetensors").unlink()
+
+    with pytest.raises(ModelError, match=r"text_encoder/model\.safetensors is missing"):
+        build_cache(with_overrides(config, {"model.path": str(model)}), connect=spoil)
 
 
 def test_another_vae_adds_entries_and_keeps_the_old_ones(config, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,23 +92,6 @@ def test_a_run_leaves_behind_what_it_should(plain, config):
     assert not list(folder.glob("**/.tmp-*"))
 
 
-def test_a_killed_worker_changes_nothing(config, plain):
-    """SIGKILL of one of two workers in the middle: restarted from the last checkpoint, to the same bytes."""
-    killed = with_overrides(config, {"run.name": "killed", "validation.prompts": []})
-    seen: list[int] = []
-
-    def on_event(event):
-        if event["event"] == "checkpoint" and event["step"] == 10 and not seen:
-            workers = ray_train_workers()
-            seen.append(workers[-1])
-            os.kill(workers[-1], signal.SIGKILL)
-
-    result = fit(killed, on_event=on_event)
-    assert seen, "nobody was killed"
-    assert result.step == 30
-    assert_same_run(result.run_folder, plain.run_folder)
-
-
 def ray_train_workers() -> list[int]:
     """Process ids of Ray Train's workers on this machine."""
     found = []
@@ -120,27 +104,19 @@ def ray_train_workers() -> list[int]:
     return sorted(found)
 
 
-def test_sigterm_saves_and_resume_continues_to_the_same_bytes(config, plain, tmp_path):
-    """The command line: SIGTERM ends with 130 and a checkpoint, --resume goes on as if nothing had been."""
+def test_a_stopped_robbed_resumed_and_killed_run_comes_to_the_same_bytes(config, plain, tmp_path):
+    """SIGTERM in the middle, the newest checkpoint lost, --resume with another number to keep, SIGKILL of a worker."""
     stopped = with_overrides(config, {"run.name": "stopped", "validation.prompts": []})
+    checkpoints = Path(stopped.run.output) / "stopped" / "checkpoints"
     settings = tmp_path / "stopped.toml"
     settings.write_text(dump_config(stopped))
-    command = [sys.executable, "-m", "sdxl_ray", "train", str(settings)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    threading.Timer(120, process.kill).start()
-    output = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        output.append(line)
-        if line.startswith("step  3/30"):
-            process.send_signal(signal.SIGTERM)
-    process.wait()
-    text = "".join(output)
-    assert process.returncode == 130, text
+    text, code = train_until(settings, "step  6/30", signal.SIGTERM)
+    assert code == 130, text
     assert "stopping: the step is finished and saved first" in text
     assert "Continue with --resume" in text
-    saved = sorted((Path(stopped.run.output) / "stopped" / "checkpoints").glob("step_*"))
-    assert saved, text
+    saved = sorted(checkpoints.glob("step_*"))
+    assert len(saved) == 2, text
+    assert "step_000006" < saved[-1].name < LAST, "the signal came too late to prove anything"
 
     with pytest.raises(ConfigError, match=r"holds a run with a checkpoint of step \d+. --resume continues it"):
         fit(stopped)
@@ -149,10 +125,44 @@ def test_sigterm_saves_and_resume_continues_to_the_same_bytes(config, plain, tmp
     assert "adapter.rank: the checkpoint has 4, the config says 8" in str(raised.value)
     assert "run.seed: the checkpoint has 0, the config says 5" in str(raised.value)
 
-    result = fit(stopped, resume=True)
+    shutil.rmtree(saved[-1])  # Ray's own list still has it
+    starts: list[int] = []
+    killed: list[int] = []
+
+    def kill_one(event):
+        if event["event"] == "started":
+            starts.append(event["step"])
+        if event["event"] == "checkpoint" and event["step"] >= starts[0] + 10 and not killed:
+            killed.append(ray_train_workers()[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    # With one checkpoint to keep, the one it began with is gone by the time of the kill.
+    result = fit(with_overrides(stopped, {"checkpoint.keep": 1}), resume=True, on_event=kill_one)
+    assert killed
+    assert starts[0] == int(saved[0].name.removeprefix("step_"))
+    assert starts[1] > starts[0], "the run did not continue from a later checkpoint after the kill"
     assert_same_run(result.run_folder, plain.run_folder)
+    assert [path.name for path in checkpoints.glob("step_*")] == [LAST]
 
 
+def train_until(settings: Path, line_start: str, number: signal.Signals) -> tuple[str, int]:
+    """Run `sdxl-ray train` and send it a signal when a line begins so; (what it printed, exit code)."""
+    command = [sys.executable, "-m", "sdxl_ray", "train", str(settings)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    alarm = threading.Timer(150, process.kill)
+    alarm.start()
+    output = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        output.append(line)
+        if line.startswith(line_start):
+            process.send_signal(number)
+    process.wait()
+    alarm.cancel()
+    return "".join(output), process.returncode
+
+
+@pytest.mark.slow  # the same is held without Ray in tests/unit/train/test_loop.py
 def test_one_worker_with_the_same_global_batch_comes_to_the_same(config, plain):
     alone = with_overrides(
         config, {"run.name": "alone", "train.num_workers": 1, "train.accumulation": 2, "validation.prompts": []}
@@ -166,6 +176,11 @@ def test_one_worker_with_the_same_global_batch_comes_to_the_same(config, plain):
 
 
 def test_export_and_generate_from_a_checkpoint_and_from_the_file(plain, tmp_path):
+    """Export needs neither images nor a complete cache; an earlier checkpoint does not take the final file's name."""
+    before = plain.exports[0].path.read_bytes()
+    by_folder = export_lora(plain.run_folder / "checkpoints" / "step_000025", formats=["kohya"])
+    assert [file.path.name for file in by_folder] == ["plain-step_000025.safetensors"]
+    assert plain.exports[0].path.read_bytes() == before
     files = export_lora(plain.run_folder, step=25, formats=["kohya"])
     assert [file.path.name for file in files] == ["plain-step_000025.safetensors"]
     assert files[0].relative_error < 1e-4

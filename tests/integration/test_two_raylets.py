@@ -19,10 +19,15 @@ import ray
 from ray.cluster_utils import Cluster
 from sdxl_ray import connect, fit, load_config
 from sdxl_ray.connection import DEFAULT_ENVIRONMENT
-import os
+import os, socket
 for name, value in DEFAULT_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+cluster = Cluster(
+    initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": port}
+)
 cluster.add_node(num_cpus=1)
 connect(cluster.address)
 nodes = set()

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from sdxl_ray import connection, doctor
 from sdxl_ray.config.load import config_from_dict
-from sdxl_ray.doctor import Finding, exit_code, render
+from sdxl_ray.doctor import Finding, cluster, exit_code, inputs, machine, render
 from sdxl_ray.errors import ClusterError
 
 GIB = 2**30
@@ -59,20 +59,20 @@ def only(findings: list[Finding]) -> Finding:
 
 
 def test_this_python_is_fine():
-    assert only(doctor.python_version()).state == "ok"
+    assert only(machine.python_version()).state == "ok"
 
 
 @pytest.mark.parametrize("version", [(3, 10, 4), (3, 14, 0)])
 def test_other_pythons_are_not(monkeypatch, version):
-    monkeypatch.setattr(doctor.sys, "version_info", version)
-    finding = only(doctor.python_version())
+    monkeypatch.setattr(machine.sys, "version_info", version)
+    finding = only(machine.python_version())
     assert finding.state == "problem"
     assert "expected 3.11 to 3.13" in finding.found
     assert "python3.12 -m venv" in finding.cure
 
 
 def test_installed_packages_are_in_range():
-    finding = only(doctor.packages())
+    finding = only(machine.packages())
     assert finding.state == "ok"
     assert f"ray {ray.__version__}" in finding.found
     assert "wandb" not in finding.found  # of an extra
@@ -87,7 +87,7 @@ def test_package_missing_or_out_of_range(monkeypatch):
         return "2.9.1" if name == "torch" else real(name)
 
     monkeypatch.setattr(metadata, "version", fake)
-    wrong = {finding.subject: finding for finding in doctor.packages() if finding.state == "problem"}
+    wrong = {finding.subject: finding for finding in machine.packages() if finding.state == "problem"}
     assert set(wrong) == {"peft", "torch"}
     assert "missing" in wrong["peft"].found
     assert "2.9.1, expected <2.14,>=2.11" in wrong["torch"].found
@@ -116,7 +116,7 @@ def fake_drivers(monkeypatch, *, nvidia=False, amd=False):
 def test_cuda(monkeypatch):
     fake_gpus(monkeypatch, ["NVIDIA A100", "NVIDIA A100"])
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="570.1\n570.1\n"))
-    findings = doctor.accelerators()
+    findings = machine.accelerators()
     assert [finding.subject for finding in findings] == ["gpu 0", "gpu 1", "bf16"]
     assert {finding.state for finding in findings} == {"ok"}
     for part in ("NVIDIA A100", "80.0 GiB", "CUDA 12.8", "driver 570.1"):
@@ -130,12 +130,12 @@ def test_cuda_without_nvidia_smi_still_lists_the_gpus(monkeypatch):
         raise FileNotFoundError("nvidia-smi")
 
     monkeypatch.setattr(subprocess, "run", no_such_program)
-    assert "driver" not in doctor.accelerators()[0].found
+    assert "driver" not in machine.accelerators()[0].found
 
 
 def test_several_amd_gpus_get_a_note(monkeypatch):
     fake_gpus(monkeypatch, ["AMD Instinct MI300X"] * 2, cuda=None, hip="6.4")
-    findings = doctor.accelerators()
+    findings = machine.accelerators()
     assert "ROCm 6.4" in findings[0].found
     note = only([finding for finding in findings if finding.state == "note"])
     assert "HIP_VISIBLE_DEVICES" in note.found
@@ -143,13 +143,13 @@ def test_several_amd_gpus_get_a_note(monkeypatch):
 
 def test_one_amd_gpu_needs_no_note(monkeypatch):
     fake_gpus(monkeypatch, ["AMD Instinct MI300X"], cuda=None, hip="6.4")
-    assert {finding.state for finding in doctor.accelerators()} == {"ok"}
+    assert {finding.state for finding in machine.accelerators()} == {"ok"}
 
 
 def test_gpu_without_bf16(monkeypatch):
     fake_gpus(monkeypatch, ["Tesla V100"], bf16=False)
-    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: "")
-    finding = doctor.accelerators()[-1]
+    monkeypatch.setattr(machine, "_nvidia_driver", lambda: "")
+    finding = machine.accelerators()[-1]
     assert (finding.subject, finding.state) == ("bf16", "note")
     assert finding.cure == 'Set model.dtype = "fp32".'
 
@@ -157,7 +157,7 @@ def test_gpu_without_bf16(monkeypatch):
 def test_cpu_only(monkeypatch):
     fake_gpus(monkeypatch, [], cuda=None)
     fake_drivers(monkeypatch)
-    finding = only(doctor.accelerators())
+    finding = only(machine.accelerators())
     assert finding.state == "note"
     assert finding.found.startswith("CPU only: fine for trying out")
 
@@ -166,7 +166,7 @@ def test_cpu_only(monkeypatch):
 def test_torch_without_support_for_the_gpu_of_this_machine(monkeypatch, driver, command):
     fake_gpus(monkeypatch, [], cuda=None)
     fake_drivers(monkeypatch, **{driver: True})
-    finding = only(doctor.accelerators())
+    finding = only(machine.accelerators())
     assert finding.state == "problem"
     assert "built without support" in finding.found
     assert f"Reinstall torch with the {command} command" in finding.cure
@@ -175,9 +175,9 @@ def test_torch_without_support_for_the_gpu_of_this_machine(monkeypatch, driver, 
 def test_hidden_gpu(monkeypatch):
     fake_gpus(monkeypatch, [], cuda="12.8")
     fake_drivers(monkeypatch, nvidia=True)
-    assert "nvidia-smi" in only(doctor.accelerators()).cure
+    assert "nvidia-smi" in only(machine.accelerators()).cure
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    finding = only(doctor.accelerators())
+    finding = only(machine.accelerators())
     assert "CUDA_VISIBLE_DEVICES=''" in finding.found
     assert finding.cure == "Unset CUDA_VISIBLE_DEVICES."
 
@@ -187,7 +187,7 @@ def test_hidden_gpu(monkeypatch):
 
 def test_without_an_address_no_ray_is_started(monkeypatch):
     monkeypatch.setattr(connection, "connect", lambda address: pytest.fail("connected"))
-    finding = only(doctor.ray_cluster(None))
+    finding = only(cluster.ray_cluster(None))
     assert finding.state == "ok"
     assert "no address given: a run starts Ray on this machine" in finding.found
 
@@ -206,15 +206,17 @@ def fake_cluster(monkeypatch, *nodes):
     closed = []
     monkeypatch.setattr(connection, "connect", lambda address: None)
     monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {}}])
+    total = {"GPU": sum(gpus for _, gpus, _ in nodes)}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
     monkeypatch.setattr(ray, "shutdown", lambda: closed.append(True))
     return closed
 
 
 def test_cluster_is_described_and_left(monkeypatch):
     closed = fake_cluster(monkeypatch, (8, 0, {}), (16, 4, {"ray.io/accelerator-type": "A100", "room": "2"}))
-    cluster, head, worker = doctor.ray_cluster("10.0.0.1:6379")
-    assert "10.0.0.1:6379: 2 nodes, 24 CPUs, 4 GPUs" in cluster.found
-    assert f"ray {ray.__version__}" in cluster.found
+    summary, head, worker = cluster.ray_cluster("10.0.0.1:6379")
+    assert "10.0.0.1:6379: 2 nodes, 24 CPUs, 4 GPUs" in summary.found
+    assert f"ray {ray.__version__}" in summary.found
     assert head.subject == "node 10.0.0.1"
     assert worker.found == "16 CPUs, 4 GPUs (A100), labels {'room': '2'}"
     assert closed == [True]
@@ -223,12 +225,12 @@ def test_cluster_is_described_and_left(monkeypatch):
 def test_ray_address_in_the_environment_counts(monkeypatch):
     fake_cluster(monkeypatch, (8, 0, {}))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert doctor.ray_cluster(None)[0].found.startswith("10.0.0.1:6379")
+    assert cluster.ray_cluster(None)[0].found.startswith("10.0.0.1:6379")
 
 
 def test_two_vendors_in_one_cluster_get_a_note(monkeypatch):
     fake_cluster(monkeypatch, (8, 1, {"accel-vendor": "nvidia"}), (8, 1, {"accel-vendor": "amd"}), (8, 0, {}))
-    note = only([finding for finding in doctor.ray_cluster("x:1") if finding.state == "note"])
+    note = only([finding for finding in cluster.ray_cluster("x:1") if finding.state == "note"])
     assert "amd and nvidia" in note.found
     assert "--num-gpus 0" in note.cure
 
@@ -236,12 +238,12 @@ def test_two_vendors_in_one_cluster_get_a_note(monkeypatch):
 def test_whether_the_workers_fit(monkeypatch, tmp_path):
     config = make_config(tmp_path, train={"num_workers": 3})
     fake_cluster(monkeypatch, (8, 4, {}))
-    assert doctor.ray_cluster("x:1", config)[-1] == Finding("workers", "ok", "room for train.num_workers = 3")
+    assert cluster.ray_cluster("x:1", config)[-1] == Finding("workers", "ok", "room for train.num_workers = 3")
     fake_cluster(monkeypatch, (8, 2, {}))
-    assert doctor.ray_cluster("x:1", config)[-1].state == "problem"
-    assert "Lower train.num_workers" in doctor.ray_cluster("x:1", config)[-1].found
+    assert cluster.ray_cluster("x:1", config)[-1].state == "problem"
+    assert "Lower train.num_workers" in cluster.ray_cluster("x:1", config)[-1].found
     fake_cluster(monkeypatch, (8, 1, {}), (8, 1, {}))  # several machines may become more
-    assert doctor.ray_cluster("x:1", config)[-1].state == "note"
+    assert cluster.ray_cluster("x:1", config)[-1].state == "note"
 
 
 def test_unreachable_cluster_is_a_finding_with_all_that_ray_says(monkeypatch):
@@ -252,7 +254,7 @@ def test_unreachable_cluster_is_a_finding_with_all_that_ray_says(monkeypatch):
             raise ClusterError(f"no Ray at {address}: Version mismatch") from cause
 
     monkeypatch.setattr(connection, "connect", refuse)
-    finding = only(doctor._guarded("ray", lambda: doctor.ray_cluster("10.0.0.1:6379")))
+    finding = only(doctor._guarded("ray", lambda: cluster.ray_cluster("10.0.0.1:6379")))
     assert finding.state == "problem"
     assert "no Ray at 10.0.0.1:6379" in finding.found
     assert "Ray: 2.50.0" in finding.found
@@ -263,25 +265,25 @@ def test_stale_cluster_note(monkeypatch, tmp_path):
     monkeypatch.setattr(connection, "_CURRENT_CLUSTER", path)
     with socket.create_server(("127.0.0.1", 0)) as server:
         path.write_text(f"127.0.0.1:{server.getsockname()[1]}")
-        assert doctor.stale_cluster_note() == []
-    finding = only(doctor.stale_cluster_note())
+        assert cluster.stale_cluster_note() == []
+    finding = only(cluster.stale_cluster_note())
     assert finding.state == "problem"
     assert finding.cure.startswith(f"rm {path}")
     assert path.exists()  # looked at, not repaired
 
 
 def test_no_cluster_note():
-    assert doctor.stale_cluster_note() == []
+    assert cluster.stale_cluster_note() == []
 
 
 def test_ray_authentication(monkeypatch, tmp_path):
-    assert only(doctor.ray_authentication()).state == "ok"
+    assert only(cluster.ray_authentication()).state == "ok"
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert "get-auth-token --generate" in only(doctor.ray_authentication()).cure
+    assert "get-auth-token --generate" in only(cluster.ray_authentication()).cure
     (tmp_path / "no-token").write_text("s3cret")
-    assert only(doctor.ray_authentication()).state == "ok"
+    assert only(cluster.ray_authentication()).state == "ok"
     monkeypatch.delenv("RAY_AUTH_MODE")
-    finding = only(doctor.ray_authentication())
+    finding = only(cluster.ray_authentication())
     assert finding.state == "note"
     assert "RAY_AUTH_MODE=token" in finding.cure
 
@@ -292,30 +294,30 @@ def test_ray_authentication(monkeypatch, tmp_path):
 def test_cache_estimate_is_the_size_of_the_tensors():
     latents = 2 * torch.zeros(4, 128, 128, dtype=torch.bfloat16).nbytes
     text = torch.zeros(77, 2048, dtype=torch.bfloat16).nbytes + torch.zeros(1280, dtype=torch.bfloat16).nbytes
-    assert doctor.cache_bytes_per_image(1024) == latents + text == 566.5 * 1024
+    assert inputs.cache_bytes_per_image(1024) == latents + text == 566.5 * 1024
 
 
 @pytest.mark.parametrize(("free", "state"), [(100 * GIB, "ok"), (3 * GIB, "note"), (GIB // 2, "problem")])
 def test_disk_space_of_the_current_folder(monkeypatch, free, state):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(200 * GIB, 0, free))
-    assert only(doctor.disk_space()).state == state
+    assert only(inputs.disk_space()).state == state
 
 
 def test_disk_space_against_what_the_cache_will_take(monkeypatch, config):
-    monkeypatch.setattr(doctor, "_count_images", lambda config: 100_000)
+    monkeypatch.setattr(inputs, "_count_images", lambda config: 100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(200 * GIB, 0, 20 * GIB))
-    runs, cache = doctor.disk_space(config)
+    runs, cache = inputs.disk_space(config)
     assert (runs.state, cache.state) == ("ok", "problem")
     assert "takes about 54.03 GiB" in cache.found
     assert "cache.path" in cache.cure
 
 
 def test_shared_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_memory_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(machine, "_memory_bytes", lambda: 64 * GIB)
 
     def of(total):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(total, 0, total))
-        return only(doctor.shared_memory(tmp_path))
+        return only(machine.shared_memory(tmp_path))
 
     assert of(32 * GIB).state == "ok"
     assert of(8 * GIB).state == "note"
@@ -326,15 +328,15 @@ def test_shared_memory(monkeypatch, tmp_path):
 
 
 def test_shared_memory_where_there_is_none(tmp_path):
-    assert doctor.shared_memory(tmp_path / "absent") == []
+    assert machine.shared_memory(tmp_path / "absent") == []
 
 
 def test_open_files(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 524288))
-    finding = only(doctor.open_files())
+    finding = only(machine.open_files())
     assert (finding.state, finding.cure) == ("note", "ulimit -n 65536 before starting Ray")
     monkeypatch.setattr(resource, "getrlimit", lambda which: (65536, 65536))
-    assert only(doctor.open_files()).state == "ok"
+    assert only(machine.open_files()).state == "ok"
 
 
 # ---- Hub and trackers
@@ -343,7 +345,7 @@ def test_open_files(monkeypatch):
 def test_hub_never_shows_the_token(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_s3cret")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    finding = only(doctor.hub())
+    finding = only(inputs.hub())
     assert finding.state == "ok"
     assert finding.found.startswith("a token; cache ")
     assert "s3cret" not in render([finding])
@@ -354,7 +356,7 @@ def test_hub_offline_with_mirror_and_without_token(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror")
     monkeypatch.setattr(constants, "ENDPOINT", "https://mirror")
-    finding = only(doctor.hub())
+    finding = only(inputs.hub())
     assert finding.state == "note"
     assert "no token" in finding.found
     assert "HF_ENDPOINT=https://mirror" in finding.found
@@ -362,50 +364,50 @@ def test_hub_offline_with_mirror_and_without_token(monkeypatch):
 
 
 def test_wandb_is_looked_at_only_where_it_is_used(config):
-    assert doctor.wandb_login(config) == []
+    assert inputs.wandb_login(config) == []
 
 
 def test_wandb(monkeypatch, tmp_path):
     config = make_config(tmp_path, tracking={"wandb_project": "cats"})
     monkeypatch.setattr(metadata, "version", lambda name: "0.31.0")
-    assert only(doctor.wandb_login(config)).cure.startswith("wandb login")
+    assert only(inputs.wandb_login(config)).cure.startswith("wandb login")
     path = tmp_path / "no-netrc"
     path.write_text("machine api.wandb.ai login user password s3cret")
     path.chmod(0o600)
-    assert only(doctor.wandb_login(config)).state == "ok"
+    assert only(inputs.wandb_login(config)).state == "ok"
     path.unlink()
     monkeypatch.setenv("WANDB_API_KEY", "s3cret")
-    finding = only(doctor.wandb_login(config))
+    finding = only(inputs.wandb_login(config))
     assert finding.state == "ok"
     assert "s3cret" not in render([finding])
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert only(doctor.wandb_login(config)).state == "note"
+    assert only(inputs.wandb_login(config)).state == "note"
 
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    assert only(doctor.wandb_login(config)).cure == 'pip install "sdxl-ray[wandb]"'
+    assert only(inputs.wandb_login(config)).cure == 'pip install "sdxl-ray[wandb]"'
 
 
 def test_damaged_netrc_is_no_login(monkeypatch, tmp_path):
     (tmp_path / "no-netrc").write_text("nonsense")
     with pytest.raises(netrc.NetrcParseError):
         netrc.netrc(str(tmp_path / "no-netrc"))
-    assert not doctor._has_netrc_login("api.wandb.ai")
+    assert not inputs._has_netrc_login("api.wandb.ai")
 
 
 # ---- the config's own
 
 
 def test_local_model(tmp_path, tiny_model):
-    finding = only(doctor.base_model(make_config(tmp_path, tiny_model)))
+    finding = only(inputs.base_model(make_config(tmp_path, tiny_model)))
     assert finding.state == "ok"
     assert tiny_model in finding.found
 
 
 def test_model_that_is_not_there(tmp_path):
-    finding = only(doctor.base_model(make_config(tmp_path, "./nowhere")))
+    finding = only(inputs.base_model(make_config(tmp_path, "./nowhere")))
     assert finding.state == "problem"
     assert "there is no folder" in finding.found
 
@@ -416,28 +418,28 @@ def test_model_that_is_not_there(tmp_path):
 def test_model_on_the_hub(monkeypatch, tmp_path, cached, offline, state):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/x" if cached else None)
-    finding = only(doctor.base_model(make_config(tmp_path, "owner/name")))
+    finding = only(inputs.base_model(make_config(tmp_path, "owner/name")))
     assert finding.state == state
     if state == "problem":
         assert finding.cure == "hf download owner/name while online, or unset HF_HUB_OFFLINE"
 
 
 def test_dataset(config, tmp_path):
-    assert only(doctor.dataset(config)).found.startswith("21 images in ")
+    assert only(inputs.dataset(config)).found.startswith("21 images in ")
     missing = make_config(tmp_path, dataset={"path": str(tmp_path / "nowhere")})
-    finding = only(doctor.dataset(missing))
+    finding = only(inputs.dataset(missing))
     assert finding.state == "problem"
     assert "Set it to the folder that holds your images" in finding.found
 
 
 def test_output_folders(monkeypatch, config, tmp_path):
-    assert [finding.state for finding in doctor.output_folders(config)] == ["ok", "ok"]
+    assert [finding.state for finding in inputs.output_folders(config)] == ["ok", "ok"]
     assert not (tmp_path / "runs").exists()  # nothing is created
     (tmp_path / "runs").write_text("")
-    output, cache = doctor.output_folders(config)
+    output, cache = inputs.output_folders(config)
     assert "is a file, expected a folder" in output.found
-    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
-    cache = doctor.output_folders(config)[1]
+    monkeypatch.setattr(inputs.os, "access", lambda path, mode: False)
+    cache = inputs.output_folders(config)[1]
     assert cache.state == "problem"
     assert "choose another cache.path" in cache.cure
 
@@ -449,8 +451,13 @@ def test_examine_never_raises(monkeypatch, config):
     def broken(*_, **__):
         raise OSError("the disk is on fire")
 
-    for name in ("python_version", "packages", "accelerators", "hub", "base_model", "disk_space", "ray_authentication"):
-        monkeypatch.setattr(doctor, name, broken)
+    for module, names in (
+        (machine, ("python_version", "packages", "accelerators")),
+        (inputs, ("hub", "base_model", "disk_space")),
+        (cluster, ("ray_authentication",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, broken)
     failed = [finding for finding in doctor.examine(config=config) if "on fire" in finding.found]
     assert len(failed) == 7
     assert {finding.state for finding in failed} == {"problem"}

@@ -23,16 +23,16 @@ ROWS = [
     {"cache", "export", "generate", "report"},
     {"connection"},
     {"config", "diffusion", "sdxl", "tracking"},
-    {"records"},
+    {"records", "run_folder"},
     {"errors"},
 ]
 
 # Library -> the modules that may import it.
 HOMES = {
-    "ray": ["cache.pipeline", "train.launch", "train.worker", "sweeps.*", "doctor", "connection"],
+    "ray": ["cache.pipeline", "train.launch", "train.worker", "sweeps.*", "doctor.cluster", "connection"],
     "peft": ["sdxl.adapters", "export.formats"],
     "wandb": ["tracking.trackers"],
-    "huggingface_hub": ["sdxl.components", "sdxl.hub", "sdxl.fingerprint", "export.hub", "doctor"],
+    "huggingface_hub": ["sdxl.components", "sdxl.hub", "sdxl.fingerprint", "export.hub", "doctor.inputs"],
 }
 
 

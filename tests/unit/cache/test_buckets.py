@@ -116,3 +116,9 @@ def test_assign_bucket_keeps_what_was_there():
     assert (record.path, record.captions) == ("cat.png", ("a cat",))
     assert record.micro_conditioning.original_hw == (100, 200)
     assert record.micro_conditioning.target_hw == record.bucket_hw
+
+
+def test_sizes_met_before_are_not_computed_again(monkeypatch):
+    first = nearest_bucket((1001, 777), SDXL_BUCKETS)
+    monkeypatch.setattr("math.log", lambda _: pytest.fail("computed again"))
+    assert nearest_bucket((1001, 777), list(SDXL_BUCKETS)) == first

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,38 @@ def test_images_without_captions_are_all_counted_and_five_named(image):
 def test_an_empty_caption_file_is_no_caption(image):
     with pytest.raises(DatasetError, match="1 of 1 images have no caption"):
         attach_captions([image(stem="")], CaptionRules())
+
+
+# ---- many images -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_listed_once_and_no_name_is_asked_for(image, monkeypatch):
+    paths = [image(f"{number}.jpg", stem=f"caption {number}") for number in range(300)]
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    monkeypatch.setattr(os.path, "exists", lambda path: pytest.fail(f"asked for {path}"))
+    captions, _ = attach_captions(paths, CaptionRules())
+    assert captions == {path: (f"caption {number}",) for number, path in enumerate(paths)}
+    assert list(captions) == paths
+    assert listed == [str(Path(paths[0]).parent)]
+
+
+def test_a_link_to_a_caption_counts_if_it_leads_somewhere(image, tmp_path):
+    linked, dangling = image("linked.jpg"), image("dangling.jpg")
+    (tmp_path / "words").write_text("a cat")
+    (tmp_path / "linked.txt").symlink_to(tmp_path / "words")
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone")
+    captions, _ = attach_captions([linked, dangling], CaptionRules(sources=("textfile", "filename")))
+    assert captions == {linked: ("a cat",), dangling: ("dangling",)}
+
+
+@pytest.mark.parametrize("folder", ["", ".", "deep", "deep//er", "./deep/../deep"])
+def test_captions_are_found_however_the_folder_is_written(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    path = os.path.join(folder, "cat.jpg")  # noqa: PTH118  (Path would tidy it up)
+    Path(folder, "cat.txt").write_text("a cat")
+    assert (
+        attach_captions([path], CaptionRules())[0] == {path: ("a cat",)} == {path: find_captions(path, CaptionRules())}
+    )

@@ -1,10 +1,13 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
 from sdxl_ray.cache import encode
-from sdxl_ray.cache.encode import LatentEncoder, TextEncoder
+from sdxl_ray.cache.encode import LatentEncoder, TextEncoder, in_halves_that_fit, loading
 from sdxl_ray.errors import CacheError
+from sdxl_ray.sdxl.text import encode_prompts
 from sdxl_ray.sdxl.vae import NonFiniteLatents, encode_posterior
 
 CPU = torch.device("cpu")
@@ -44,6 +47,93 @@ def test_out_of_memory_halves_the_batch_until_it_fits(tiny_model, monkeypatch):
     found = encoder(tiny_model, 5).encode(images(5), names(5))
     assert torch.equal(found["mean"], expected["mean"])
     assert sizes == [5, 2, 1, 1, 3, 1, 2, 1, 1]
+
+
+class Attempt:
+    """Stands for the tensors of an attempt: known to be alive or not."""
+
+
+def test_a_retry_starts_after_the_failed_attempt_is_forgotten():
+    attempts, alive = [], []
+
+    def encode(start, end):
+        alive.append(sum(attempt() is not None for attempt in attempts))
+        attempt = Attempt()
+        attempts.append(weakref.ref(attempt))
+        if end - start > 1:
+            raise torch.OutOfMemoryError
+        return start
+
+    assert in_halves_that_fit(encode, 0, 4, what="image", device=CPU) == [0, 1, 2, 3]
+    assert alive == [0] * 7
+
+
+def test_memory_kept_in_reserve_is_given_back_before_a_retry(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+
+    def encode(start, end):
+        if end - start > 1:
+            raise torch.OutOfMemoryError
+        return start
+
+    assert in_halves_that_fit(encode, 0, 2, what="image", device=torch.device("cuda", 0)) == [0, 1]
+    assert given_back == [True]
+
+
+def test_no_memory_for_one_image_says_what_to_do(tiny_model, monkeypatch):
+    def posterior(vae, pixel_values):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(encode, "encode_posterior", posterior)
+    with pytest.raises(CacheError) as error:
+        encoder(tiny_model, 5).encode(images(5), names(5))
+    text = str(error.value)
+    assert text.startswith("cpu has too little free memory while encoding one image of 64x64 pixels. ")
+    for cure in ("nvidia-smi", "cache.gpus_per_encoder", "dataset.resolution"):
+        assert cure in text
+
+
+def test_no_memory_for_the_last_try_in_fp32_halves_the_batch_too(tiny_model, monkeypatch):
+    def posterior(vae, pixel_values):
+        calls.append(len(pixel_values))
+        if len(calls) == 1:
+            raise NonFiniteLatents([0])
+        if len(pixel_values) > 1:
+            raise torch.OutOfMemoryError
+        return encode_posterior(vae, pixel_values)
+
+    calls = []
+    monkeypatch.setattr(encode, "encode_posterior", posterior)
+    assert len(encoder(tiny_model, 2).encode(images(2), names(2))["mean"]) == 2
+    assert calls == [2, 2, 1, 1]
+
+
+def test_no_memory_for_the_model_is_no_crash():
+    with (
+        pytest.raises(CacheError, match="cpu has too little free memory while loading the VAE"),
+        loading("the VAE", CPU),
+    ):
+        raise torch.OutOfMemoryError
+
+
+def test_text_is_halved_until_it_fits_too(tiny_model, monkeypatch):
+    captions = ["a cat", "", "a dog"]
+    text_encoder = TextEncoder(tiny_model, device=CPU, batch_size=3, revision="", variant="")
+    expected, counts = text_encoder.encode(captions)
+    sizes = []
+
+    def prompts(encoders, texts):
+        sizes.append(len(texts))
+        if len(texts) > 1:
+            raise torch.OutOfMemoryError
+        return encode_prompts(encoders, texts)
+
+    monkeypatch.setattr(encode, "encode_prompts", prompts)
+    found, same_counts = text_encoder.encode(captions)
+    assert (sizes, same_counts) == ([3, 1, 2, 1, 1], counts)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0.01, atol=0.01)
 
 
 def test_a_latent_that_is_not_finite_is_blamed_on_its_image_also_after_halving(tiny_model, monkeypatch):

@@ -224,6 +224,22 @@ def test_a_drive_that_fails(tmp_path, monkeypatch):
     assert scan_file((str(tmp_path / "cat.png"), 1, 1), 10).problem == "cannot be read: Input/output error"
 
 
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_the_scan_of_many_new_files_is_shown(images, monkeypatch):
+    seen = []
+    files = list_images(images)
+    scan_images(files, memo={}, max_pixels=10**6, progress=lambda done, total: seen.append((done, total)))
+    assert seen == []  # six take no time
+    monkeypatch.setattr(scan, "SHOW_PROGRESS_FROM", 6)
+    scan_images(files, memo={}, max_pixels=10**6, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(6, 6)]
+    many = [(str(images / "0.png"), 1, time) for time in range(250)]
+    scan_images(many, memo={}, max_pixels=10**6, progress=lambda done, total: seen.append((done, total)))
+    assert seen[1:] == [(100, 250), (200, 250), (250, 250)]
+
+
 # ---- the memo --------------------------------------------------------------------------------------------------------
 
 

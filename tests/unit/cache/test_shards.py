@@ -3,6 +3,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,36 @@ def test_threads_share_a_reader(tmp_path):
         assert torch.equal(found[number]["mean"], tensors(16)["mean"][number])
 
 
+def test_no_more_shards_stay_open_than_allowed(tmp_path):
+    keys = "abcd"
+    for key in keys:
+        write(tmp_path, (key,))
+    store, reader = ShardStore(tmp_path), ShardReader(tmp_path, max_open=2)
+    shards = [store.locations[key].shard for key in keys]
+    for key in "abacd":
+        assert torch.equal(reader.read(store.locations[key])["mean"], tensors(1)["mean"][0])
+        assert len(reader._open) <= 2
+        if key == "c":
+            assert list(reader._open) == [shards[0], shards[2]]  # of a and b, b was read longer ago
+
+
+def test_threads_share_a_reader_that_closes_shards(tmp_path):
+    keys = [f"key {number}" for number in range(16)]
+    for number, key in enumerate(keys):
+        write(tmp_path, (key,), seed=number)
+    store, reader = ShardStore(tmp_path), ShardReader(tmp_path, max_open=1)
+    expected = [tensors(1, seed)["mean"][0] for seed in range(16)]
+
+    def read(offset):
+        return all(
+            torch.equal(reader.read(store.locations[keys[number % 16]])["mean"], expected[number % 16])
+            for number in range(offset, offset + 64)
+        )
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(0, 16, 4)))
+
+
 # ---- the store -------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +244,18 @@ def test_only_old_temporaries_are_removed(tmp_path):
         os.utime(file, (two_days_ago, two_days_ago))
     assert ShardStore(tmp_path).remove_stale_temporaries() == 2
     assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == sorted([path, young])
+
+
+def test_temporaries_are_looked_for_where_shards_are_written_and_nowhere_else(tmp_path):
+    """A cache folder may lie in a large shared one, or have been put where somebody else keeps such names."""
+    ours = [tmp_path / folder / ".tmp-x" for folder in (".", f"latents/{BUCKET}", "text", "datasets/cats-1")]
+    theirs = [tmp_path / folder / ".tmp-x" for folder in ("other", f"latents/{BUCKET}/deep", "datasets", "text/deep")]
+    for file in (*ours, *theirs):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (1, 1))
+    assert ShardStore(tmp_path).remove_stale_temporaries() == 4
+    assert [file.exists() for file in (*ours, *theirs)] == [False] * 4 + [True] * 4
 
 
 # ---- full disks ------------------------------------------------------------------------------------------------------

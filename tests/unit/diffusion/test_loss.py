@@ -11,7 +11,7 @@ from diffusers.training_utils import compute_snr
 from sdxl_ray.diffusion.loss import diffusion_loss
 from sdxl_ray.diffusion.objectives import OBJECTIVES, Epsilon, VPrediction
 from sdxl_ray.diffusion.schedule import NoiseSchedule
-from sdxl_ray.diffusion.weighting import constant, min_snr
+from sdxl_ray.diffusion.weighting import min_snr
 from sdxl_ray.records import Batch
 from sdxl_ray.sdxl.components import load_scheduler_config, load_unet
 from sdxl_ray.sdxl.conditioning import predict
@@ -88,7 +88,7 @@ def diffusers_script_loss(unet, scheduler, batch, snr_gamma):
 def test_mean_loss_is_the_diffusers_scripts(tiny_model, unet, schedule, batch, prediction_type, snr_gamma):
     scheduler = DDPMScheduler.from_config(load_scheduler_config(tiny_model), prediction_type=prediction_type)
     expected = diffusers_script_loss(unet, scheduler, batch, snr_gamma)
-    weighting = min_snr(snr_gamma, prediction_type) if snr_gamma else constant
+    weighting = min_snr(snr_gamma, prediction_type) if snr_gamma else None
     losses = ours(unet, batch, OBJECTIVES[prediction_type](schedule, weighting))
     assert losses.shape == (len(batch),) and losses.dtype == torch.float32
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-6, atol=0)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdxl_ray.diffusion.schedule import NoiseSchedule
 from sdxl_ray.errors import ModelError
@@ -68,3 +69,27 @@ def test_zero_terminal_snr_ends_in_pure_noise():
     assert schedule.snr(torch.tensor([999])).tolist() == [0.0]
     plain = NoiseSchedule.from_config(CONFIGS["sdxl"])
     torch.testing.assert_close(schedule.alphas_cumprod[0], plain.alphas_cumprod[0])
+
+
+def test_a_lookup_copies_nothing():
+    """A copy from the CPU would make the host wait for the accelerator two or three times per micro-batch."""
+    schedule = NoiseSchedule.from_config({})
+    elsewhere = schedule.to("meta")
+    assert schedule.alphas_cumprod.device.type == "cpu"
+    timesteps = torch.zeros(3, dtype=torch.int64, device="meta")
+    with _CopiesBetweenDevices() as copies:
+        scales = elsewhere.signal_and_noise(timesteps, torch.zeros(3, 4, 8, 8, device="meta"))
+        snr = elsewhere.snr(timesteps)
+    assert {tensor.device.type for tensor in (*scales, snr)} == {"meta"}
+    assert copies.found == []
+
+
+class _CopiesBetweenDevices(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "copy" in str(function):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))

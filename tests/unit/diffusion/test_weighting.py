@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from sdxl_ray.diffusion.objectives import Epsilon
 from sdxl_ray.diffusion.schedule import NoiseSchedule
-from sdxl_ray.diffusion.weighting import constant, min_snr
+from sdxl_ray.diffusion.weighting import min_snr
 
 TIMESTEPS = (0, 1, 10, 50, 100, 150, 200, 250, 300, 500, 750, 900, 998, 999)
 
@@ -56,8 +57,16 @@ def test_min_snr_bounds_what_a_level_of_the_predicted_image_counts():
 
 def test_a_huge_gamma_is_no_weighting_for_epsilon():
     snr = NoiseSchedule.from_config({}).snr(torch.arange(1000))
-    assert torch.equal(min_snr(1e9, "epsilon")(snr), constant(snr))
+    assert torch.equal(min_snr(1e9, "epsilon")(snr), torch.ones_like(snr))
 
 
 def test_no_signal_at_all_has_no_weight_in_v():
     assert float(min_snr(5.0, "v_prediction")(torch.tensor(0.0))) == 0.0
+
+
+def test_without_weighting_no_ratio_is_computed(monkeypatch):
+    schedule = NoiseSchedule.from_config({})
+    monkeypatch.setattr(NoiseSchedule, "snr", lambda *_: pytest.fail("computed"))
+    weight = Epsilon(schedule).weight(torch.tensor([0, 999]))
+    assert weight.dtype == torch.float32
+    assert weight.tolist() == [1.0, 1.0]

@@ -16,9 +16,11 @@ from sdxl_ray.sdxl.components import (
     load_text_encoders,
     load_unet,
     load_vae,
+    objective_warning,
     read_part_config,
     resolve_model,
     text_fingerprint,
+    unet_identity,
     unet_weight_shapes,
     vae_fingerprint,
 )
@@ -236,6 +238,57 @@ def test_weight_shapes_of_a_hub_model_come_from_its_header(tiny_model, model, mo
     monkeypatch.setattr(hub, "_fetch", lambda *_: model)
     monkeypatch.setattr(hub, "remote_header_shapes", lambda _model, _revision, file: {file: (1, 2)})
     assert unet_weight_shapes("owner/model") == {f"unet/{WEIGHTS}": (1, 2)}
+
+
+def test_weight_shapes_of_a_variant(model, monkeypatch):
+    """A folder with both: the variant is what is loaded, so it is what is counted."""
+    save_file({"x": torch.zeros(3, 5)}, model / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert unet_weight_shapes(str(model), variant="fp16") == {"x": (3, 5)}
+    assert "x" not in unet_weight_shapes(str(model))
+    monkeypatch.setattr(hub, "_fetch", lambda *_: model)
+    monkeypatch.setattr(hub, "remote_header_shapes", lambda _model, _revision, file: {file: (1, 2)})
+    (model / "unet" / WEIGHTS).unlink()
+    assert unet_weight_shapes("owner/model", variant="fp16") == {"x": (3, 5)}
+
+
+def test_identity_of_the_unet_follows_its_bytes(tiny_model, model):
+    expected = unet_identity(tiny_model)
+    assert unet_identity(str(model)) == expected  # a copy
+    (model / "vae" / "config.json").write_text("{}")
+    assert unet_identity(str(model)) == expected  # another part
+    path = model / "unet" / WEIGHTS
+    tensors = load_file(path)
+    save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, path)
+    assert unet_identity(str(model)) != expected
+    save_file(tensors, model / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert unet_identity(str(model), variant="fp16") != unet_identity(str(model))
+    with pytest.raises(ModelError, match="cannot be read"):
+        unet_identity(str(model), variant="ema")
+
+
+def test_identity_of_a_hub_model_is_its_commit_where_it_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert unet_identity("owner/model") == "owner/model@main"
+    assert unet_identity("owner/model", revision="v2", variant="fp16") == "owner/model@v2 fp16"
+    (tmp_path / "models--owner--model" / "refs").mkdir(parents=True)
+    (tmp_path / "models--owner--model" / "refs" / "main").write_text("a" * 40)
+    assert unet_identity("owner/model") == "owner/model@" + "a" * 40
+
+
+@pytest.mark.parametrize(
+    ("objective", "scheduler_config", "said"),
+    [
+        ("epsilon", {"prediction_type": "epsilon"}, ""),
+        ("epsilon", {}, ""),
+        ("v_prediction", {"prediction_type": "v_prediction"}, ""),
+        ("epsilon", {"prediction_type": "v_prediction"}, 'Set loss.objective = "v_prediction"'),
+        ("v_prediction", {}, 'the scheduler of model.path says "epsilon"'),
+    ],
+)
+def test_an_objective_that_is_not_the_models(objective, scheduler_config, said):
+    warning = objective_warning(objective, scheduler_config)
+    assert said in warning
+    assert bool(warning) == bool(said)
 
 
 def test_an_unknown_part_names_the_known_ones(tiny_model):

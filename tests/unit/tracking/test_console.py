@@ -15,14 +15,7 @@ def test_lines_are_printed_and_logged_as_they_are(tmp_path, capsys):
     assert (tmp_path / "log.txt").read_text(encoding="utf-8") == f"{PLAIN}\n猫\n\n"
 
 
-def test_errors_go_to_standard_error_and_to_the_log(tmp_path, capsys):
-    Console(live=False, log_file=tmp_path / "log.txt").error(PLAIN)
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", f"{PLAIN}\n")
-    assert (tmp_path / "log.txt").read_text() == f"{PLAIN}\n"
-
-
-def test_log_to_adds_a_log_once_and_keeps_what_is_there(tmp_path, capsys):
+def test_log_to_adds_a_log_once_and_keeps_what_is_there_and_what_was_said(tmp_path, capsys):
     log = tmp_path / "runs" / "cat" / "log.txt"
     for text in ("first run", "second run"):
         console = Console(live=False)
@@ -30,7 +23,8 @@ def test_log_to_adds_a_log_once_and_keeps_what_is_there(tmp_path, capsys):
         console.log_to(log)
         console.log_to(log)
         console.line(text)
-    assert log.read_text() == "first run\nsecond run\n"
+    early = "before the folder is known\n"
+    assert log.read_text() == f"{early}first run\n{early}second run\n"
 
 
 def test_a_log_that_cannot_be_written_is_given_up_and_the_others_go_on(tmp_path, capsys):

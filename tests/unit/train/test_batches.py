@@ -10,6 +10,7 @@ from PIL import Image
 from sdxl_ray.cache.buckets import assign_bucket, make_buckets
 from sdxl_ray.cache.encode import LatentEncoder, TextEncoder
 from sdxl_ray.cache.images import load_pixels
+from sdxl_ray.config.load import with_overrides
 from sdxl_ray.diffusion.randomness import keyed_normal
 from sdxl_ray.records import ImageRecord
 from sdxl_ray.sdxl.components import load_unet
@@ -22,7 +23,7 @@ from sdxl_ray.train.setup import load_data
 @pytest.fixture(scope="module")
 def data(tiny_cache):
     config, index_path = tiny_cache
-    return load_data(index_path, cache=config.cache.path, holdout=0.0)
+    return load_data(with_overrides(config, {"eval.holdout": 0.0}), index_path)
 
 
 def make_builder(data, *, caption_dropout=0.3, seed=7):

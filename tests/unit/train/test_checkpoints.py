@@ -8,16 +8,8 @@ from torch import nn
 
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.errors import CheckpointError, ConfigError, StorageError
-from sdxl_ray.train.checkpoints import (
-    ADAPTER_FILE,
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    check_resumable,
-    list_checkpoints,
-    load_checkpoint,
-    read_progress,
-    save_checkpoint,
-)
+from sdxl_ray.run_folder import ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, list_checkpoints
+from sdxl_ray.train.checkpoints import check_resumable, load_checkpoint, read_progress, save_checkpoint
 from sdxl_ray.train.optimizers import MasterWeights, adamw
 from sdxl_ray.train.setup import load_data, run_identity
 from sdxl_ray.train.state import TrainState
@@ -50,7 +42,7 @@ def files_below(folder: Path) -> list[str]:
 
 def test_round_trip_to_the_bit(tmp_path):
     state = make_state(steps=2)
-    state.best_eval_loss = 0.25
+    state.last_eval_loss = 0.25
     path = save_checkpoint(tmp_path, state, IDENTITY)
     assert path == tmp_path / "step_000002"
     assert files_below(path) == [ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE]
@@ -58,7 +50,7 @@ def test_round_trip_to_the_bit(tmp_path):
     fresh = make_state()
     fresh.load_state_dict(load_checkpoint(path))
     assert_equal(snapshot(fresh), snapshot(state))
-    assert (fresh.step, fresh.position, fresh.best_eval_loss) == (2, 6, 0.25)
+    assert (fresh.step, fresh.position, fresh.last_eval_loss) == (2, 6, 0.25)
     assert read_progress(path)["identity"] == IDENTITY
     for name, parameter in fresh.masters.parameters.items():
         assert torch.equal(parameter, state.masters.masters[name].bfloat16())
@@ -164,7 +156,7 @@ def test_leftovers_of_a_killed_save_are_cleared_by_the_next(tmp_path):
 
 
 def test_a_run_with_equal_settings_can_be_resumed(config, index_path):
-    identity = run_identity(config, load_data(index_path, cache=config.cache.path, holdout=0.2))
+    identity = run_identity(config, load_data(with_overrides(config, {"eval.holdout": 0.2}), index_path))
     check_resumable(json.loads(json.dumps(identity)), identity, Path("runs/cat"))
 
 
@@ -196,10 +188,7 @@ def test_every_setting_that_differs_is_listed():
 )
 def test_what_decides_the_data_or_the_weights_may_not_change(config, index_path, key, value):
     changed = with_overrides(config, {key: value})
-    before, after = (
-        run_identity(each, load_data(index_path, cache=config.cache.path, holdout=each.eval.holdout))
-        for each in (config, changed)
-    )
+    before, after = (run_identity(each, load_data(each, index_path)) for each in (config, changed))
     with pytest.raises(ConfigError, match=f"  {key}: "):
         check_resumable(before, after, Path("runs/cat"))
 
@@ -208,7 +197,7 @@ def test_what_decides_the_data_or_the_weights_may_not_change(config, index_path,
     ("key", "value"), [("train.num_workers", 4), ("train.accumulation", 2), ("train.log_every", 5)]
 )
 def test_what_decides_neither_may_change(config, index_path, key, value):
-    data = load_data(index_path, cache=config.cache.path, holdout=0.2)
+    data = load_data(with_overrides(config, {"eval.holdout": 0.2}), index_path)
     check_resumable(
         run_identity(config, data), run_identity(with_overrides(config, {key: value}), data), Path("runs/cat")
     )

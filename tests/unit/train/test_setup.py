@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.errors import ConfigError
-from sdxl_ray.train.setup import load_data
+from sdxl_ray.train.setup import load_data, run_identity
 from tests.tiny import make_training
 
 
 def test_data_is_split_by_content_and_digested(config, index_path):
     def load(holdout):
-        return load_data(index_path, cache=config.cache.path, holdout=holdout)
+        return load_data(with_overrides(config, {"eval.holdout": holdout}), index_path)
 
     whole, split = load(0.0), load(0.2)
     assert (len(whole.train), len(whole.held_out)) == (13, 0)
@@ -62,3 +63,34 @@ def test_v_prediction_trains_on_a_schedule_that_ends_in_pure_noise(config, index
     latents, noise = torch.ones(1, 4, 2, 2), torch.full((1, 4, 2, 2), 3.0)
     assert torch.equal(objective.corrupt(latents, noise, torch.tensor([999])), noise)
     assert torch.equal(objective.target(latents, noise, torch.tensor([999])), -latents)
+
+
+def test_the_held_out_images_can_be_limited(config, index_path):
+    few = load_data(with_overrides(config, {"eval.holdout": 0.9, "eval.max_images": 2}), index_path)
+    many = load_data(with_overrides(config, {"eval.holdout": 0.9}), index_path)
+    assert len(few.held_out) == 2 < len(many.held_out)
+    assert len(few.train) == 13 - 2
+
+
+def test_the_schedule_lies_on_the_device_once(config, index_path):
+    training = make_training(config, index_path)
+    for objective in (training.objective, training.eval_objective):
+        assert objective.schedule.alphas_cumprod.device == training.state.device
+
+
+def test_a_run_is_the_same_with_a_moved_model_and_another_with_another(config, index_path, tiny_model, tmp_path):
+    """Two folders of one name may hold different finetunes, and one may have another name on another machine."""
+    data = load_data(with_overrides(config, {"eval.holdout": 0.2}), index_path)
+
+    def identity(folder):
+        return run_identity(with_overrides(config, {"model.path": str(folder)}), data)
+
+    moved = Path(shutil.copytree(tiny_model, tmp_path / "moved"))
+    assert identity(moved) == identity(tiny_model)
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other" / Path(tiny_model).name))
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor + 1e-3 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    changed = {name for name, value in identity(other).items() if value != identity(tiny_model)[name]}
+    assert changed == {"model (U-Net)"}
+    assert run_identity(with_overrides(config, {"eval.max_images": 3}), data)["eval.max_images"] == 3

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from sdxl_ray.config.load import with_overrides
 from sdxl_ray.sdxl.adapters import adapter_disabled
 from sdxl_ray.sdxl.components import load_vae
 from sdxl_ray.sdxl.sampling import file_stem
+from sdxl_ray.train import validation
 from sdxl_ray.train.setup import validation_prompts
-from sdxl_ray.train.validation import draw_share
+from sdxl_ray.train.validation import draw_share, vae_on
 from tests.tiny import PROMPTS, make_training
 
 NAMES = ["00_a_red_house.png", "01_a_cat_on_the_moon.png", "02_trees.png"]
@@ -122,3 +125,27 @@ def test_without_prompts_there_is_nothing_to_draw(training, config):
 )
 def test_file_stems_fit_every_system(prompt, stem):
     assert file_stem(prompt) == stem
+
+
+def test_the_vae_is_on_the_device_only_while_drawing(draw, vae, monkeypatch, tmp_path):
+    moves = []
+    monkeypatch.setattr(vae, "to", lambda device: moves.append(str(device)))
+    monkeypatch.setattr(validation, "draw_images", lambda *_, **__: moves.append("draw") or [Image.new("RGB", (8, 8))])
+    draw(tmp_path / "samples")
+    assert moves == ["cpu", "draw", "draw", "draw", "cpu"]  # the first is the U-Net's device
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(validation, "draw_images", fail)
+    moves.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(tmp_path / "samples")
+    assert moves == ["cpu", "cpu"]
+
+
+def test_vae_on():
+    moves = []
+    with vae_on(SimpleNamespace(to=moves.append), "cuda:1"):
+        assert moves == ["cuda:1"]
+    assert moves == ["cuda:1", "cpu"]
