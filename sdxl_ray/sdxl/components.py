@@ -282,10 +282,12 @@ def _load(
 ) -> Any:
     quiet_libraries()
     folder = hub.part_folder(model, part, revision, variant=variant)
+    from safetensors import SafetensorError
+
     variant = variant_to_load(folder, WEIGHT_STEMS[part], variant)
     try:
         module = kind.from_pretrained(str(folder), dtype=dtype, variant=variant, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{folder} cannot be loaded as {kind.__name__}: {error}. "
             "Check that the download is complete; copy or fetch this folder again."

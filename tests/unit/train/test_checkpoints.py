@@ -9,6 +9,7 @@ from torch import nn
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.errors import CheckpointError, ConfigError, StorageError
 from sdxl_ray.run_folder import ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, list_checkpoints
+from sdxl_ray.train import checkpoints
 from sdxl_ray.train.checkpoints import check_resumable, load_checkpoint, read_progress, save_checkpoint
 from sdxl_ray.train.optimizers import MasterWeights, adamw
 from sdxl_ray.train.setup import load_data, run_identity
@@ -85,17 +86,15 @@ def test_a_full_disk_half_way_tears_nothing(tmp_path, monkeypatch, failing, code
     earlier = save_checkpoint(tmp_path, make_state(steps=1), IDENTITY)
     before = files_below(tmp_path)
 
-    def fail_half_way(write):
-        def method(path, content, **options):
-            if path.name != failing:
-                return write(path, content, **options)
-            write(path, content[: len(content) // 2], **options)
-            raise OSError(code, "as the kernel says it")
+    write = checkpoints._write
 
-        return method
+    def fail_half_way(path, content):
+        if path.name != failing:
+            return write(path, content)
+        write(path, content[: len(content) // 2])
+        raise OSError(code, "as the kernel says it")
 
-    monkeypatch.setattr(Path, "write_bytes", fail_half_way(Path.write_bytes))
-    monkeypatch.setattr(Path, "write_text", fail_half_way(Path.write_text))
+    monkeypatch.setattr(checkpoints, "_write", fail_half_way)
     with pytest.raises(StorageError) as error:
         save_checkpoint(tmp_path, make_state(steps=2), IDENTITY)
     assert str(error.value) == (
