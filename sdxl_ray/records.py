@@ -3,6 +3,7 @@
     ImageRecord          one image file on its way through scan, captions and buckets      (stage 1, no tensors)
     EncodedSample        one row of index.parquet: where a sample's tensors lie            (stage 1 -> 2)
     Batch                the tensors that one rank feeds to the U-Net at once              (stage 2)
+    ExportedFile         a LoRA file that was loaded back and compared with the model      (the end)
 
 `MicroConditioning` goes along with all of them: what SDXL is told about an image's size and crop.
 Every pair of lengths here is (height, width), and its name says so.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch is slow to import, and stage 1's planning needs none of it
@@ -121,6 +123,15 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedFile:
+    """One verified file; relative_error is its largest output difference over the trained model's largest output."""
+
+    path: Path
+    format: str
+    relative_error: float
 
 
 def bucket_key(height_width: tuple[int, int]) -> str:

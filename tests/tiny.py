@@ -141,7 +141,8 @@ def make_training(config: Any, index_path: Path, *, workers: Any = None, checkpo
     """One rank's `Training` on the CPU."""
     import torch
 
-    from sdxl_ray.train.setup import build_training, load_data
+    from sdxl_ray.train.data import load_data
+    from sdxl_ray.train.setup import build_training
     from sdxl_ray.train.state import Workers
 
     data = load_data(config, index_path)

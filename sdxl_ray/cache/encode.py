@@ -101,10 +101,8 @@ class LatentEncoder:
         return {"mean": torch.cat([mean for mean, _ in parts]), "std": torch.cat([std for _, std in parts])}
 
     def _posterior(self, pixel_values: torch.Tensor, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        try:
+        with contextlib.suppress(NonFiniteLatents):
             return encode_posterior(self.vae, pixel_values)
-        except NonFiniteLatents:
-            pass
         return self._posterior_in_fp32(pixel_values, names)
 
     def _posterior_in_fp32(self, pixel_values: torch.Tensor, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ found is remembered by (path, size, modification time), so that a second run ove
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
@@ -89,12 +90,10 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            try:
+            with contextlib.suppress(OSError):  # a link to itself: reported below if it is called like an image
                 if entry.is_dir():
                     pending.append(entry.path)
                     continue
-            except OSError:  # a link to itself: reported below if it is called like an image
-                pass
             if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122  (a Path per file doubles the time)
                 continue
             try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from sdxl_ray.errors import storage_errors
 from sdxl_ray.export.formats import AdapterSpec
 from sdxl_ray.export.metadata import TrainingFacts, public_name
-from sdxl_ray.export.verify import ExportedFile
+from sdxl_ray.records import ExportedFile
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sdxl_ray.errors import ExportError
 from sdxl_ray.export.formats import DTYPES, WRITERS, AdapterSpec, FileDtype
+from sdxl_ray.records import ExportedFile
 from sdxl_ray.sdxl.adapters import adapter_state_dict, detach_adapter
 from sdxl_ray.sdxl.conditioning import predict, unet_dtype
 
@@ -52,15 +53,6 @@ class Probe:
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
     add_time_ids: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class ExportedFile:
-    """One verified file; relative_error is its largest output difference over the trained model's largest output."""
-
-    path: Path
-    format: str
-    relative_error: float
 
 
 def make_probe(unet: diffusers.UNet2DConditionModel, *, seed: int = 0) -> Probe:

@@ -27,13 +27,13 @@ from sdxl_ray.config.load import dump_config, with_overrides
 from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import check_room, connect, is_local, worker_resources
 from sdxl_ray.errors import CheckpointError, ConfigError, Interrupted, SdxlRayError, TrainingError, storage_errors
-from sdxl_ray.export.verify import ExportedFile
+from sdxl_ray.records import ExportedFile
 from sdxl_ray.run_folder import list_checkpoints
 from sdxl_ray.sweeps.ranking import Trial, as_csv, as_table, rank, read_trials, write_trial
 from sdxl_ray.sweeps.search_space import num_samples, to_tune
+from sdxl_ray.train.data import build_plan, data_order, load_data
 from sdxl_ray.train.folder import claim_folder, inspect_folder, keep_index
 from sdxl_ray.train.launch import export_lora, fit
-from sdxl_ray.train.setup import build_plan, data_order, load_data
 
 Event = dict[str, Any]
 

@@ -11,6 +11,7 @@ checkpoints.py  written whole or not at all
 eval_loss.py    a loss that can be compared from step to step
 validation.py   images that can be compared from step to step
 finish.py       the verified LoRA files and what their headers say
-setup.py        everything one rank needs, built from the config and the index
+data.py         the samples of a run and its plan, without torch
+setup.py        everything one rank needs, built from the config and the data
 synthetic.py    batches of random tensors, for benchmarks without a cache
 """

@@ -11,10 +11,11 @@ import sdxl_ray
 from sdxl_ray.export.formats import AdapterSpec
 from sdxl_ray.export.metadata import DatasetFacts, TrainingFacts, build_metadata
 from sdxl_ray.export.model_card import SampleImage, write_model_card
-from sdxl_ray.export.verify import ExportedFile, export_adapter
-from sdxl_ray.records import parse_bucket_key
+from sdxl_ray.export.verify import export_adapter
+from sdxl_ray.records import ExportedFile, parse_bucket_key
 from sdxl_ray.sdxl.sampling import file_stem
-from sdxl_ray.train.setup import Data, Training
+from sdxl_ray.train.data import Data
+from sdxl_ray.train.setup import Training
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config

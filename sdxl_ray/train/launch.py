@@ -23,15 +23,11 @@ from sdxl_ray.config.load import load_config, with_overrides
 from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import check_room, connect, is_local, worker_resources
 from sdxl_ray.errors import Interrupted, SdxlRayError, TrainingError
-from sdxl_ray.export.verify import ExportedFile
+from sdxl_ray.records import ExportedFile
 from sdxl_ray.run_folder import find_checkpoint, list_checkpoints
-from sdxl_ray.sdxl.devices import best_device
 from sdxl_ray.train.checkpoints import check_resumable, read_progress
-from sdxl_ray.train.finish import export_run
+from sdxl_ray.train.data import load_data, run_identity
 from sdxl_ray.train.folder import claim_folder, inspect_folder, keep_index, prune_checkpoints
-from sdxl_ray.train.setup import build_training, load_data, run_identity
-from sdxl_ray.train.state import Workers
-from sdxl_ray.train.worker import train_worker
 
 Event = dict[str, Any]
 
@@ -44,6 +40,16 @@ class FitResult:
     step: int
     eval_loss: float | None
     exports: tuple[ExportedFile, ...]
+
+
+def train_worker(settings: Event) -> Event | None:
+    """What Ray Train calls on every rank.
+
+    Driver, trial and controller import this module too, and need not import the models' libraries, which takes 5 s.
+    """
+    from sdxl_ray.train import worker
+
+    return worker.train_worker(settings)
 
 
 class RunMonitor:
@@ -272,6 +278,11 @@ def export_lora(run: str | Path, *, step: int | None = None, formats: Sequence[s
         CheckpointError: no such checkpoint.
         ExportError: a file does not reproduce the trained model.
     """
+    from sdxl_ray.sdxl.devices import best_device
+    from sdxl_ray.train.finish import export_run
+    from sdxl_ray.train.setup import build_training
+    from sdxl_ray.train.state import Workers
+
     run_folder, checkpoint = find_checkpoint(run, step)
     config = load_config(run_folder / "config.toml")
     if formats:

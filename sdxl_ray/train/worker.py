@@ -24,9 +24,10 @@ from sdxl_ray.sdxl.components import load_vae, objective_warning, resolve_model
 from sdxl_ray.tracking.metrics import MetricsFile
 from sdxl_ray.tracking.trackers import TensorBoardTracker, Tracker, WandbTracker
 from sdxl_ray.train.checkpoints import save_checkpoint
+from sdxl_ray.train.data import load_data, run_identity
 from sdxl_ray.train.finish import export_run
 from sdxl_ray.train.loop import run
-from sdxl_ray.train.setup import Training, build_training, load_data, run_identity, validation_prompts
+from sdxl_ray.train.setup import Training, build_training, validation_prompts
 from sdxl_ray.train.state import TrainState, Workers
 from sdxl_ray.train.validation import draw_share
 

@@ -74,6 +74,7 @@ def test_a_second_run_encodes_nothing_and_a_deleted_shard_only_itself(config, ph
     assert (fourth.num_latents_encoded, fourth.num_captions_encoded) == (0, 1)
 
 
+@pytest.mark.slow
 def test_runs_with_other_validation_prompts_keep_each_others(config):
     """A run may still be reading its prompts when another one starts."""
     first = build_cache(with_overrides(config, {"validation.prompts": ["a red house"]}))
@@ -84,6 +85,7 @@ def test_runs_with_other_validation_prompts_keep_each_others(config):
     assert {"a red house", "a blue house", ""} <= manifest["prompts"].keys()
 
 
+@pytest.mark.slow
 def test_a_scan_on_ray_is_the_scan_of_threads_and_shows_itself(config, monkeypatch):
     by_threads = build_cache(config)
     (Path(config.cache.path) / "scan.parquet").unlink()
@@ -94,6 +96,7 @@ def test_a_scan_on_ray_is_the_scan_of_threads_and_shows_itself(config, monkeypat
     assert seen == [("scan", 21, 21)]
 
 
+@pytest.mark.slow
 def test_an_image_that_is_gone_when_it_is_decoded_is_an_error(config, photographs, monkeypatch):
     """As on a node that does not see the folder: not a skip, which would train on fewer images without a word."""
 
@@ -116,6 +119,7 @@ def test_a_model_that_the_encoders_cannot_load_is_the_users_model_error(config, 
         build_cache(with_overrides(config, {"model.path": str(model)}), connect=spoil)
 
 
+@pytest.mark.slow
 def test_another_vae_adds_entries_and_keeps_the_old_ones(config, tmp_path):
     build_cache(config)
     old = shard_times(Path(config.cache.path))

@@ -99,7 +99,7 @@ def assert_nothing_left(timeout_s: float = 30) -> None:
 
 
 def test_a_folder_in_use_is_not_overwritten(config):
-    with pytest.raises(ConfigError, match="--resume continues a sweep, --overwrite deletes it"):
+    with pytest.raises(ConfigError, match="--resume continues it, --overwrite deletes it"):
         sweep(config)
 
 

@@ -29,7 +29,7 @@ def ray_range():
 
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_cluster_file_passes_rays_schema(name):
-    validate_config(prepare_config(read_yaml(name)))
+    assert validate_config(prepare_config(read_yaml(name))) is None, "it raises where the schema is broken"
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

@@ -62,7 +62,7 @@ def test_the_users_environment_wins(started, monkeypatch):
 
 def test_connected_already(no_ray, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    connect("a:1")  # `no_ray` fails a start
+    assert connect("a:1") is None  # `no_ray` fails a start
 
 
 def test_the_address_for_jobs_is_no_address_to_connect_to(no_ray):

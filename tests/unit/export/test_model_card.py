@@ -7,7 +7,7 @@ import yaml
 from sdxl_ray.export.formats import AdapterSpec
 from sdxl_ray.export.metadata import TrainingFacts
 from sdxl_ray.export.model_card import SampleImage, write_model_card
-from sdxl_ray.export.verify import ExportedFile
+from sdxl_ray.records import ExportedFile
 
 HUB_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 SPEC = AdapterSpec("lora", 16, 8.0)

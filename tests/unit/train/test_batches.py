@@ -16,8 +16,8 @@ from sdxl_ray.records import ImageRecord
 from sdxl_ray.sdxl.components import load_unet
 from sdxl_ray.sdxl.vae import sample_latents
 from sdxl_ray.train.batches import BatchBuilder, prefetch
+from sdxl_ray.train.data import load_data
 from sdxl_ray.train.plan import DataOrder, MicroBatch
-from sdxl_ray.train.setup import load_data
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from sdxl_ray.errors import CheckpointError, ConfigError, StorageError
 from sdxl_ray.run_folder import ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, list_checkpoints
 from sdxl_ray.train import checkpoints
 from sdxl_ray.train.checkpoints import check_resumable, load_checkpoint, read_progress, save_checkpoint
+from sdxl_ray.train.data import load_data, run_identity
 from sdxl_ray.train.optimizers import MasterWeights, adamw
-from sdxl_ray.train.setup import load_data, run_identity
 from sdxl_ray.train.state import TrainState
 from tests.tiny import assert_equal, snapshot
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.errors import ConfigError
-from sdxl_ray.train.setup import load_data, run_identity
+from sdxl_ray.train.data import load_data, run_identity
 from tests.tiny import make_training
 
 
