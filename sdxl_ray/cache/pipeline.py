@@ -142,6 +142,7 @@ def _scan(
 def _encode_text(config: Config, plan: CachePlan, progress: Progress) -> int:
     if not plan.missing_text:
         return 0
+    progress("text", 0, plan.num_missing_text)  # the encoders take some seconds to start
     items = [{"shard": json.dumps(asdict(shard))} for shard in plan.missing_text]
     share = _share(config, len(items))
     _quiet()
@@ -168,6 +169,7 @@ def _encode_text(config: Config, plan: CachePlan, progress: Progress) -> int:
 def _encode_latents(config: Config, plan: CachePlan, progress: Progress) -> tuple[int, list[Skipped]]:
     if not plan.missing_latents:
         return 0, []
+    progress("images", 0, plan.num_missing_latents)
     items = [{"shard": json.dumps(asdict(shard))} for shard in plan.missing_latents]
     _quiet()
     share = _share(config, len(items))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,8 @@ def run_demo(folder: Path, *, console: Console, address: str | None = None) -> F
     console.line(f"  settings     {run_folder / 'config.toml'}")
     console.line(f"  cache        {config.cache.path}  (a second run encodes nothing)")
     console.line()
-    console.line("Next, with your own images and a GPU:")
+    activate = "" if shutil.which("sdxl-ray") else f", after `. {Path(sys.prefix) / 'bin' / 'activate'}`"
+    console.line(f"Next, with your own images and a GPU{activate}:")
     console.line("  sdxl-ray init my.toml        # then set dataset.path in it")
     console.line("  sdxl-ray check my.toml       # what it would do and need")
     console.line("  sdxl-ray train my.toml")

@@ -133,6 +133,7 @@ def fit(
     on_folder()
     index_path = keep_index(run_folder, index_path)
 
+    on_event({"event": "line", "text": f"starting {config.train.num_workers} workers"})
     monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # its result comes back in `return_value`
