@@ -11,7 +11,6 @@ import hashlib
 import io
 import math
 import os
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from sdxl_ray.cache.shards import write_table
 from sdxl_ray.errors import DatasetError, storage_errors
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jfif"})
@@ -209,15 +209,5 @@ def read_memo(path: Path) -> dict[tuple[str, int, int], ScannedFile]:
 
 def write_memo(path: Path, files: Iterable[ScannedFile]) -> None:
     """Replaces the memo in one move; of two jobs writing at once the later wins, and nothing but time is lost."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [asdict(file) for file in files]
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     with storage_errors("writing the list of scanned images", path, "Free some space; nothing encoded is lost."):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            pq.write_table(pa.Table.from_pylist(rows), temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_table(path, [asdict(file) for file in files])

@@ -228,11 +228,22 @@ def _row_checksum(row: Mapping[str, torch.Tensor]) -> int:
 # ---- the index -------------------------------------------------------------------------------------------------------
 
 
-def write_index(path: Path, samples: Sequence[EncodedSample], locations: Mapping[str, Location]) -> None:
-    """One row per sample, plain columns: open it with pandas or DuckDB."""
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A Parquet file, whole or as it was before: written beside its name, then renamed."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_index(path: Path, samples: Sequence[EncodedSample], locations: Mapping[str, Location]) -> None:
+    """One row per sample, plain columns: open it with pandas or DuckDB."""
     rows = [
         {
             "sample_id": sample.sample_id,
@@ -254,14 +265,8 @@ def write_index(path: Path, samples: Sequence[EncodedSample], locations: Mapping
         }
         for sample in samples
     ]
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     with storage_errors("writing the index", path, "Free some space and run again: finished shards are kept."):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            pq.write_table(pa.Table.from_pylist(rows), temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_table(path, rows)
 
 
 def read_index(path: str | Path) -> tuple[list[EncodedSample], dict[str, Location]]:
