@@ -1,6 +1,7 @@
 """What travels through the three stages. Read this first.
 
-    ImageRecord          one image file on its way through scan, captions and buckets      (stage 1, no tensors)
+    Listed               one image of a collection, as its source lists it, unopened        (stage 1)
+    ImageRecord          one image with its transform, ready to be decoded and encoded      (stage 1, no tensors)
     EncodedSample        one row of index.parquet: where a sample's tensors lie            (stage 1 -> 2)
     Batch                the tensors that one rank feeds to the U-Net at once              (stage 2)
     ExportedFile         a LoRA file that was loaded back and compared with the model      (the end)
@@ -12,6 +13,7 @@ Every pair of lengths here is (height, width), and its name says so.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,47 +41,109 @@ class MicroConditioning:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """One image file. Each step of stage 1 fills in what it found and passes the record on."""
+class Listed:
+    """One image of a collection, as its source lists it. Nothing of it has been opened.
+
+    An address is what `cache.sources.read_bytes` takes: a path, a URI, or a part of a container (a member of a tar
+    file, a row of a table).
+
+    path          how a person finds it, unique in its dataset: /data/cat.jpg, s3://bucket/cat.jpg, /data/00.tar/cat.jpg
+    stamp         changes whenever the content may have: size and modification time
+    address       where its bytes are; empty: `path`
+    original_hw   from a table's columns, as a person sees it; None: to be read from the header
+    text_file     address of its caption file, or empty
+    texts         captions that a table's row or a tar file's .json brought along
+    mask_file     address of its mask, or empty
+    focus_yx      point of interest from a table, as shares of height and width
+    """
 
     path: str
-    image_hash: str  # sha256 of the file's bytes, hex
+    stamp: str
+    address: str = ""
+    original_hw: tuple[int, int] | None = None
+    text_file: str = ""
+    texts: tuple[str, ...] = ()
+    mask_file: str = ""
+    focus_yx: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One image with the transform that makes it fit its bucket: all that is needed to decode it anywhere.
+
+    `crop_top_left` is an offset in the resized image before it is flipped; what SDXL is told is `micro_conditioning`.
+    """
+
+    path: str  # for people
+    image_hash: str  # sha256 of the file's bytes, hex; with dataset.identify_by = "listing" of its path and stamp
     original_hw: tuple[int, int]  # after EXIF rotation
-    captions: tuple[str, ...] = ()
-    bucket_hw: tuple[int, int] | None = None
-    resized_hw: tuple[int, int] | None = None  # covers the bucket
-    crop_top_left: tuple[int, int] | None = None
+    bucket_hw: tuple[int, int]
+    resized_hw: tuple[int, int]  # covers the bucket
+    crop_top_left: tuple[int, int]
+    address: str = ""  # empty: `path`
+    flip: bool = False  # mirrored after the crop
+    mask: str = ""  # "alpha", or the address of a mask file; empty: none
+    verify: bool = True  # whether `image_hash` is of the content, and so can be checked on decoding
 
     @property
     def micro_conditioning(self) -> MicroConditioning:
-        """What the U-Net is told; only once the bucket is assigned."""
-        if self.bucket_hw is None or self.crop_top_left is None:
-            raise ValueError(f"{self.path} has no bucket yet")
-        return MicroConditioning(self.original_hw, self.crop_top_left, self.bucket_hw)
+        """What the U-Net is told; of a flipped image the crop's offset is mirrored too."""
+        top, left = self.crop_top_left
+        if self.flip:
+            left = self.resized_hw[1] - self.bucket_hw[1] - left
+        return MicroConditioning(self.original_hw, (top, left), self.bucket_hw)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
-    """One row of the index: an image with its captions, and the keys of its encoded tensors."""
+    """One row of the index: an image with its captions, and where its encoded tensors are.
+
+    Of several crops, epochs take turns; of several captions, each epoch draws one.
+    """
 
     sample_id: str  # the same wherever the files lie, so that keyed randomness does not depend on paths
+    dataset: str  # its name; role, weight and repeats are the config's
     path: str
+    address: str  # empty: `path`
     image_hash: str
+    verify: bool  # as in ImageRecord
     original_hw: tuple[int, int]
-    crop_top_left: tuple[int, int]
     target_hw: tuple[int, int]  # the bucket
+    resized_hw: tuple[int, int]
+    crops: tuple[tuple[int, int], ...]  # crop_top_left of each variant, as SDXL is told
+    flip: bool
+    mask: str  # "alpha", the address of a mask file, or empty
     captions: tuple[str, ...]
-    latent_key: str
+    latent_keys: tuple[str, ...]  # one per crop
+    latent_shards: tuple[str, ...]  # empty with cache.mode = "off"
     text_keys: tuple[str, ...]  # one per caption
-    repeats: int
+    text_shards: tuple[str, ...]  # empty where text is encoded while training
 
     @property
     def bucket(self) -> str:
         return bucket_key(self.target_hw)
 
-    @property
-    def micro_conditioning(self) -> MicroConditioning:
-        return MicroConditioning(self.original_hw, self.crop_top_left, self.target_hw)
+    def micro_conditioning(self, variant: int = 0) -> MicroConditioning:
+        """Of the variant's crop."""
+        return MicroConditioning(self.original_hw, self.crops[variant], self.target_hw)
+
+    def image_record(self, variant: int = 0) -> ImageRecord:
+        """What is needed to decode and encode the variant once more."""
+        top, left = self.crops[variant]
+        if self.flip:
+            left = self.resized_hw[1] - self.target_hw[1] - left
+        return ImageRecord(
+            path=self.path,
+            image_hash=self.image_hash,
+            original_hw=self.original_hw,
+            bucket_hw=self.target_hw,
+            resized_hw=self.resized_hw,
+            crop_top_left=(top, left),
+            address=self.address,
+            flip=self.flip,
+            mask=self.mask,
+            verify=self.verify,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +153,11 @@ class Batch:
     latents               (B, 4, h, w) float32, times the VAE's scaling factor
     noise                 (B, 4, h, w) float32
     timesteps             (B,) int64 in [0, 1000), 0 = nearly clean
-    prompt_embeds         (B, 77, 2048) both CLIPs, penultimate layers (the tiny model is narrower)
+    prompt_embeds         (B, 77, 2048) both CLIPs, penultimate layers; 77 for each of cache.caption_chunks
     pooled_prompt_embeds  (B, 1280) from text encoder 2
     add_time_ids          (B, 6) float32, never bf16: it keeps 8 significant bits, and 1365 px would become 1368
     weights               (B,) float32, the share of each sample in the step's loss
+    masks                 (B, 1, h, w) float32 in [0, 1], how much each latent pixel counts; None: all of them, fully
     """
 
     sample_ids: tuple[str, ...]
@@ -103,19 +168,18 @@ class Batch:
     pooled_prompt_embeds: torch.Tensor
     add_time_ids: torch.Tensor
     weights: torch.Tensor
+    masks: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies overlap with compute where the memory is pinned."""
-        tensors = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if field.name != "sample_ids"
-        }
-        return Batch(sample_ids=self.sample_ids, **tensors)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors = {
-            field.name: getattr(self, field.name).pin_memory()
+            field.name: None if (tensor := getattr(self, field.name)) is None else change(tensor)
             for field in dataclasses.fields(self)
             if field.name != "sample_ids"
         }

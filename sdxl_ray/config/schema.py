@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from sdxl_ray.config.units import Duration, DurationField, Warmup, WarmupField
 
@@ -38,6 +38,12 @@ def _no_cloud_address(text: str) -> str:
 Strings = Annotated[tuple[str, ...], Field(strict=False)]  # TOML gives lists
 Trimmed = Annotated[str, AfterValidator(_no_surrounding_space)]
 FolderName = Annotated[Trimmed, AfterValidator(_plain_folder_name)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, int | float) else value
+
+
 FolderPath = Annotated[Trimmed, AfterValidator(_no_cloud_address)]
 
 
@@ -69,23 +75,111 @@ class ModelSection(Section):
 
 
 class DatasetSection(Section):
-    """The images and their captions."""
+    """The images and their captions. A run has any number of these sections: `[[dataset]]`."""
 
-    path: FolderPath = setting(
-        "path/to/images", "Folder with images, searched recursively, or builtin:photographs.", min_length=1
+    # ---- which images
+    path: Trimmed = setting(
+        "path/to/images",
+        "Folder, searched recursively; WebDataset tar files (data/*.tar); tables (data/*.parquet, .csv, .jsonl); a "
+        "Hugging Face dataset (hf://org/name) or its local copy; builtin:photographs. Local, or s3://, gs://, abfs://.",
+        min_length=1,
     )
+    name: FolderName = setting("", "What it is called in reports. Empty: the last part of `path`.")
+    role: Literal["train", "eval", "regularization"] = setting(
+        "train",
+        "eval: only for the eval loss; nothing else is held out then. regularization: trained on like train; set "
+        "`weight`.",
+    )
+    disabled: bool = setting(False, "Leave this dataset out.")
+    repeats: int = setting(1, "How often each image is seen in one epoch.", ge=1)
+    weight: float = setting(1.0, "How much each of its images counts in the loss.", gt=0, le=1000)
+    start: DurationField = setting(Duration(0, "steps"), 'Takes part from here on: "500 steps", "2 epochs".')
+    end: DurationField = setting(
+        Duration(0, "steps"), "Takes part until here. 0: to the end of the run. An epoch is cut where this is in steps."
+    )
+    max_samples: int = setting(
+        0, "Use at most this many images, always the same ones, chosen by name. 0: all.", unit="images", ge=0
+    )
+    format: Literal["auto", "folder", "webdataset", "table"] = setting("auto", "auto: by what `path` holds.")
+    revision: Trimmed = setting("", "Of a Hugging Face dataset: branch, tag or commit. Empty: main.")
+    split: Trimmed = setting("train", "Of a Hugging Face dataset. Empty: all of its files.")
+    identify_by: Literal["auto", "content", "listing"] = setting(
+        "auto",
+        "content: the image's bytes, so that copies are encoded once. listing: address, size and date, so that nothing "
+        "is opened before it is encoded. auto: listing where a table gives height and width, else content.",
+    )
+
+    # ---- columns of a table
+    image_column: Trimmed = setting("image", "Column with the image: its bytes, a path beside the table, or a URL.")
+    caption_columns: Strings = setting(
+        ("caption", "text"), "Columns with captions, the first that is not empty; text, or a list of alternatives."
+    )
+    size_columns: Strings = setting(("height", "width"), "Columns with height and width in pixels, where there are.")
+    focus_columns: Strings = setting(
+        ("focus_y", "focus_x"), 'Columns with the point of interest, 0-1 or in pixels, for crop = "focus".'
+    )
+    mask_column: Trimmed = setting("mask", 'Column with the mask, for mask = "file".')
+
+    # ---- captions
     captions: Strings = setting(
-        ("textfile",),
-        "Where captions come from, the first that has one: textfile (cat.txt beside cat.jpg; each line is an "
-        "alternative caption), filename, instance_prompt.",
+        ("textfile", "column"),
+        "Where captions come from, the first that has one: textfile (cat.txt beside cat.jpg), column (of a table; the "
+        ".json of a WebDataset), filename, instance_prompt.",
         min_length=1,
     )
     instance_prompt: Trimmed = setting("", 'One caption for every image, when `captions` has "instance_prompt".')
+    caption_extension: Trimmed = setting(".txt", "Of caption files.", min_length=2)
+    caption_lines: Literal["alternatives", "whole"] = setting(
+        "alternatives", "alternatives: each line of a caption file is a caption of its own. whole: the file is one."
+    )
+    caption_replace: Annotated[tuple[Annotated[tuple[str, str], Field(strict=False)], ...], Field(strict=False)] = (
+        setting((), 'Regular expressions and what takes their place, in this order: [["\\bphoto of\\b", ""]].')
+    )
     trigger_word: Trimmed = setting("", "Put before captions that do not contain it. Empty: none.")
-    resolution: int = setting(1024, "Edge of the square bucket; the others have about its area.", unit="pixels", ge=64)
+    caption_prefix: str = setting("", "Put before every caption, before the trigger word too.")
+    caption_suffix: str = setting("", "Put after every caption.")
+    tag_separator: str = setting(",", "Between the tags of a caption.", min_length=1)
+    shuffle_tags: bool = setting(False, "Tags in a new order in each variant of a caption.")
+    keep_tags: int = setting(0, "This many tags at the start stay where they are, and are never dropped.", ge=0)
+    tag_dropout: float = setting(0.0, "Share of the other tags left out of each variant.", unit="share 0-1", ge=0, lt=1)
+    caption_variants: int = setting(
+        1, "Shuffled or thinned variants of each caption in the cache; each epoch draws one.", ge=1, le=1000
+    )
+
+    # ---- size and crop
+    resolution: Annotated[tuple[float, ...], BeforeValidator(_as_list), Field(strict=False)] = setting(
+        (1024.0,),
+        "Size of the buckets, in `resolution_unit`. Several: each image is trained at each of them.",
+        min_length=1,
+    )
+    resolution_unit: Literal["edge", "shorter_side", "megapixels"] = setting(
+        "edge",
+        "edge: of the square bucket, in pixels; the others have about its area. shorter_side: of every bucket, in "
+        "pixels. megapixels: area; 1.0 is 1024 x 1024.",
+    )
     bucket_step: int = setting(64, "Bucket edges are multiples of this.", unit="pixels", ge=8, multiple_of=8)
-    crop: Literal["center", "random"] = setting("center", "Where to cut what does not fit the bucket.")
-    repeats: int = setting(1, "How often each image is seen in one epoch.", ge=1)
+    buckets: Strings = setting(
+        (), 'Your own list, HEIGHTxWIDTH: ["1024x1024", "832x1216"]; ["square"]: only the square one. Empty: automatic.'
+    )
+    upscale: bool = setting(
+        True, "Whether small images are enlarged. false: they get a smaller bucket of their own size, or are skipped."
+    )
+    min_size: int = setting(0, "Skip images whose shorter edge is below this. 0: none.", unit="pixels", ge=0)
+    max_size: int = setting(0, "Skip images whose longer edge is above this. 0: none.", unit="pixels", ge=0)
+    min_aspect: float = setting(0.0, "Skip images with width / height below this. 0: none.", ge=0)
+    max_aspect: float = setting(0.0, "Skip images with width / height above this. 0: none.", ge=0)
+    crop: Literal["center", "random", "top_left", "top_right", "bottom_left", "bottom_right", "focus"] = setting(
+        "center", "Where to cut what does not fit the bucket. focus: around the point in `focus_columns`, or center."
+    )
+    crop_variants: int = setting(1, "Random crops of each image in the cache; epochs take turns.", ge=1, le=1000)
+    crop_epochs: int = setting(1, "Epochs that each random crop is used for before the next.", unit="epochs", ge=1)
+    flip: bool = setting(False, "Each image a second time, mirrored. Not for text, logos or faces that must match.")
+    mask: Literal["none", "alpha", "file"] = setting(
+        "none", "Where each image says which parts count in the loss: its alpha channel, or a grey image beside it."
+    )
+    mask_suffix: Trimmed = setting("-mask.png", "cat-mask.png is the mask of cat.jpg; white counts.", min_length=1)
+
+    # ---- what is too bad
     max_unreadable: float = setting(
         0.2, "Stop when more than this share of the images cannot be read.", unit="share 0-1", ge=0, le=1
     )
@@ -97,17 +191,43 @@ class DatasetSection(Section):
 class CacheSection(Section):
     """Stage 1: encoded images and captions, shared by every run that points to the same folder."""
 
-    path: FolderPath = setting(
-        "cache", "Where the encoded tensors are kept: a folder that all machines see.", unit="path", min_length=1
+    path: Trimmed = setting(
+        "cache",
+        "Where the encoded tensors are kept: a folder that all machines see, or s3://, gs://, abfs://.",
+        unit="path",
+        min_length=1,
     )
+    mode: Literal["disk", "ondemand", "off"] = setting(
+        "disk",
+        "disk: everything is encoded before training. ondemand: training starts at once, and what is missing is "
+        "encoded in the order in which it is needed, and kept. off: encoded by the training workers themselves, each "
+        "time, never kept. The batches are the same.",
+    )
+    text: Literal["cached", "online"] = setting(
+        "cached", "online: captions are shuffled and encoded while training, by the training workers."
+    )
+    caption_chunks: int = setting(
+        1, "Captions are read in this many pieces of 75 tokens: 1 is 77 tokens, 3 is 225 words' worth.", ge=1, le=3
+    )
+    local_path: Trimmed = setting(
+        "~/.cache/sdxl-ray/shards", "Where each machine keeps copies of shards when `path` is a cloud address."
+    )
+    local_gib: float = setting(50.0, "The least recently read copies go beyond this size.", unit="GiB", gt=0)
     vae_dtype: Literal["bf16", "fp32"] = setting("bf16", "Precision of the VAE. fp16 is not offered: SDXL's overflows.")
+    batch_size: int = setting(0, "Images or captions encoded at once. 0: as many as fit, at most 32.", ge=0)
+    compile: bool = setting(False, "torch.compile the VAE: pays from some thousand images per bucket, on GPUs.")
     num_encoders: int = setting(
-        0, "Encoders working side by side. 0: one per GPU; without GPUs, one.", unit="Ray actors", ge=0
+        0, "VAE encoders working side by side. 0: one per GPU; without GPUs, one.", unit="Ray actors", ge=0
     )
+    max_encoders: int = setting(0, "Grow up to this many where the cluster grows. 0: num_encoders.", ge=0)
     gpus_per_encoder: float = setting(
         1.0, "Fractions share a GPU. Ignored where there is none.", unit="GPUs", gt=0, le=1
     )
-    batch_size: int = setting(8, "Images or captions encoded at once.", ge=1)
+    num_text_encoders: int = setting(0, "The same for captions. 0: as for images.", unit="Ray actors", ge=0)
+    gpus_per_text_encoder: float = setting(0.0, "0: as for images.", unit="GPUs", ge=0, le=1)
+    accelerator_type: Trimmed = setting(
+        "", 'Only on nodes with this accelerator, as Ray calls it ("L4", "A100-80G", "AMD-Instinct-MI300X-OAM").'
+    )
 
 
 class AdapterSection(Section):
@@ -299,12 +419,19 @@ def _joined_keys(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return joined
 
 
+def _as_tables(given: Any) -> Any:
+    """`[dataset]` is one `[[dataset]]`."""
+    return [given] if isinstance(given, dict | DatasetSection) else given
+
+
 class Config(Section):
     """One file of settings for all three stages."""
 
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
-    dataset: DatasetSection = DatasetSection()
+    dataset: Annotated[tuple[DatasetSection, ...], BeforeValidator(_as_tables), Field(strict=False)] = Field(
+        default=(DatasetSection(),), min_length=1
+    )
     cache: CacheSection = CacheSection()
     adapter: AdapterSection = AdapterSection()
     loss: LossSection = LossSection()
@@ -318,6 +445,11 @@ class Config(Section):
     tracking: TrackingSection = TrackingSection()
     cluster: ClusterSection = ClusterSection()
     sweep: SweepSection = SweepSection()
+
+    @property
+    def datasets(self) -> tuple[DatasetSection, ...]:
+        """Those that take part. Their names are filled in and differ."""
+        return tuple(dataset for dataset in self.dataset if not dataset.disabled)
 
     @property
     def global_batch_size(self) -> int:
