@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pyarrow as pa
+
+from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.planning import CachePlan, plan_cache
+from sdxl_ray.cache.preview import write_contact_sheet
+from sdxl_ray.cache.scan import scan_images
 from sdxl_ray.records import parse_bucket_key
 from sdxl_ray.sdxl.components import objective_warning, read_part_config, resolve_model
 from sdxl_ray.sdxl.fingerprint import unet_weight_shapes
 from sdxl_ray.sdxl.targets import count_adapter_parameters
-from sdxl_ray.train.plan import DataOrder, Every, run_length, split_holdout
+from sdxl_ray.train.data import Split, build_plan, data_order, split
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config
@@ -54,36 +61,88 @@ class Explanation:
         return "\n".join([*self.lines, *(f"note: {warning}" for warning in self.warnings)])
 
 
-def explain(config: Config) -> Explanation:
+def explain(config: Config, *, progress: Callable[[str, int, int], None] = lambda *_: None) -> Explanation:
     """Scan the images, plan the run, estimate what it needs. Encodes nothing and starts nothing.
+
+    Args:
+        progress: called with ("scan", done, total) while new images are looked at.
 
     Raises:
         InputError: what would stop the run.
     """
     model = resolve_model(config.model.path)
-    plan = plan_cache(config.dataset, config.model, config.cache, model_path=model, prompts=config.validation.prompts)
+    plan = _plan(config, model, progress)
+    index = Index(pa.concat_tables(plan.index_tables()))
     found = Explanation(buckets=plan.buckets)
-    _explain_images(config, plan, found)
-    _explain_steps(config, plan, found)
+    _explain_images(config, plan, index, found)
+    _explain_steps(config, split(config, index), found)
     _explain_model(config, model, found)
     _explain_disk(config, plan, model, found)
     return found
 
 
-def _explain_images(config: Config, plan: CachePlan, found: Explanation) -> None:
-    found.lines.append(f"images      {len(plan.samples)} of {plan.num_images} in {config.dataset.path}")
-    for item in plan.skipped[:5]:
-        found.lines.append(f"            skipped {Path(item.path).name}: {item.reason}")
-    if len(plan.skipped) > 5:
-        found.lines.append(f"            and {len(plan.skipped) - 5} more")
+def preview_crops(
+    config: Config, path: Path, *, progress: Callable[[str, int, int], None] = lambda *_: None, num_shown: int = 24
+) -> Path:
+    """A contact sheet of the crops and captions of each bucket, and of what is skipped, as one HTML page.
+
+    Raises:
+        InputError: what would stop the run.
+    """
+    plan = _plan(config, resolve_model(config.model.path), progress)
+    index = Index(pa.concat_tables(plan.index_tables()))
+    codes, buckets = index.codes("bucket")
+    shown = {}
+    for number, bucket in enumerate(buckets):
+        rows = np.flatnonzero(codes == number)
+        # Spread over the bucket: the first ones are often alike.
+        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(num_shown, len(rows))).round().astype(int))]
+        shown[bucket] = [index[int(row)] for row in chosen]
+    write_contact_sheet(
+        path,
+        title=", ".join(dataset.name for dataset in config.datasets),
+        counts=plan.buckets,
+        shown=shown,
+        skipped=[(item.path, item.reason) for item in plan.skipped],
+        num_skipped=len(plan.skipped),
+    )
+    return path
+
+
+def _plan(config: Config, model: str, progress: Callable[[str, int, int], None]) -> CachePlan:
+    return plan_cache(
+        config.datasets,
+        config.model,
+        config.cache,
+        model_path=model,
+        prompts=(*config.validation.prompts, config.validation.negative_prompt),
+        scan=lambda *args, **kwargs: scan_images(
+            *args, **kwargs, progress=lambda done, total: progress("scan", done, total)
+        ),
+    )
+
+
+def _explain_images(config: Config, plan: CachePlan, index: Index, found: Explanation) -> None:
+    codes, names = index.codes("dataset")
+    samples = Counter(dict(zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True)))
+    for dataset in config.datasets:
+        skipped = [item for item in plan.skipped if item.dataset == dataset.name]
+        num_images = plan.collection.num_images[dataset.name]
+        role = "" if dataset.role == "train" else f" ({dataset.role})"
+        text = f"images      {num_images - len(skipped)} of {num_images} in {dataset.path}{role}"
+        if samples[dataset.name] != num_images - len(skipped):
+            text += f", {samples[dataset.name]} samples with their sizes and mirror images"
+        found.lines.append(text)
+        for item in skipped[:5]:
+            found.lines.append(f"            skipped {Path(item.path).name}: {item.reason}")
+        if len(skipped) > 5:
+            found.lines.append(f"            and {len(skipped) - 5} more")
     for bucket, count in sorted(plan.buckets.items(), key=lambda item: -item[1]):
-        batches = math.ceil(count * config.dataset.repeats / config.train.micro_batch_size)
-        found.lines.append(f"bucket      {bucket:>9}  {count} images, {batches} micro-batches an epoch")
-    captions = Counter(len(sample.captions) for sample in plan.samples)
-    found.lines.append(f"captions    {sum(count * images for count, images in captions.items())}")
-    scales = [_enlargement(sample.original_hw, sample.target_hw) for sample in plan.samples]
-    enlarged = [scale for scale in scales if scale > 1.0]
-    if enlarged:
+        found.lines.append(f"bucket      {bucket:>9}  {count} samples")
+    captions = sum(len(captions) for captions in index.table.column("captions"))
+    found.lines.append(f"captions    {captions}")
+    enlarged = _enlargements(index)
+    if len(enlarged):
         found.warnings.append(
             f"{len(enlarged)} images are smaller than their bucket and are enlarged, up to {max(enlarged):.1f} times"
         )
@@ -93,27 +152,12 @@ def _explain_images(config: Config, plan: CachePlan, found: Explanation) -> None
     )
 
 
-def _explain_steps(config: Config, plan: CachePlan, found: Explanation) -> None:
-    hashes = [sample.image_hash for sample in plan.samples]
-    train_rows, held_out = split_holdout(hashes, config.eval.holdout, config.eval.max_images)
-    train = [plan.samples[row] for row in train_rows]
-    order = DataOrder(
-        [sample.bucket for sample in train],
-        [sample.repeats for sample in train],
-        micro_batch_size=config.train.micro_batch_size,
-        seed=config.run.seed,
-    )
-    per_step = config.train.num_workers * config.train.accumulation
-    duration = config.train.duration
-    found.num_steps, num_micro_batches = run_length(
-        steps=duration.value if duration.unit == "steps" else None,
-        epochs=duration.value if duration.unit == "epochs" else None,
-        order=order,
-        micro_batches_per_step=per_step,
-        step=0,
-        position=0,
-    )
-    found.num_epochs = num_micro_batches / order.micro_batches_per_epoch
+def _explain_steps(config: Config, parts: Split, found: Explanation) -> None:
+    train, held_out = parts.train, parts.held_out
+    order = data_order(config, parts)
+    plan = build_plan(config, order, step=0, position=0, can_evaluate=bool(len(held_out)))
+    found.num_steps, num_micro_batches = plan.max_steps, plan.num_micro_batches
+    found.num_epochs = order.epochs_at(num_micro_batches)
     found.global_batch_size = config.global_batch_size
     found.lines += [
         f"split       {len(train)} to train on, {len(held_out)} held out for the eval loss",
@@ -121,13 +165,16 @@ def _explain_steps(config: Config, plan: CachePlan, found: Explanation) -> None:
         f"{config.train.accumulation} accumulated x {config.train.num_workers} workers",
         f"length      {found.num_steps} steps, {found.num_epochs:.1f} epochs of {order.samples_per_epoch} images",
     ]
-    smaller = sum(
-        count % config.train.micro_batch_size > 0
-        for count in Counter(sample.bucket for sample in train for _ in range(sample.repeats)).values()
-    )
+    if parts.num_left_out:
+        text = f"{parts.num_left_out} images are evaluated, so their copies are not trained on"
+        found.warnings.append(text)
+    codes, names = train.codes("dataset")
+    repeats = np.array([parts.sections[name].repeats for name in names])[codes]
+    sizes = np.bincount(train.codes("bucket")[0], weights=repeats)
+    smaller = int((sizes % config.train.micro_batch_size > 0).sum())
     if smaller and len(train) < 10 * config.train.micro_batch_size * max(1, len(found.buckets)):
         found.warnings.append(f"{smaller} buckets end an epoch with a smaller micro-batch; its images count the same")
-    every = Every(config.eval.every.in_steps(order.micro_batches_per_epoch / per_step), last=found.num_steps)
+    every = plan.evaluate
     num_evaluations = 1 + sum(every.due(step) for step in range(1, found.num_steps + 1))  # also before the first step
     evaluated = num_evaluations * len(held_out) * config.eval.num_timesteps
     trained = found.num_epochs * order.samples_per_epoch
@@ -138,7 +185,7 @@ def _explain_steps(config: Config, plan: CachePlan, found: Explanation) -> None:
             f"{len(held_out)} images at {config.eval.num_timesteps} noise levels. "
             "Raise eval.every, or lower eval.max_images or eval.num_timesteps."
         )
-    if not held_out and config.eval.holdout > 0:
+    if not len(held_out) and config.eval.holdout > 0:
         found.warnings.append("too few different images to hold one out; there is no eval loss")
 
 
@@ -161,7 +208,7 @@ def _explain_model(config: Config, model: str, found: Explanation) -> None:
         return
     found.memory_gib = estimate_memory_gib(config, num_parameters, found.num_adapter_parameters)
     found.lines.append(
-        f"memory      estimated at {found.memory_gib:.1f} GiB per worker at {config.dataset.resolution} px with "
+        f"memory      estimated at {found.memory_gib:.1f} GiB per worker at {config.largest_edge} px with "
         f"micro_batch_size {config.train.micro_batch_size}, "
         f'gradient_checkpointing "{config.train.gradient_checkpointing}"'
     )
@@ -173,7 +220,7 @@ def estimate_memory_gib(config: Config, num_parameters: int, num_adapter_paramet
     An estimate, not a measurement: live tensors counted on the true architecture. docs/numerics.md says how.
     """
     weight_bytes = {"bf16": 2, "fp32": 4}[config.model.dtype]
-    images = config.train.micro_batch_size * (config.dataset.resolution / 1024) ** 2
+    images = config.train.micro_batch_size * (config.largest_edge / 1024) ** 2
     activations = ACTIVATIONS_GIB[config.adapter.targets][config.train.gradient_checkpointing] * weight_bytes / 2
     # masters, gradients and two moments in fp32, and the copy and gradient in the U-Net's precision
     adapter = num_adapter_parameters * (16 + 2 * weight_bytes) / GIB
@@ -185,11 +232,11 @@ def estimate_memory_gib(config: Config, num_parameters: int, num_adapter_paramet
 def _explain_disk(config: Config, plan: CachePlan, model: str, found: Explanation) -> None:
     config_2 = read_part_config(model, "text_encoder_2", revision=config.model.revision or None)
     width = read_part_config(model, "unet", revision=config.model.revision or None)["cross_attention_dim"]
-    text_bytes = plan.num_missing_text * 2 * (77 * width + config_2["projection_dim"])
+    text_bytes = plan.num_missing_text * 2 * (77 * plan.num_chunks * width + config_2["projection_dim"])
     latent_bytes = 0
-    for shard in plan.missing_latents:
-        height, latent_width = (edge // 8 for edge in parse_bucket_key(Path(shard.name).parent.name))
-        latent_bytes += len(shard.keys) * 2 * 2 * 4 * height * latent_width  # mean and std, 4 channels, bf16
+    for bucket, count in plan.missing_by_bucket().items():
+        height, latent_width = (edge // 8 for edge in parse_bucket_key(bucket))
+        latent_bytes += count * 2 * 2 * 4 * height * latent_width  # mean and std, 4 channels, bf16
     checkpoints = (config.checkpoint.keep + 1) * 12 * found.num_adapter_parameters  # masters and two moments
     exports = len(config.export.formats) * 4 * found.num_adapter_parameters
     found.disk_gib = (text_bytes + latent_bytes + checkpoints + exports) / GIB
@@ -199,5 +246,10 @@ def _explain_disk(config: Config, plan: CachePlan, model: str, found: Explanatio
     )
 
 
-def _enlargement(original_hw: tuple[int, int], target_hw: tuple[int, int]) -> float:
-    return max(target_hw[0] / original_hw[0], target_hw[1] / original_hw[1])
+def _enlargements(index: Index) -> list[float]:
+    """How many times each image is enlarged, of those that are."""
+    codes, buckets = index.codes("bucket")
+    target = np.array([parse_bucket_key(bucket) for bucket in buckets]).reshape(-1, 2)[codes]
+    original = np.stack([index.table.column(f"original_{edge}").to_numpy() for edge in ("height", "width")], axis=1)
+    scales = (target / original).max(axis=1)
+    return [float(scale) for scale in scales[scales > 1.0]]

@@ -93,16 +93,59 @@ def demo(
 
 
 @app.command()
-def cache(config: ConfigFile, overrides: Overrides = None, address: Address = None) -> None:
-    """Stage 1: encode what the cache lacks."""
-    from sdxl_ray.cache.pipeline import build_cache
+def cache(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    preview: Annotated[
+        Path | None, typer.Option(help="Write a contact sheet (HTML) of the crops instead; encodes nothing.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Say what the cache folder holds; change nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything; encode again what is damaged.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Show what no dataset uses any more; with --yes delete it.")
+    ] = False,
+    keep_days: Annotated[float, typer.Option(help="--prune: datasets that a run has used since are kept.", min=0)] = 30,
+    yes: Annotated[bool, typer.Option("--yes", help="--prune: delete.")] = False,
+) -> None:
+    """Stage 1: encode what the cache lacks. Or look after the cache."""
     from sdxl_ray.config.load import load_config
     from sdxl_ray.connection import connect
+    from sdxl_ray.errors import ConfigError
     from sdxl_ray.tracking.console import Console
     from sdxl_ray.tracking.display import RunDisplay
 
+    if sum((bool(preview), stats, verify, prune)) > 1:
+        raise ConfigError("--preview, --stats, --verify and --prune: give one of them.")
     settings = load_config(config, overrides or [])
     with Console() as console:
+        if preview:
+            from sdxl_ray.check import preview_crops
+
+            console.line(f"contact sheet: {preview_crops(settings, preview, progress=console.progress)}")
+            return
+        if stats or prune:
+            from sdxl_ray.cache import maintenance
+
+            if stats:
+                lines = maintenance.stats(settings.cache.path).lines()
+            else:
+                lines = maintenance.prune(settings.cache.path, keep_days=keep_days, dry_run=not yes).lines(done=yes)
+            for line in lines:
+                console.line(line)
+            return
+        if verify:
+            from sdxl_ray.cache.maintenance import verify as verify_shards
+
+            damaged = verify_shards(settings.cache.path, lambda done, total: console.progress("shards", done, total))
+            for name, keys in damaged.items():
+                what = f"{len(keys)} entries are damaged" if keys else "cannot be used (damaged, or of another version)"
+                console.line(f"{name}: {what}", style="yellow")
+            console.line(
+                "every entry is as it was written" if not damaged else "encoding again what this dataset needs"
+            )
+        from sdxl_ray.cache.pipeline import build_cache
+
         result = build_cache(settings, progress=console.progress, connect=lambda: connect(address))
         RunDisplay(console).on_cache({"result": result})
         console.line(f"index: {result.index_path}")

@@ -70,32 +70,46 @@ def tiny_config(folder: Path, model: str, **overrides: Any) -> Any:
     return with_overrides(config, {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def cache_without_ray(config: Any) -> Path:
+def cache_without_ray(config: Any) -> str:
     """Stage 1 in this process, with the classes that Ray Data would run as actors; the path of the index."""
     from sdxl_ray.cache import pipeline
-    from sdxl_ray.cache.planning import find_missing, plan_cache
+    from sdxl_ray.cache.planning import plan_cache
     from sdxl_ray.sdxl.components import resolve_model
 
     plan = plan_cache(
-        config.dataset,
+        config.datasets,
         config.model,
         config.cache,
         model_path=resolve_model(config.model.path),
         prompts=(*config.validation.prompts, config.validation.negative_prompt),
     )
-    arguments = pipeline._encoder_arguments(config, plan)
-    write_text = pipeline.WriteTextShard(**arguments, fingerprint=plan.text_fingerprint)
-    write_latents = pipeline.WriteLatentShard(**arguments, fingerprint=plan.vae_fingerprint)
-    results = [write_text({"shard": [json.dumps(asdict(shard))]}) for shard in plan.missing_text]
-    for shard in plan.missing_latents:
+    encode_without_ray(config, plan)
+    pipeline._write_index(config, plan)
+    return str(plan.index_path)
+
+
+def encode_without_ray(config: Any, plan: Any) -> None:
+    """Everything that the plan lacks. Images that cannot be decoded leave it, as in `pipeline.encode_missing`."""
+    from sdxl_ray.cache import pipeline
+    from sdxl_ray.cache.planning import Skipped, drop_undecodable, find_missing
+
+    arguments = {"cache": config.cache.path, **pipeline._encoder_arguments(config, plan)}
+    write_text = pipeline.WriteTextShard(**arguments, fingerprint=plan.text_fingerprint, num_chunks=plan.num_chunks)
+    write_latents = pipeline.WriteLatentShard(
+        **arguments, fingerprint=plan.vae_fingerprint, dtype=config.cache.vae_dtype, compile=config.cache.compile
+    )
+    results = [write_text({"shard": [json.dumps(asdict(shard))]}) for shard in plan.text_shards()]
+    for shard in plan.latent_shards():
         decoded = pipeline.decode_shard({"shard": json.dumps(asdict(shard))})
         results.append(write_latents({name: [value] for name, value in decoded.items()}))
-    assert not any(result["error"][0] for result in results), results
+    for result in results:
+        pipeline.raise_error(str(result["error"][0]))
+    skipped = [item for result in results for item in json.loads(str(result["skipped"][0]))]
+    if skipped:
+        drop_undecodable(plan, {item["key"]: Skipped(item["path"], item["reason"]) for item in skipped})
     plan.store.refresh()
     find_missing(plan)
     assert not plan.missing_text and not plan.missing_latents
-    pipeline._write_index(config, plan)
-    return plan.index_path
 
 
 # ---- training without Ray --------------------------------------------------------------------------------------------
@@ -137,7 +151,7 @@ class ListReporter:
         return {step: values["train/loss"] for step, values in self.logged}
 
 
-def make_training(config: Any, index_path: Path, *, workers: Any = None, checkpoint: Path | None = None) -> Any:
+def make_training(config: Any, index_path: str | Path, *, workers: Any = None, checkpoint: Path | None = None) -> Any:
     """One rank's `Training` on the CPU."""
     import torch
 

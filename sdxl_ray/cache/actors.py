@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdxl_ray import errors
-from sdxl_ray.cache.images import UnreadableImage, load_pixels
+from sdxl_ray.cache.images import UnreadableImage, load_mask, load_pixels
 from sdxl_ray.cache.planning import TextShard
-from sdxl_ray.cache.scan import ScannedFile, scan_file
+from sdxl_ray.cache.scan import CANNOT_BE_READ, ScannedFile, scan_file
 from sdxl_ray.cache.shards import write_shard
-from sdxl_ray.errors import CacheError, SdxlRayError
-from sdxl_ray.records import ImageRecord
+from sdxl_ray.errors import CacheError, SdxlRayError, StorageError
+from sdxl_ray.records import ImageRecord, Listed
+from sdxl_ray.storage import open_folder
 
 if TYPE_CHECKING:
     import torch
@@ -40,30 +41,52 @@ class ScanChunk:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         scanned = [
-            asdict(scan_file((path, size, mtime), self.max_pixels)) for path, size, mtime in json.loads(row["files"])
+            asdict(scan_file(listed, self.max_pixels, by_listing=trusted))
+            for listed, trusted in listed_from(str(row["files"]))
         ]
-        return {"scanned": json.dumps(scanned), "node": socket.gethostname()}
+        return {"first": row["first"], "scanned": json.dumps(scanned), "node": socket.gethostname()}
 
 
-def scanned_files(row: Mapping[str, Any], max_pixels: int) -> list[ScannedFile]:
+def files_as_row(first: int, files: Sequence[Listed], trusted: Sequence[bool]) -> dict[str, Any]:
+    """A work item of `ScanChunk`; `first` is the place of its first file in the list."""
+    items = [
+        [file.path, file.stamp, file.address, file.original_hw, by_listing]
+        for file, by_listing in zip(files, trusted, strict=True)
+    ]
+    return {"first": first, "files": json.dumps(items)}
+
+
+def listed_from(text: str) -> list[tuple[Listed, bool]]:
+    """What `files_as_row` wrote."""
+    return [
+        (Listed(path, stamp, address, tuple(original_hw) if original_hw else None), trusted)
+        for path, stamp, address, original_hw, trusted in json.loads(text)
+    ]
+
+
+def scanned_files(row: Mapping[str, Any], files: Sequence[Listed], max_pixels: int) -> list[ScannedFile]:
     """The files of one row of `ScanChunk`, on the driver.
 
     Raises:
         CacheError: the node cannot read a file that the driver can. What neither can read is skipped like any other.
     """
-    files = [ScannedFile(**item) for item in json.loads(row["scanned"])]
-    for number, file in enumerate(files):
-        if file.problem.startswith("cannot be read"):
-            files[number] = scan_file(file.identity, max_pixels)
-            if not files[number].problem.startswith("cannot be read"):
-                raise _unreadable_on_node(row["node"], file.path, file.problem.removeprefix("cannot be read: "))
-    return files
+    scanned = [ScannedFile(**item) for item in json.loads(str(row["scanned"]))]
+    first = int(row["first"])
+    for number, found in enumerate(scanned):
+        if found.problem.startswith(CANNOT_BE_READ):
+            file = files[first + number]
+            scanned[number] = scan_file(file, max_pixels)
+            if not scanned[number].problem.startswith(CANNOT_BE_READ):
+                raise _unreadable_on_node(
+                    str(row["node"]), file.path, found.problem.removeprefix(f"{CANNOT_BE_READ}: ")
+                )
+    return scanned
 
 
 def _unreadable_on_node(node: str, path: str, reason: str) -> CacheError:
     return CacheError(
         f"node {node} cannot read {path}: {reason}. Is dataset.path the same folder on all machines, and allowed to "
-        "the user that Ray runs as?"
+        "the user that Ray runs as? For a cloud address: do all nodes have the keys?"
     )
 
 
@@ -73,28 +96,29 @@ def _unreadable_on_node(node: str, path: str, reason: str) -> CacheError:
 class WriteTextShard:
     """Ray Data actor: captions of one shard to embeddings, written."""
 
-    def __init__(self, *, cache: str, fingerprint: str, device: str = "cpu", **encoder: Any) -> None:
-        self.cache, self.fingerprint, self.device, self.settings = Path(cache), fingerprint, device, encoder
+    def __init__(self, *, cache: str, fingerprint: str, device: str = "cpu", threads: int = 0, **encoder: Any) -> None:
+        self.cache, self.fingerprint, self.device, self.settings = cache, fingerprint, device, encoder
+        self.threads = threads
         self.encoder: TextEncoder | None = None  # loaded with the first shard, where errors can travel as rows
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         shard = TextShard(**json.loads(str(batch["shard"][0])))
+        started = time.perf_counter()
         try:
             self.encoder = self.encoder or self._load()
             tensors, num_tokens = self.encoder.encode(shard.captions)
             extra = {"encoder": self.fingerprint, "num_tokens": json.dumps(num_tokens)}
-            write_shard(self.cache, shard.name, shard.keys, tensors, extra)
+            write_shard(open_folder(self.cache), shard.name, shard.keys, tensors, extra)
         except SdxlRayError as error:
             return _row(0, error=error_text(error))
-        return _row(len(shard.keys))
+        return _row(len(shard.keys), encode_s=time.perf_counter() - started)
 
     def _load(self) -> TextEncoder:
         from sdxl_ray.cache.encode import TextEncoder, loading
 
-        settings = {name: value for name, value in self.settings.items() if name != "dtype"}
-        device = torch_device(self.device)
+        device = torch_device(self.device, self.threads)
         with loading("the text encoders", device):
-            return TextEncoder(device=device, **settings)
+            return TextEncoder(device=device, **self.settings)
 
 
 # ---- images: decode on CPUs, encode where there is an accelerator ----------------------------------------------------
@@ -103,74 +127,126 @@ class WriteTextShard:
 def decode_shard(row: dict[str, Any]) -> dict[str, Any]:
     """Ray Data task: the pixels of one shard, (N, H, W, 3) uint8; N is smaller where images are damaged.
 
-    An image that is damaged is skipped. One that this node cannot read is an error: the driver has read it.
+    With masks, "masks" is (N, H/8, W/8) uint8, else it has no pixels. An image that is damaged is skipped. One that
+    this node cannot read is an error: the driver has read it.
     """
     shard = json.loads(str(row["shard"]))
+    started = time.perf_counter()
     pixels: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
     header: dict[str, Any] = {"name": shard["name"], "keys": [], "paths": [], "skipped": [], "error": ""}
     for key, fields in zip(shard["keys"], shard["records"], strict=True):
         record = _record(fields)
         try:
-            pixels.append(load_pixels(record))
+            image = load_pixels(record)
+            masks += [load_mask(record)] if record.mask else []
         except UnreadableImage as error:
-            header["skipped"].append({"path": record.path, "reason": str(error)})
+            header["skipped"].append(
+                {"key": key, "path": record.path, "image_hash": record.image_hash, "reason": str(error)}
+            )
             continue
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, StorageError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             header["error"] = error_text(_unreadable_on_node(socket.gethostname(), record.path, reason))
             pixels.clear()
             break
+        pixels.append(image)
         header["keys"].append(key)
         header["paths"].append(record.path)
     height, width = shard["records"][0]["bucket_hw"]
-    stacked = np.stack(pixels) if pixels else np.zeros((0, height, width, 3), np.uint8)
-    return {"header": json.dumps(header), "pixels": stacked}
+    cells = (height // 8, width // 8) if shard["records"][0]["mask"] else (0, 0)
+    header["decode_s"] = time.perf_counter() - started
+    return {
+        "header": json.dumps(header),
+        "pixels": np.stack(pixels) if pixels else np.zeros((0, height, width, 3), np.uint8),
+        "masks": np.stack(masks) if masks else np.zeros((len(pixels), *cells), np.uint8),
+    }
 
 
 class WriteLatentShard:
     """Ray Data actor: pixels of one shard to the VAE's posterior, written."""
 
-    def __init__(self, *, cache: str, fingerprint: str, device: str = "cpu", **encoder: Any) -> None:
-        self.cache, self.fingerprint, self.device, self.settings = Path(cache), fingerprint, device, encoder
+    def __init__(
+        self,
+        *,
+        cache: str,
+        fingerprint: str,
+        device: str = "cpu",
+        threads: int = 0,
+        write_empty: bool = False,
+        **encoder: Any,
+    ) -> None:
+        """
+        Args:
+            write_empty: also shards of which no image can be decoded, since somebody waits for them.
+        """
+        self.cache, self.fingerprint, self.device, self.settings = cache, fingerprint, device, encoder
+        self.threads, self.write_empty = threads, write_empty
         self.encoder: LatentEncoder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         header = json.loads(str(batch["header"][0]))
         if header["error"]:
             return _row(0, error=header["error"])
-        if header["keys"]:
+        started = time.perf_counter()
+        pixels, masks = batch["pixels"][0], batch["masks"][0]
+        if header["keys"] or self.write_empty:
             try:
                 self.encoder = self.encoder or self._load()
-                tensors = self.encoder.encode(list(batch["pixels"][0]), header["paths"])
-                write_shard(self.cache, header["name"], header["keys"], tensors, {"encoder": self.fingerprint})
+                tensors = self._encode(pixels, header["paths"])
+                if masks.shape[1]:
+                    tensors["mask"] = torch_tensor(masks)
+                write_shard(
+                    open_folder(self.cache), header["name"], header["keys"], tensors, {"encoder": self.fingerprint}
+                )
             except SdxlRayError as error:
                 return _row(0, error=error_text(error))
-        return _row(len(header["keys"]), skipped=header["skipped"])
+        seconds = time.perf_counter() - started
+        return _row(len(header["keys"]), skipped=header["skipped"], encode_s=seconds, decode_s=header["decode_s"])
+
+    def _encode(self, pixels: np.ndarray, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        assert self.encoder is not None
+        if len(pixels):
+            return self.encoder.encode(list(pixels), names)
+        blank = self.encoder.encode([np.zeros(pixels.shape[1:], np.uint8)], ["an empty shard"])
+        return {name: tensor[:0] for name, tensor in blank.items()}
 
     def _load(self) -> LatentEncoder:
         from sdxl_ray.cache.encode import LatentEncoder, loading
 
-        device = torch_device(self.device)
+        device = torch_device(self.device, self.threads)
         with loading("the VAE", device):
             return LatentEncoder(device=device, **self.settings)
 
 
+def torch_tensor(values: np.ndarray) -> torch.Tensor:
+    """A copy: Ray's arrays cannot be written to, which torch warns about."""
+    import torch
+
+    return torch.from_numpy(values.copy())
+
+
 def _record(fields: dict[str, Any]) -> ImageRecord:
     pairs = {name: tuple(fields[name]) for name in ("original_hw", "bucket_hw", "resized_hw", "crop_top_left")}
-    return ImageRecord(fields["path"], fields["image_hash"], captions=tuple(fields["captions"]), **pairs)
+    return ImageRecord(**{**fields, **pairs})
 
 
 # ---- shared by text and images ---------------------------------------------------------------------------------------
 
 
-def torch_device(kind: str) -> torch.device:
+def torch_device(kind: str, threads: int = 0) -> torch.device:
     """The device that was reserved: "cuda" (which is also what ROCm calls itself), "cpu", or "mps" if there is one.
+
+    Args:
+        threads: of torch on the CPU. Ray allows one per reserved core, and an encoder reserves a fraction of one.
 
     Raises:
         CacheError: Ray gave a GPU, but torch has none. On the CPU it would be a hundred times slower without a word.
     """
     import torch
 
+    if kind == "cpu" and threads:
+        torch.set_num_threads(threads)
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise CacheError(
@@ -181,8 +257,16 @@ def torch_device(kind: str) -> torch.device:
     return torch.device("mps" if kind == "mps" and torch.backends.mps.is_available() else "cpu")
 
 
-def _row(num: int, *, skipped: Sequence[Any] = (), error: str = "") -> dict[str, Any]:
-    return {"num": np.array([num]), "skipped": np.array([json.dumps(list(skipped))]), "error": np.array([error])}
+def _row(
+    num: int, *, skipped: Sequence[Any] = (), error: str = "", encode_s: float = 0.0, decode_s: float = 0.0
+) -> dict[str, Any]:
+    return {
+        "num": np.array([num]),
+        "skipped": np.array([json.dumps(list(skipped))]),
+        "error": np.array([error]),
+        "encode_s": np.array([encode_s]),
+        "decode_s": np.array([decode_s]),
+    }
 
 
 def error_text(error: SdxlRayError) -> str:

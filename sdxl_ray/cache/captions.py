@@ -1,176 +1,325 @@
-"""Give each image its captions: from the text file beside it, its file name, or one prompt for all.
+"""Give each image its captions, and vary them.
 
-An image never gets another image's caption: where one text file could belong to two images, that is an error.
+    a source ─▶ cleaned ─▶ caption_replace ─▶ trimmed                     `read_captions`: base captions
+    base caption ─▶ tags shuffled and thinned ─▶ trigger word, prefix, suffix   `expand_variants` in stage 1, or
+                                                                          `draw_variant` while training
+
+Trigger word, prefix and suffix come last, so that they are never moved or dropped. An image never gets another image's
+caption: its source says which text file is its own, and everything here keeps the order of the images.
 """
 
 from __future__ import annotations
 
+import codecs
+import functools
+import hashlib
+import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from sdxl_ray.errors import DatasetError
+from sdxl_ray.records import Listed
+
+if TYPE_CHECKING:
+    from sdxl_ray.config.schema import DatasetSection
+
+MAX_BYTES = 1_000_000  # of a caption file: the encoders read some 300 characters, so a larger one is something else
+
+# What no caption has and a model should not be told: control characters, among them NUL and the ends of lines, line
+# and paragraph separators, and halves of surrogate pairs, which cannot be written as UTF-8.
+_NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+_LINE_END = re.compile("\r\n|\r|\n")  # `splitlines` would also cut at U+2028 and others that scraped text is full of
+_BYTE_ORDER_MARKS = (  # that of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_TAR_MEMBER = re.compile(r"tar:(\d+)\+(\d+):(.*)", re.DOTALL)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
 
 
 class UnreadableCaption(Exception):
-    """A caption file that is no UTF-8 text; the image is skipped and listed with this reason."""
+    """A caption file that is no text, or not readable; the image is skipped and listed with this reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionRules:
-    """`sources` are tried in order; `trigger_word` is put before captions that lack it."""
+    """The caption settings of one dataset as plain values; each is explained in `DatasetSection`."""
 
-    sources: tuple[str, ...] = ("textfile",)
+    dataset: str = ""  # its name, for reports
+    sources: tuple[str, ...] = ("textfile", "column")
+    columns: tuple[str, ...] = ("caption", "text")
     instance_prompt: str = ""
+    extension: str = ".txt"
+    lines: Literal["alternatives", "whole"] = "alternatives"
+    replace: tuple[tuple[str, str], ...] = ()
     trigger_word: str = ""
+    prefix: str = ""
+    suffix: str = ""
+    separator: str = ","
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+    tag_dropout: float = 0.0
+    variants: int = 1
+
+    @classmethod
+    def of(cls, section: DatasetSection) -> CaptionRules:
+        return cls(
+            dataset=section.name,
+            sources=section.captions,
+            columns=section.caption_columns,
+            instance_prompt=section.instance_prompt,
+            extension=section.caption_extension,
+            lines=section.caption_lines,
+            replace=section.caption_replace,
+            trigger_word=section.trigger_word,
+            prefix=section.caption_prefix,
+            suffix=section.caption_suffix,
+            separator=section.tag_separator,
+            shuffle_tags=section.shuffle_tags,
+            keep_tags=section.keep_tags,
+            tag_dropout=section.tag_dropout,
+            variants=section.caption_variants,
+        )
+
+    @property
+    def varies(self) -> bool:
+        """Whether a caption has more than one variant."""
+        return self.shuffle_tags or self.tag_dropout > 0
 
 
-def attach_captions(paths: Sequence[str], rules: CaptionRules) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """(captions of each image, reason for each image that is skipped).
+# ---- base captions ---------------------------------------------------------------------------------------------------
+
+
+def read_captions(listed: Sequence[Listed], rules: CaptionRules) -> tuple[list[tuple[str, ...]], dict[int, str]]:
+    """(base captions of each image, why images are skipped, by position in `listed`).
+
+    An image that is skipped has no captions. One without captions that is not skipped simply has none: see
+    `no_captions_error`.
 
     Raises:
-        DatasetError: two images share one caption file; or images have no caption at all.
+        StorageError: a bucket does not let us read. That is no matter of single images.
     """
-    exists = _listed(paths) if "textfile" in rules.sources else os.path.exists
-    if "textfile" in rules.sources:
-        _refuse_shared_files(paths, exists)
+    if "textfile" not in rules.sources or not any(image.text_file for image in listed):
+        found = [_captions_or_problem(image, rules) for image in listed]
+    else:
+        # In threads: on a network drive each file takes a millisecond of waiting, in a bucket fifty. Many files a
+        # task, where there are many: a task costs as much as reading a file of a local disk.
+        num_threads = min(32, 4 * (os.cpu_count() or 1))
+        size = max(1, min(256, len(listed) // num_threads))
+        pieces = [listed[start : start + size] for start in range(0, len(listed), size)]
 
-    def find(piece: Sequence[str]) -> list[tuple[str, ...] | UnreadableCaption]:
-        return [_captions_or_problem(path, rules, exists) for path in piece]
+        def read(piece: Sequence[Listed]) -> list[tuple[str, ...] | UnreadableCaption]:
+            return [_captions_or_problem(image, rules) for image in piece]
 
-    captions: dict[str, tuple[str, ...]] = {}
-    skipped: dict[str, str] = {}
-    without: list[str] = []
-    # In threads: on a network drive each file takes a millisecond of waiting. Many files a task: a task costs as much
-    # as reading a file of a local disk.
-    pieces = [paths[start : start + 256] for start in range(0, len(paths), 256)]
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as threads:
-        results = [found for piece in threads.map(find, pieces) for found in piece]
-    for path, found in zip(paths, results, strict=True):
-        if isinstance(found, UnreadableCaption):
-            skipped[path] = str(found)
-        elif found:
-            captions[path] = found
-        else:
-            without.append(path)
-    if without:
-        raise DatasetError(_no_caption_text(without, len(paths), rules))
-    return captions, skipped
+        with ThreadPoolExecutor(num_threads) as threads:
+            found = [item for piece in threads.map(read, pieces) for item in piece]
+    captions = [() if isinstance(item, UnreadableCaption) else item for item in found]
+    return captions, {at: str(item) for at, item in enumerate(found) if isinstance(item, UnreadableCaption)}
 
 
-def _captions_or_problem(
-    path: str, rules: CaptionRules, exists: Callable[[str], bool]
-) -> tuple[str, ...] | UnreadableCaption:
+def _captions_or_problem(image: Listed, rules: CaptionRules) -> tuple[str, ...] | UnreadableCaption:
     try:
-        return find_captions(path, rules, exists)
+        return find_captions(image, rules)
     except UnreadableCaption as error:
         return error
 
 
-def find_captions(path: str, rules: CaptionRules, exists: Callable[[str], bool] = os.path.exists) -> tuple[str, ...]:
-    """The captions of one image, from the first source that has any; empty if none has.
+def find_captions(image: Listed, rules: CaptionRules) -> tuple[str, ...]:
+    """The base captions of one image, from the first source that has any; empty if none has.
 
     Raises:
-        UnreadableCaption: its text file is no UTF-8, or cannot be read.
+        UnreadableCaption: the text is not UTF-8 (or UTF-16 that says so), too large, or cannot be read.
     """
     for source in rules.sources:
-        if source == "textfile":
-            found = _from_text_file(path, exists)
-        elif source == "filename":
-            found = (Path(path).stem.replace("_", " ").replace("-", " ").strip(),)
-        else:
-            found = (rules.instance_prompt,)
-        if any(found):
-            return tuple(_with_trigger(caption, rules.trigger_word) for caption in found)
+        captions = _unique(_clean(text, rules.replace) for text in _texts(source, image, rules))
+        if captions:
+            return captions
     return ()
 
 
-def caption_file(path: str, exists: Callable[[str], bool] = os.path.exists) -> str | None:
-    """`cat.jpg.txt` if it exists, else `cat.txt` if it exists."""
-    for candidate in (f"{path}.txt", f"{os.path.splitext(path)[0]}.txt"):  # noqa: PTH122  (called for every image)
-        if exists(candidate):
-            return candidate
-    return None
+def _texts(source: str, image: Listed, rules: CaptionRules) -> Iterable[str]:
+    if source == "textfile":
+        return _from_text_file(image.text_file, rules.lines) if image.text_file else ()
+    if source == "column":
+        if any(len(text) > MAX_BYTES for text in image.texts):
+            raise UnreadableCaption(_too_large("its caption", max(map(len, image.texts))))
+        return image.texts
+    if source == "filename":
+        return (PurePosixPath(image.path).stem.replace("_", " ").replace("-", " "),)
+    return (rules.instance_prompt,)
 
 
-def _listed(paths: Iterable[str]) -> Callable[[str], bool]:
-    """`os.path.exists` for text files beside these images, from one listing of each folder."""
-    names = {folder: _text_files(folder) for folder in {os.path.dirname(path) for path in paths}}  # noqa: PTH120
-
-    def exists(path: str) -> bool:
-        folder, name = os.path.split(path)
-        return name in names[folder]
-
-    return exists
+def _clean(text: str, replace: tuple[tuple[str, str], ...]) -> str:
+    text = _NO_TEXT.sub(" ", text).strip()
+    for pattern, replacement in _compiled(replace):
+        text = pattern.sub(replacement, text)
+    return text.strip()
 
 
-def _text_files(folder: str) -> set[str]:
+@functools.cache
+def _compiled(replace: tuple[tuple[str, str], ...]) -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple((re.compile(pattern), replacement) for pattern, replacement in replace)
+
+
+def _unique(captions: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(caption for caption in captions if caption))
+
+
+# ---- caption files ---------------------------------------------------------------------------------------------------
+
+
+def _from_text_file(address: str, lines: Literal["alternatives", "whole"]) -> list[str]:
+    what = f"caption file {_name(address)}"
     try:
-        with os.scandir(folder or ".") as entries:
-            # A link counts if it leads somewhere, as for `os.path.exists`.
-            return {
-                entry.name
-                for entry in entries
-                if entry.name.endswith(".txt") and (not entry.is_symlink() or os.path.exists(entry.path))  # noqa: PTH110
-            }
-    except OSError:  # deleted while we look
-        return set()
-
-
-def _from_text_file(path: str, exists: Callable[[str], bool]) -> tuple[str, ...]:
-    file = caption_file(path, exists)
-    if file is None:
-        return ()
+        content = _read(address, what)
+    except (OSError, ValueError) as error:
+        raise UnreadableCaption(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8-sig")
     try:
-        text = Path(file).read_bytes().decode("utf-8-sig")  # Windows editors put a byte order mark in front
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        name = Path(file).name
+        shown = encoding.removesuffix("-sig").upper()
+        at_home = shown == "UTF-8" and not _SCHEME.match(address)
+        cure = f" If it is Latin-1: iconv -f latin1 -t utf-8 {_name(address)}" if at_home else ""
         raise UnreadableCaption(
-            f"caption file {name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}. "
-            f"If it is Latin-1: iconv -f latin1 -t utf-8 {name}"
+            f"{what} is not {shown}: byte 0x{error.object[error.start]:02x} at offset {error.start}.{cure}"
         ) from None
-    except OSError as error:
-        raise UnreadableCaption(f"caption file {Path(file).name} cannot be read: {error.strerror}") from None
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    if "\0" in text:  # UTF-16 without its mark, or no text at all; other control characters are taken out
+        raise UnreadableCaption(
+            f"{what} is not UTF-8 text: it has NUL characters. If it is UTF-16: iconv -f utf-16 -t utf-8 "
+            f"{_name(address)}"
+        )
+    return [text] if lines == "whole" else _LINE_END.split(text)
 
 
-def _with_trigger(caption: str, trigger_word: str) -> str:
+def _read(address: str, what: str) -> bytes:
+    """The file's bytes; of one that is too large, no more than needed to know."""
+    if not _SCHEME.match(address):
+        with open(address, "rb") as file:  # noqa: PTH123  (for every image)
+            content = file.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                raise UnreadableCaption(_too_large(what, os.fstat(file.fileno()).st_size))
+            return content
+    from sdxl_ray.cache.sources import read_start
+
+    content = read_start(address, MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        member = _TAR_MEMBER.match(address)
+        raise UnreadableCaption(_too_large(what, int(member[2]) if member else len(content)))
+    return content
+
+
+def _too_large(what: str, size: int) -> str:
+    """`size` may be one more than allowed, where nothing says how large it is."""
+    return f"{what} is too large: {size / 1e6:.1f} MB or more, expected at most {MAX_BYTES / 1e6:.0f} MB."
+
+
+def _name(address: str) -> str:
+    """A caption file as a person finds it: its name; for a part of a tar file, where it lies there."""
+    member = _TAR_MEMBER.match(address)
+    name = f"at byte {member[1]} of {PurePosixPath(member[3]).name}" if member else PurePosixPath(address).name
+    return os.fsencode(name).decode("utf-8", "backslashreplace")  # file names can be anything; a terminal cannot
+
+
+# ---- variants --------------------------------------------------------------------------------------------------------
+
+
+def expand_variants(captions: tuple[str, ...], rules: CaptionRules, image_hash: str) -> tuple[str, ...]:
+    """What is encoded for base captions: `rules.variants` of each if tags are shuffled or dropped, else each as it is.
+
+    A variant depends on the image, the caption and its number alone, so that a caption that is added, or another
+    number of variants, does not change the others. What comes out twice is kept once.
+    """
+    if not rules.varies:
+        return _unique(decorate(caption, rules) for caption in captions)
+    return _unique(
+        draw_variant(caption, rules, _draw(image_hash, caption, number))
+        for caption in captions
+        for number in range(rules.variants)
+    )
+
+
+def draw_variant(caption: str, rules: CaptionRules, draw: np.random.Generator) -> str:
+    """One variant of a base caption: its tags in a new order and some left out, as `rules` say; then decorated.
+
+    The first `keep_tags` tags stay. At least one tag is left. What comes out depends on `draw` alone.
+    """
+    if not rules.varies:
+        return decorate(caption, rules)
+    # Without the spaces around it, so that "a,b" has two tags for the separator ", " as well.
+    pieces = caption.split(rules.separator.strip() or rules.separator)
+    tags = [tag for piece in pieces if (tag := piece.strip())]
+    kept, others = tags[: rules.keep_tags], tags[rules.keep_tags :]
+    # Only `random` is used: NumPy may change how it makes a permutation, and with it what all caches hold.
+    chances, places = draw.random(len(others)), draw.random(len(others))
+    chosen = np.flatnonzero(chances >= rules.tag_dropout).tolist()
+    if not kept and not chosen and others:
+        chosen = [int(chances.argmax())]
+    if rules.shuffle_tags:
+        chosen.sort(key=lambda at: float(places[at]))
+    glue = rules.separator if rules.separator[-1].isspace() else f"{rules.separator} "
+    varied = glue.join([*kept, *(others[at] for at in chosen)])
+    return decorate(varied or caption, rules)  # a caption of nothing but separators stays as it is
+
+
+def decorate(caption: str, rules: CaptionRules) -> str:
+    """Prefix, trigger word where it is nowhere in what comes out, the caption, suffix."""
+    whole = f"{rules.prefix}{caption}{rules.suffix}"
+    if rules.trigger_word and not _has_word(whole, rules.trigger_word):
+        whole = f"{rules.prefix}{rules.trigger_word}, {caption}{rules.suffix}"
+    return whole.strip()
+
+
+def _has_word(text: str, word: str) -> bool:
     # As a word of its own: a trigger "art" is not in "party".
-    if not trigger_word or re.search(rf"(?<!\w){re.escape(trigger_word)}(?!\w)", caption, re.IGNORECASE):
-        return caption
-    return f"{trigger_word}, {caption}"
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def _refuse_shared_files(paths: Sequence[str], exists: Callable[[str], bool]) -> None:
-    images_of: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        file = caption_file(path, exists)
-        if file is not None:
-            images_of[file].append(path)
-    shared = [(file, images) for file, images in images_of.items() if len(images) > 1]
-    if not shared:
-        return
-    shown = "\n".join(
-        f"  {file} could belong to {' or '.join(Path(image).name for image in images)}" for file, images in shared[:10]
-    )
-    more = f"\n  and {len(shared) - 10} more" if len(shared) > 10 else ""
-    raise DatasetError(
-        f"{len(shared)} caption files could belong to several images:\n{shown}{more}\n"
-        'Name each after its whole image file ("cat.jpg.txt"), or remove the second image.'
-    )
+def _draw(image_hash: str, caption: str, number: int) -> np.random.Generator:
+    digest = hashlib.sha256(json.dumps([image_hash, caption, number]).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def _no_caption_text(without: Sequence[str], num_images: int, rules: CaptionRules) -> str:
-    first = "\n".join(f"  {path}" for path in without[:5])
-    more = f"\n  and {len(without) - 5} more" if len(without) > 5 else ""
-    example = Path(without[0])
-    return (
-        f"{len(without)} of {num_images} images have no caption:\n{first}{more}\n"
-        f"Expected {example.with_suffix('.txt').name} or {example.name}.txt beside {example.name} "
-        f"with at least one line (dataset.captions = {list(rules.sources)}). Write them, or add another source: "
-        'dataset.captions = ["textfile", "filename"], or "instance_prompt" with dataset.instance_prompt.'
+# ---- images without --------------------------------------------------------------------------------------------------
+
+
+def no_captions_error(
+    without: Sequence[Listed], num_without: int, num_images: int, rules: CaptionRules
+) -> DatasetError:
+    """For `num_without` of `num_images` images that have no caption; `without` are the first of them, at least one."""
+    shown = "\n".join(f"  {image.path}" for image in without[:5])
+    more = f"\n  and {num_without - min(5, len(without))} more" if num_without > min(5, len(without)) else ""
+    example = PurePosixPath(without[0].path)
+    texts = {
+        "textfile": f"{example.stem}{rules.extension} or {example.name}{rules.extension} beside {example.name} with at "
+        "least one line",
+        "column": f"a text in a column (of a WebDataset: in the .json) called {' or '.join(rules.columns)}",
+        "filename": "a file name with letters",
+        "instance_prompt": "dataset.instance_prompt, which is empty",
+    }
+    in_table = without[0].address.startswith("row:")  # nothing lies beside a row
+    expected = [texts[source] for source in rules.sources if not (in_table and source == "textfile")]
+    others = [
+        text
+        for source, text in (
+            ("filename", '"filename"'),
+            ("instance_prompt", '"instance_prompt" with dataset.instance_prompt'),
+        )
+        if source not in rules.sources
+    ]
+    another = f", or add another source to dataset.captions: {', or '.join(others)}" if others else ""
+    emptied = " Or dataset.caption_replace has left nothing of them." if rules.replace else ""
+    return DatasetError(
+        f'{num_without} of {num_images} images of dataset "{rules.dataset}" have no caption:\n{shown}{more}\n'
+        f"Expected {'; or '.join(expected) or 'a caption'} (dataset.captions = {json.dumps(list(rules.sources))})."
+        f"{emptied} Write them{another}."
     )

@@ -1,103 +1,438 @@
-"""One file to pixels: upright, sRGB, resized without aliasing, cropped where buckets.py said."""
+"""One file to pixels: upright, sRGB, resized without aliasing, cropped where buckets.py said.
+
+The order is for speed: all that can wait until the image is small comes after the resize.
+
+    read the bytes, check that they are the ones that were scanned      _read
+    open; a JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8   _decode_scaled
+    a mode that can be averaged: no palettes, transparency multiplied   _averageable
+    LANCZOS, which turns patterns finer than a pixel grey; crop         _resize_and_crop
+    colour profile, white below transparency, RGB                       _to_srgb
+    upright, mirrored                                                   _turn
+
+What each choice costs and gains: `python scripts/decode_quality.py`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import importlib
 import io
 import warnings
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from sdxl_ray.records import ImageRecord
 
+# Pillow's own limit is off: what was scanned is held to dataset.max_pixels, what was not to the size that was listed.
+Image.MAX_IMAGE_PIXELS = None
+MAX_MASK_PIXELS = 250_000_000  # masks are not scanned; larger ones may be decompression bombs
+
+# Pillow gives freed pixel memory back to the system, which then clears it page by page for the next image: half of the
+# time of decoding 24 MP. So it keeps some, in blocks of 16 MiB.
+with contextlib.suppress(AttributeError):  # not among the functions that Pillow promises to keep
+    Image.core.set_blocks_max(4)
+
+# A JPEG's decoder can halve the size as it goes, in half of the time. (n, m): 1/n where what is left is at least m
+# times the size that is needed. So LANCZOS gives what it gives from all pixels to 45 dB or better, on sand and drawn
+# lines too; with only 2 times left of 1/4 it can be 38 dB.
+_REDUCTIONS = ((8, 4.0), (4, 4.0), (2, 2.25))
+
+_ORIENTATION_TAG = 0x0112
+
+# Formats that Pillow reads with a plug-in: (what imports, what pip installs).
+_PLUGINS = {"HEIC": ("pillow_heif", "pillow-heif"), "JPEG XL": ("pillow_jxl", "pillow-jxl-plugin")}
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"})
+
 
 class UnreadableImage(Exception):
     """The pixels cannot be decoded; the image is skipped and listed with this reason."""
 
 
+class _Turn(NamedTuple):
+    """How stored pixels become upright ones: rows and columns swapped, then top and bottom, then left and right."""
+
+    swap: bool
+    upside_down: bool
+    mirror: bool
+
+
+# EXIF's eight orientations.
+_TURNS = {
+    1: _Turn(False, False, False),
+    2: _Turn(False, False, True),
+    3: _Turn(False, True, True),
+    4: _Turn(False, True, False),
+    5: _Turn(True, False, False),
+    6: _Turn(True, False, True),
+    7: _Turn(True, True, True),
+    8: _Turn(True, True, False),
+}
+
+
+class _Window(NamedTuple):
+    """A crop of the resized image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+# ---- an image --------------------------------------------------------------------------------------------------------
+
+
 def load_pixels(record: ImageRecord) -> np.ndarray:
-    """(height, width, 3) uint8 sRGB of the record's bucket.
+    """(height, width, 3) uint8 sRGB of the record's bucket; mirrored where it says so.
 
     Raises:
-        UnreadableImage: the file cannot be decoded, or is not the one that was scanned.
+        UnreadableImage: the file cannot be decoded, or is not the one that was listed.
         OSError: this machine cannot read the file, which says nothing about the image.
     """
-    if record.resized_hw is None or record.bucket_hw is None or record.crop_top_left is None:
-        raise ValueError(f"{record.path} has no bucket yet")
-    content = Path(record.path).read_bytes()
-    if hashlib.sha256(content).hexdigest() != record.image_hash:
-        raise UnreadableImage("changed while it was being cached; run `sdxl-ray cache` again")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF or a truncated palette; failures raise
-        try:
-            image = to_srgb(decode(content))
-        except MemoryError:
-            raise
-        except Exception as error:  # damaged bytes make Pillow raise nearly anything: AVIF's decoder a RuntimeError
-            raise UnreadableImage(f"cannot be decoded: {error}") from None
-    return np.asarray(_resize_and_crop(image, record.resized_hw, record.crop_top_left, record.bucket_hw))
-
-
-def _resize_and_crop(
-    image: Image.Image, resized_hw: tuple[int, int], crop_top_left: tuple[int, int], bucket_hw: tuple[int, int]
-) -> Image.Image:
-    """The crop at `crop_top_left` of the image resized to `resized_hw`.
-
-    Only the crop is computed: a strip of 10x30000 px covers its bucket at 512x1536000, which nobody needs whole.
-    """
-    vertical, horizontal = image.height / resized_hw[0], image.width / resized_hw[1]  # source pixels per resized pixel
-    (top, left), (height, width) = crop_top_left, bucket_hw
-    box = (left * horizontal, top * vertical, (left + width) * horizontal, (top + height) * vertical)
-    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # not past the edge by rounding
-    # LANCZOS widens its kernel when it shrinks, so fine patterns turn grey instead of into moiré.
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    content = _read(record)
+    with _reasons("cannot be decoded"):
+        image, turn, stored_hw = _decode_scaled(content, record)
+        profile = image.info.get("icc_profile")
+        window = _Window(*record.crop_top_left, *record.bucket_hw)
+        resized_hw, window = _before_turning(turn, record.resized_hw, window)
+        image = _averageable(image)
+        pixels = _resize_and_crop(image, stored_hw, resized_hw, window)
+        pixels = _to_srgb(pixels, image.mode, profile)
+        return np.ascontiguousarray(_turn(pixels, turn._replace(mirror=turn.mirror != record.flip)))
 
 
 def decode(content: bytes) -> Image.Image:
-    """The first frame, upright. Keeps mode and colour profile."""
-    with Image.open(io.BytesIO(content)) as image:
+    """The first frame, whole and upright. Keeps mode and colour profile.
+
+    Raises whatever Pillow raises.
+    """
+    with open_image(content) as image:
         image.load()
         return ImageOps.exif_transpose(image)
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """RGB in the sRGB colour space: profiles applied, 16 bits scaled to 8, transparency laid over white."""
-    profile = image.info.get("icc_profile")
+def _read(record: ImageRecord) -> bytes:
+    """The file's bytes, which are the ones that were scanned."""
+    from sdxl_ray.cache.sources import read_bytes
+
+    try:
+        content = read_bytes(record.address or record.path)
+    except ValueError as error:
+        raise UnreadableImage(str(error)) from None
+    if record.verify and hashlib.sha256(content).hexdigest() != record.image_hash:
+        raise UnreadableImage("changed while it was being cached; run `sdxl-ray cache` again")
+    return content
+
+
+@contextlib.contextmanager
+def _reasons(what: str) -> Iterator[None]:
+    """Damaged bytes make Pillow raise nearly anything, AVIF's decoder a RuntimeError: all of it is a reason to skip."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd EXIF or a truncated palette; failures raise
+        try:
+            yield
+        except (MemoryError, UnreadableImage):
+            raise
+        except Exception as error:
+            raise UnreadableImage(f"{what}: {error}") from None
+
+
+def _decode_scaled(content: bytes, record: ImageRecord) -> tuple[Image.Image, _Turn, tuple[float, float]]:
+    """The first frame as stored, how to turn it, and its height and width.
+
+    Those are fractions where a JPEG was decoded at 1/2: a row of 101 pixels gives 51, of which the last is half beyond
+    the edge.
+    """
+    with open_image(content) as image:
+        width, height = image.size
+        if not record.verify and sorted((height, width)) != sorted(record.original_hw):  # before a bomb is decoded
+            raise _not_as_listed((height, width), record)
+        reduction = 1
+        if image.format in ("JPEG", "MPO"):
+            turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1), _TURNS[1])
+            resized_hw = record.resized_hw[::-1] if turn.swap else record.resized_hw
+            reduction = _reduction((height, width), resized_hw)
+            if reduction > 1:
+                image.draft(None, (width // reduction, height // reduction))
+            image.load()
+        else:  # a PNG's notes may come after its pixels; a TIFF is turned as it is loaded
+            image.load()
+            width, height = image.size
+            turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1), _TURNS[1])
+        upright_hw = (width, height) if turn.swap else (height, width)
+        if not record.verify and upright_hw != record.original_hw:
+            raise _not_as_listed(upright_hw, record)
+        return image, turn, (height / reduction, width / reduction)
+
+
+def _not_as_listed(found_hw: tuple[int, int], record: ImageRecord) -> UnreadableImage:
+    (height, width), (listed_height, listed_width) = found_hw, record.original_hw
+    return UnreadableImage(f"is {width}x{height} pixels, but the table says {listed_width}x{listed_height}")
+
+
+def _reduction(stored_hw: tuple[int, int], resized_hw: tuple[int, int]) -> int:
+    """1, 2, 4 or 8: how much smaller a JPEG can be decoded without a difference that matters."""
+    ratio = min(stored / resized for stored, resized in zip(stored_hw, resized_hw, strict=True))
+    return next((reduction for reduction, margin in _REDUCTIONS if ratio >= reduction * margin), 1)
+
+
+def _before_turning(turn: _Turn, resized_hw: tuple[int, int], window: _Window) -> tuple[tuple[int, int], _Window]:
+    """Size of the resized image and the crop in it, as they lie before the image is turned upright.
+
+    Turning a crop of one megapixel is cheap; turning 24 takes as long as decoding them.
+    """
+    top, left, height, width = window
+    if turn.upside_down:
+        top = resized_hw[0] - height - top
+    if turn.mirror:
+        left = resized_hw[1] - width - left
+    if turn.swap:
+        return (resized_hw[1], resized_hw[0]), _Window(left, top, width, height)
+    return resized_hw, _Window(top, left, height, width)
+
+
+def _turn(pixels: np.ndarray, turn: _Turn) -> np.ndarray:
+    """A view of (height, width, ...) pixels."""
+    if turn.swap:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if turn.upside_down else 1, :: -1 if turn.mirror else 1]
+
+
+# ---- resize ----------------------------------------------------------------------------------------------------------
+
+
+def _averageable(image: Image.Image) -> Image.Image:
+    """The image as L, RGB, CMYK or RGBa, which is colour times transparency: the modes whose pixels can be averaged."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _scaled_to_8_bits(image)
-    if image.mode == "P" or "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode in ("LA", "PA", "La", "RGBa"):
-        image = image.convert("RGBA")
-    alpha = None
-    if image.mode == "RGBA":
-        alpha = image.getchannel("A")
-        image = image.convert("RGB")
-    image = _apply_profile(image, profile)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    if alpha is not None:
-        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-    return image
+    if image.has_transparency_data:
+        return image if image.mode == "RGBa" else image.convert("RGBA").convert("RGBa")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     """16-bit greys by division, not by clipping, which is what Pillow's own conversion does."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F" and values.size and values.max() <= 1.0:
-        values = values * 65535.0
-    return Image.fromarray(np.clip(np.round(values / 257.0), 0, 255).astype(np.uint8))
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values)
+        if values.size and values.max() <= 1.0:
+            values = values * 65535.0
+        values = np.round(values)
+    values = np.clip(values, 0, 65535).astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _resize_and_crop(
+    image: Image.Image, stored_hw: tuple[float, float], resized_hw: tuple[int, int], window: _Window
+) -> np.ndarray:
+    """(height, width) or (height, width, channels) uint8: the window of the image resized to `resized_hw`.
+
+    LANCZOS widens its kernel when it shrinks, so fine patterns turn grey instead of into moiré. torch's gives the same
+    to a level or two (72 dB) in a tenth of the time: it uses the processor's vector instructions.
+
+    Args:
+        stored_hw: what of the image is to be seen, from its top left corner; its size, or less than a pixel below.
+    """
+    top, left, height, width = window
+    if resized_hw == stored_hw:
+        return _pixels(image, (left, top, left + width, top + height))
+    lanczos = _torch_lanczos()
+    # A strip of 10x30000 px covers its bucket at 512x1536000, which nobody needs whole; Pillow computes just the crop.
+    needs_most = resized_hw[0] * resized_hw[1] <= 4 * height * width
+    if lanczos is None or image.mode == "L" or not needs_most:
+        vertical, horizontal = stored_hw[0] / resized_hw[0], stored_hw[1] / resized_hw[1]  # stored pixels per resized
+        box = (left * horizontal, top * vertical, (left + width) * horizontal, (top + height) * vertical)
+        box = (*box[:2], min(box[2], stored_hw[1]), min(box[3], stored_hw[0]))  # not past the edge by rounding
+        return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    resized = lanczos(_pixels(image, (0, 0, *image.size)), stored_hw, resized_hw)
+    return resized[top : top + height, left : left + width]
+
+
+def _pixels(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
+    """(height, width[, channels]) uint8 of the box (left, top, right, bottom).
+
+    In bands, because `np.asarray(image)` passes large images through memory that the system clears first, page by page:
+    84 ms against 21 for 24 MP.
+    """
+    left, top, right, bottom = box
+    pixels = np.empty((bottom - top, right - left, *([] if image.mode == "L" else [len(image.getbands())])), np.uint8)
+    for start in range(top, bottom, 64):
+        end = min(start + 64, bottom)
+        pixels[start - top : end - top] = np.asarray(image.crop((left, start, right, end)))
+    return pixels
+
+
+@functools.cache
+def _torch_lanczos() -> Callable[[np.ndarray, tuple[float, float], tuple[int, int]], np.ndarray] | None:
+    """(pixels, stored_hw, resized_hw) -> (height, width, channels) uint8; None before torch 2.12, which has none."""
+    import torch
+    from torch.nn import functional
+
+    if not hasattr(torch.ops.aten, "_upsample_lanczos2d_aa"):
+        return None
+
+    def lanczos(pixels: np.ndarray, stored_hw: tuple[float, float], resized_hw: tuple[int, int]) -> np.ndarray:
+        # Scales, not sizes: the last stored pixel may be a fraction. A trifle above, or 1195 may come out as 1194.
+        scales = tuple(resized / stored * (1 + 1e-9) for resized, stored in zip(resized_hw, stored_hw, strict=True))
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, H, W), channels last in memory
+        resized = functional.interpolate(planes, scale_factor=scales, mode="lanczos", antialias=True)
+        return resized[0].permute(1, 2, 0).numpy()[: resized_hw[0], : resized_hw[1]]
+
+    return lanczos
+
+
+# ---- colour ----------------------------------------------------------------------------------------------------------
+
+
+def _to_srgb(pixels: np.ndarray, mode: str, profile: bytes | None) -> np.ndarray:
+    """(height, width, 3) uint8 in the sRGB colour space: profile applied, transparency laid over white.
+
+    Args:
+        mode: L, RGB, CMYK or RGBa, as `_averageable` gives.
+    """
+    if mode == "RGB" and not profile:
+        return pixels
+    if mode == "RGBa":
+        alpha = pixels[..., 3:]
+        if not profile:  # colour times alpha is there already; LANCZOS overshoots, so it may exceed alpha
+            return np.minimum(pixels[..., :3].astype(np.uint16) + (255 - alpha), 255).astype(np.uint8)
+        colours = _apply_profile(_image(pixels, mode).convert("RGBA").convert("RGB"), profile)
+        white = Image.new("RGB", colours.size, "white")
+        return np.asarray(Image.composite(colours, white, Image.fromarray(np.ascontiguousarray(alpha[..., 0]))))
+    image = _apply_profile(_image(pixels, mode), profile)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _image(pixels: np.ndarray, mode: str) -> Image.Image:
+    return Image.frombytes(mode, (pixels.shape[1], pixels.shape[0]), np.ascontiguousarray(pixels))
 
 
 def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Adobe RGB, Display P3 and CMYK profiles to sRGB; one that does not fit its image is ignored, as viewers do."""
-    if not profile or image.mode not in ("RGB", "CMYK", "L"):
-        return image
+    transform = _transform_to_srgb(profile, image.mode) if profile else None
+    return ImageCms.applyTransform(image, transform) or image if transform else image
+
+
+@functools.lru_cache(maxsize=64)  # a camera writes the same profile into all its images
+def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError):  # OSError: not a profile at all
-        return image
-    return converted or image
+        return None
+
+
+# ---- a mask ----------------------------------------------------------------------------------------------------------
+
+
+def load_mask(record: ImageRecord) -> np.ndarray:
+    """(height / 8, width / 8) uint8 of the record's bucket: how much each latent pixel counts, 255 fully.
+
+    `record.mask` is "alpha", the image's own transparency (255 everywhere where it has none), or the address of an
+    image of the same aspect and of any size: white counts, transparent does not. Resized, cropped, mirrored like the
+    image; a latent pixel gets the mean of its 8x8 pixels.
+
+    Raises:
+        UnreadableImage: the mask cannot be decoded, or has another aspect than the image.
+        OSError: this machine cannot read the file, which says nothing about the mask.
+    """
+    if record.mask == "alpha":
+        content = _read(record)
+        with _reasons("cannot be decoded"), open_image(content) as header:
+            if not header.has_transparency_data and header.format in ("JPEG", "MPO"):  # the common mistake, for free
+                return np.full([edge // 8 for edge in record.bucket_hw], 255, np.uint8)
+            if not record.verify and sorted(header.size) != sorted(record.original_hw):
+                raise _not_as_listed(header.size[::-1], record)
+            image = decode(content)
+            mask = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    else:
+        mask = _read_mask(record)
+    if mask is None:
+        return np.full([edge // 8 for edge in record.bucket_hw], 255, np.uint8)
+    vertical, horizontal = mask.height / record.resized_hw[0], mask.width / record.resized_hw[1]
+    (top, left), (height, width) = record.crop_top_left, record.bucket_hw
+    box = (left * horizontal, top * vertical, (left + width) * horizontal, (top + height) * vertical)
+    box = (*box[:2], min(box[2], mask.width), min(box[3], mask.height))
+    # BOX is the mean of an area, and where it enlarges, the nearest pixel: it does not blur a mask's edges.
+    cells = np.asarray(mask.resize((width, height), Image.Resampling.BOX, box=box).reduce(8))
+    return np.ascontiguousarray(cells[:, ::-1]) if record.flip else cells
+
+
+def _read_mask(record: ImageRecord) -> Image.Image:
+    """The mask file, upright, as L."""
+    from sdxl_ray.cache.sources import read_bytes
+
+    what = f"its mask {record.mask}"
+    try:
+        content = read_bytes(record.mask)
+    except ValueError as error:
+        raise UnreadableImage(f"{what}: {error}") from None
+    with _reasons(f"{what} cannot be decoded"):
+        with open_image(content) as header:
+            width, height = header.size
+        if width * height > MAX_MASK_PIXELS:
+            raise UnreadableImage(f"{what} has {width}x{height} pixels, more than {MAX_MASK_PIXELS:,}")
+        image = _averageable(decode(content))
+        if image.mode == "RGBa":  # colour times transparency
+            image = _image(np.asarray(image)[..., :3], "RGB")
+        mask = image.convert("L")
+    expected_height = mask.width * record.original_hw[0] / record.original_hw[1]
+    if abs(mask.height - expected_height) > max(0.01 * expected_height, 1):
+        height, width = record.original_hw
+        raise UnreadableImage(
+            f"{what} is {mask.width}x{mask.height} pixels, the image {width}x{height}: not the same aspect"
+        )
+    return mask
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+def open_image(content: bytes) -> Image.Image:
+    """`Image.open`, with the plug-in that the format needs, if it is installed. Reads the header only."""
+    kind = _needs_plugin("", content)
+    if kind:
+        _register_plugin(kind)
+    return Image.open(io.BytesIO(content))
+
+
+def missing_plugin_hint(path: str, content: bytes) -> str:
+    """What to install so that the file can be read; empty where that would not help.
+
+    Told by the first bytes. Some HEIC files do not say which kind of HEIF they are; of those the name decides.
+    """
+    kind = _needs_plugin(path, content)
+    if not kind or _register_plugin(kind):
+        return ""
+    package = _PLUGINS[kind][1]
+    return f"{kind} needs {package}: pip install {package}"
+
+
+def _needs_plugin(path: str, content: bytes) -> str:
+    """A key of `_PLUGINS`, or empty."""
+    if content.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")):
+        return "JPEG XL"
+    if content[4:8] == b"ftyp":
+        brands = content[8 : min(int.from_bytes(content[:4], "big"), 256)]
+        kinds = {brands[at : at + 4] for at in range(0, len(brands), 4)}
+        if kinds & _HEIC_BRANDS or (b"avif" not in kinds and path.lower().endswith((".heic", ".heif"))):
+            return "HEIC"
+    return ""
+
+
+@functools.cache
+def _register_plugin(kind: str) -> bool:
+    """Once per process, and only when such a file is met: whether Pillow can read the format from now on."""
+    try:
+        plugin = importlib.import_module(_PLUGINS[kind][0])
+    except ImportError:
+        return False
+    if kind == "HEIC":  # the other one registers itself
+        plugin.register_heif_opener()
+    return True

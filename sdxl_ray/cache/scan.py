@@ -1,31 +1,33 @@
-"""Find the images: a content hash, the size as a person sees it, or the reason why not.
+"""Look at each image: a content hash, the size as a person sees it, or the reason why not.
 
-A new file is read whole, for its hash, and its header is parsed; pixels are decoded once, later, in images.py. What was
-found is remembered by (path, size, modification time), so that a second run over unchanged files only lists the folder.
+A new file is read whole, for its hash, and its header is parsed; pixels are decoded once, later, in images.py. Where
+the listing is trusted to identify images, only the first bytes are read. What was found is remembered in memo.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
-from sdxl_ray.cache.shards import write_table
-from sdxl_ray.errors import DatasetError, storage_errors
+from sdxl_ray.cache.images import missing_plugin_hint, open_image
+from sdxl_ray.cache.sources import read_bytes, read_start
+from sdxl_ray.errors import StorageError
+from sdxl_ray.records import Listed
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jfif"})
 SHOW_PROGRESS_FROM = 300  # new files: fewer take no time worth showing
+CANNOT_BE_READ = "cannot be read"
+TOO_LARGE = "dataset.max_pixels"
 _EXIF_ORIENTATION = 0x0112
 _ROTATED_BY_A_QUARTER = (5, 6, 7, 8)
+_HEADER_BYTES = 64 * 1024  # EXIF with its thumbnail ends before, nearly always
+_THREADS = 32  # of which most wait for a disk or a network
 
 # Our own limit (dataset.max_pixels) is checked on the header, before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -33,103 +35,76 @@ Image.MAX_IMAGE_PIXELS = None
 
 @dataclass(frozen=True, slots=True)
 class ScannedFile:
-    """One file as it was found. `problem` is empty where the image can be used."""
+    """One image as it was found. `problem` is empty where it can be used."""
 
-    path: str
-    size: int  # bytes
-    mtime_ns: int
-    image_hash: str  # sha256 of the bytes, hex
+    image_hash: str  # sha256, hex; of the content, or of address and stamp where the listing is trusted
     height: int  # after EXIF rotation
     width: int
     problem: str = ""
 
-    @property
-    def identity(self) -> tuple[str, int, int]:
-        return (self.path, self.size, self.mtime_ns)
 
+def scan_file(listed: Listed, max_pixels: int, *, by_listing: bool = False) -> ScannedFile:
+    """Read one file: hash its bytes, parse its header.
 
-def list_images(folder: str | Path) -> list[tuple[str, int, int]]:
-    """(path, size, mtime_ns) of every image file below `folder`, sorted by path; hidden ones are left out.
-
-    Links are followed; a folder reached twice, as in a loop of links, is read once. A file whose name is not UTF-8 is
-    listed under an escaped name (`caf\\xe9.jpg`), which then "cannot be read": such a name fits in no index.
-
-    Raises:
-        DatasetError: the folder does not exist, is a file, or holds no image; or a folder cannot be looked into.
+    Args:
+        by_listing: identify it by its address and stamp, and read no more than the header; not even that where the
+            listing knows its size.
     """
-    root = Path(folder)
-    if not root.exists():
-        raise DatasetError(f"dataset.path: {root} does not exist. Set it to the folder that holds your images.")
-    if not root.is_dir():
-        raise DatasetError(f"dataset.path: {root} is a file, expected a folder of images.")
-    found = sorted(_walk(root))
-    if not found:
-        kinds = " ".join(sorted(IMAGE_SUFFIXES))
-        raise DatasetError(f"dataset.path: no images in {root} or its subfolders. Looked for {kinds}")
-    return found
-
-
-def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
-    seen: set[tuple[int, int]] = set()
-    pending = [str(root)]
-    while pending:
-        folder = pending.pop()
-        try:
-            status = Path(folder).stat()
-            entries = list(os.scandir(folder))
-        except FileNotFoundError:  # deleted while we look
-            continue
-        except OSError as error:
-            raise DatasetError(
-                f"dataset.path: the folder {_printable(folder)} cannot be read: {error.strerror}. "
-                "Allow it, or move it out of dataset.path."
-            ) from None
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            with contextlib.suppress(OSError):  # a link to itself: reported below if it is called like an image
-                if entry.is_dir():
-                    pending.append(entry.path)
-                    continue
-            if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122  (a Path per file doubles the time)
-                continue
-            try:
-                file = entry.stat()
-                yield (_printable(entry.path), file.st_size, file.st_mtime_ns)
-            except OSError:  # a dangling link, or deleted while we look
-                yield (_printable(entry.path), 0, 0)
-
-
-def _printable(path: str) -> str:
-    """The path with bytes that are not UTF-8 escaped; they would stop the terminal, Parquet and CSV."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def scan_file(identity: tuple[str, int, int], max_pixels: int) -> ScannedFile:
-    """Read one file: hash its bytes, parse its header."""
-    path, size, mtime_ns = identity
-
-    def unusable(problem: str) -> ScannedFile:
-        return ScannedFile(path, size, mtime_ns, "", 0, 0, problem)
-
+    address = listed.address or listed.path
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        return unusable(f"cannot be read: {error.strerror or error}")
+        if by_listing:
+            height, width = listed.original_hw or _hw_from_start(listed, max_pixels)
+            if height * width > max_pixels:
+                raise _Unusable(f"{width}x{height} is more than {TOO_LARGE} = {max_pixels}")
+            identity = f"{address}\0{listed.stamp}".encode()
+        else:
+            identity = _read(address)
+            height, width = _hw(identity, listed, max_pixels)
+    except _Unusable as problem:
+        return ScannedFile("", 0, 0, str(problem))
+    return ScannedFile(hashlib.sha256(identity).hexdigest(), height, width)
+
+
+class _Unusable(Exception):
+    """The text is the problem."""
+
+
+def _read(address: str, length: int = -1) -> bytes:
+    """A file, or its start. What Pillow makes of the bytes is another matter, although it raises OSErrors too."""
+    try:
+        content = read_bytes(address) if length < 0 else read_start(address, length)
+    except (OSError, StorageError) as error:
+        raise _Unusable(f"{CANNOT_BE_READ}: {getattr(error, 'strerror', None) or error}") from None
+    except ValueError as error:  # the data is at fault: an empty cell of a table, a tar file cut short
+        raise _Unusable(str(error)) from None
     if not content:
-        return unusable("the file is empty")
+        raise _Unusable("the file is empty")
+    return content
+
+
+def _hw(content: bytes, listed: Listed, max_pixels: int) -> tuple[int, int]:
     try:
-        height, width = header_hw(content, max_pixels)
+        return header_hw(content, max_pixels)
     except TooManyPixels as error:
-        return unusable(f"{error} is more than dataset.max_pixels = {max_pixels}")
+        raise _Unusable(f"{error} is more than {TOO_LARGE} = {max_pixels}") from None
     except UnidentifiedImageError:
-        return unusable("not an image that Pillow can read")
+        hint = missing_plugin_hint(listed.path, content[:64])
+        raise _Unusable(hint or "not an image that Pillow can read") from None
     except Exception as error:  # damaged bytes make Pillow raise nearly anything: AVIF's parser a RuntimeError
-        return unusable(f"damaged header: {error}")
-    return ScannedFile(path, size, mtime_ns, hashlib.sha256(content).hexdigest(), height, width)
+        raise _Unusable(f"damaged header: {error}") from None
+
+
+def _hw_from_start(listed: Listed, max_pixels: int) -> tuple[int, int]:
+    """From as little of the file as will do: 64 KiB, 1 MiB, all of it."""
+    address = listed.address or listed.path
+    for length in (_HEADER_BYTES, 16 * _HEADER_BYTES):
+        start = _read(address, length)
+        try:
+            return header_hw(start, max_pixels)
+        except Exception as error:  # cut short, perhaps; whatever it is, it shows again on the whole file
+            if len(start) < length or isinstance(error, TooManyPixels):
+                return _hw(start, listed, max_pixels)
+    return _hw(_read(address), listed, max_pixels)
 
 
 class TooManyPixels(Exception):
@@ -144,7 +119,7 @@ def header_hw(content: bytes, max_pixels: float = math.inf) -> tuple[int, int]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd EXIF; only what it cannot read matters here
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             width, height = image.size
             if height * width > max_pixels:
                 raise TooManyPixels(f"{width}x{height}")
@@ -170,44 +145,27 @@ def _png_has_late_notes(content: bytes) -> bool:
 
 
 def scan_images(
-    files: Sequence[tuple[str, int, int]],
+    files: Sequence[Listed],
     *,
-    memo: Mapping[tuple[str, int, int], ScannedFile],
     max_pixels: int,
+    by_listing: Sequence[bool] = (),
     num_threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ScannedFile]:
-    """Every file, in the order given; those in `memo` are not opened. In threads: reading and hashing free the GIL.
+    """Every file, in the order given. In threads: reading and hashing free the GIL.
 
-    `progress` is called with (done, total) of the new files now and then; not at all where they are few.
+    `progress` is called with (done, total) now and then; not at all where they are few.
     """
-    unknown = [file for file in files if file not in memo]
-    scanned = {}
-    with ThreadPoolExecutor(num_threads or min(32, 4 * (os.cpu_count() or 1))) as threads:
-        for done, file in enumerate(threads.map(lambda file: scan_file(file, max_pixels), unknown), start=1):
-            scanned[file.identity] = file
-            if len(unknown) >= SHOW_PROGRESS_FROM and (done % 100 == 0 or done == len(unknown)):
-                progress(done, len(unknown))
-    return [memo.get(file) or scanned[file] for file in files]
+    trusted = by_listing or [False] * len(files)
 
+    def scan(piece: range) -> list[ScannedFile]:
+        return [scan_file(files[at], max_pixels, by_listing=trusted[at]) for at in piece]
 
-def read_memo(path: Path) -> dict[tuple[str, int, int], ScannedFile]:
-    """What earlier runs found. A memo is never needed for correctness, so a damaged one is as good as none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not path.exists():
-        return {}
-    try:
-        rows = pq.read_table(path).to_pylist()
-        files = [ScannedFile(**row) for row in rows]
-    except (pa.ArrowException, OSError, TypeError) as error:
-        warnings.warn(f"{path}: {error}; the images are scanned again", stacklevel=2)
-        return {}
-    return {file.identity: file for file in files}
-
-
-def write_memo(path: Path, files: Iterable[ScannedFile]) -> None:
-    """Replaces the memo in one move; of two jobs writing at once the later wins, and nothing but time is lost."""
-    with storage_errors("writing the list of scanned images", path, "Free some space; nothing encoded is lost."):
-        write_table(path, [asdict(file) for file in files])
+    pieces = [range(start, min(start + 16, len(files))) for start in range(0, len(files), 16)]
+    scanned: list[ScannedFile] = []
+    with ThreadPoolExecutor(num_threads or min(_THREADS, 4 * (os.cpu_count() or 1))) as threads:
+        for found in threads.map(scan, pieces):
+            scanned += found
+            if len(files) >= SHOW_PROGRESS_FROM and (len(scanned) % 128 == 0 or len(scanned) == len(files)):
+                progress(len(scanned), len(files))
+    return scanned

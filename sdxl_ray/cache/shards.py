@@ -1,46 +1,46 @@
-"""Encoded tensors as content-addressed `.safetensors` files, and the index that says which row is whose.
+"""Encoded tensors as content-addressed `.safetensors` files.
 
-    <cache>/latents/832x1216/<shard>.safetensors    mean, std               one bucket a folder
+    <cache>/latents/832x1216/<shard>.safetensors    mean, std (and mask)    one bucket a folder
     <cache>/text/<shard>.safetensors                prompt_embeds, pooled_prompt_embeds
-    <cache>/datasets/<name>/index.parquet           one row per sample, no tensors
-    <cache>/datasets/<name>/manifest.json           what the index was made with
+    <cache>/**/<shard>.safetensors.damaged          keys in it that turned out damaged: not used any more
 
 A shard's name is a hash of the keys it holds, so two jobs that write the same shard write the same content. Its header
-holds the keys in row order and a CRC-32 per row, so the index can be rebuilt from the shards alone and a flipped bit is
-found when the row is read. A file appears under its name only when it is whole.
+holds the keys in row order and a CRC-32 per row: a row is found by its key and never by a number alone, the index can
+be rebuilt from the shards, and a flipped bit is found when the row is read. A file appears under its name only when it
+is whole.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import threading
 import time
-import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_ray.errors import CacheError, storage_errors
-from sdxl_ray.records import EncodedSample
+from sdxl_ray.cache.local_copies import LocalCopies
+from sdxl_ray.errors import CacheError, StorageError
+from sdxl_ray.storage import Folder, open_folder
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = "1"  # in every key: a new format never reads an old shard by mistake
-_STALE_TEMPORARY_S = 24 * 3600
+FORMAT_VERSION = "2"  # in every key: a new format never reads an old shard by mistake
+KEY_BYTES = 16
+DAMAGED_SUFFIX = ".damaged"
+_POLL_S = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
-    """A row of a shard. `shard` is relative to the cache folder."""
+class MissingEntry(CacheError):
+    """The shard is there without this entry: its image turned out damaged when it was encoded."""
 
-    shard: str
-    row: int
+
+class DamagedEntry(CacheError):
+    """The entry's checksum does not fit its bytes."""
 
 
 def latent_key(
@@ -49,15 +49,18 @@ def latent_key(
     resized_hw: tuple[int, int],
     crop_top_left: tuple[int, int],
     vae_fingerprint: str,
+    *,
+    flip: bool = False,
+    mask_hash: str = "",
 ) -> str:
-    """Everything that a latent depends on, hashed: the image's bytes, the transform, the VAE."""
-    parts = ("latent", FORMAT_VERSION, image_hash, bucket_hw, resized_hw, crop_top_left, "lanczos", vae_fingerprint)
-    return _digest(repr(parts))
+    """Everything that a latent depends on, hashed: the image's bytes, the transform, the VAE; and the mask with it."""
+    transform = (bucket_hw, resized_hw, crop_top_left, flip, "lanczos")
+    return _digest(repr(("latent", FORMAT_VERSION, image_hash, transform, mask_hash, vae_fingerprint)))
 
 
-def text_key(caption: str, text_fingerprint: str) -> str:
-    """Everything that an embedding depends on, hashed: the caption, both encoders and tokenizers."""
-    return _digest(repr(("text", FORMAT_VERSION, caption, text_fingerprint)))
+def text_key(caption: str, text_fingerprint: str, num_chunks: int = 1) -> str:
+    """Everything that an embedding depends on, hashed: the caption, both encoders and tokenizers, its length."""
+    return _digest(repr(("text", FORMAT_VERSION, caption, num_chunks, text_fingerprint)))
 
 
 def shard_name(kind: str, keys: Sequence[str], bucket: str = "") -> str:
@@ -67,11 +70,11 @@ def shard_name(kind: str, keys: Sequence[str], bucket: str = "") -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode()).hexdigest()[: 2 * KEY_BYTES]
 
 
 def write_shard(
-    cache: Path, name: str, keys: Sequence[str], tensors: Mapping[str, torch.Tensor], extra: Mapping[str, str]
+    folder: Folder, name: str, keys: Sequence[str], tensors: Mapping[str, torch.Tensor], extra: Mapping[str, str]
 ) -> None:
     """Write one shard whole or not at all.
 
@@ -80,7 +83,7 @@ def write_shard(
         extra: more strings for the header, such as the encoder's fingerprint.
 
     Raises:
-        StorageError: the disk is full or read-only; no half-written file is left.
+        StorageError: the disk is full or read-only, or the bucket refuses; no half-written file is left.
     """
     from safetensors.torch import save
 
@@ -92,28 +95,42 @@ def write_shard(
         "sdxl_ray.crc32": json.dumps(checksums),
         **{f"sdxl_ray.{key}": value for key, value in extra.items()},
     }
-    # Not `save_file`: it makes files that only their owner can read, and hides a full disk in an error of its own.
     content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=metadata)
-    path = cache / name
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
-    with storage_errors("writing encoded tensors", path, "Free some space and run again: finished shards are kept."):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    cure = "Free some space and run again: finished shards are kept."
+    folder.write(name, content, doing="writing encoded tensors", cure=cure)
+    if folder.exists(name + DAMAGED_SUFFIX):  # what was damaged has just been replaced
+        folder.delete(name + DAMAGED_SUFFIX)
 
 
-def read_header(path: Path) -> dict[str, Any] | None:
+def mark_damaged(cache: str, shard: str, key: str) -> None:
+    """From now on the entry counts as missing, so that the next `sdxl-ray cache` encodes it again."""
+    folder = open_folder(cache)
+    known = read_marker(folder, shard + DAMAGED_SUFFIX) if folder.exists(shard + DAMAGED_SUFFIX) else []
+    if key not in known:
+        folder.write(shard + DAMAGED_SUFFIX, json.dumps([*known, key]).encode())
+
+
+def read_marker(folder: Folder, name: str) -> list[str]:
+    """The keys that `mark_damaged` wrote down."""
+    try:
+        return list(json.loads(folder.read(name)))
+    except (ValueError, TypeError, FileNotFoundError):
+        return []
+
+
+_FIRST_READ = 64 * 1024  # holds the header of a usual shard
+
+
+def read_header(folder: Folder, name: str, size: int) -> dict[str, Any] | None:
     """The header of a shard with its metadata, or None where the file is cut short or no shard of ours."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if not 0 < length <= size - 8:
-                return None
-            header: dict[str, Any] = json.loads(file.read(length))
+        start = folder.read_range(name, 0, min(_FIRST_READ, size))
+        length = int.from_bytes(start[:8], "little")
+        if not 0 < length <= size - 8:
+            return None
+        if len(start) < 8 + length:
+            start += folder.read_range(name, len(start), 8 + length - len(start))
+        header: dict[str, Any] = json.loads(start[8 : 8 + length])
         metadata = header["__metadata__"]
         tensors = [value for key, value in header.items() if key != "__metadata__"]
         num_rows = {len(json.loads(metadata[f"sdxl_ray.{name}"])) for name in ("keys", "crc32")}
@@ -124,95 +141,130 @@ def read_header(path: Path) -> dict[str, Any] | None:
     return header if is_whole and len(num_rows) == 1 and metadata["sdxl_ray.version"] == FORMAT_VERSION else None
 
 
-class ShardStore:
-    """What a cache folder holds: key -> location. Built from the shards' headers, which cannot be out of date."""
-
-    def __init__(self, cache: str | Path) -> None:
-        self.cache = Path(cache)
-        self.locations: dict[str, Location] = {}
-        self.num_tokens: dict[str, int] = {}  # of captions, for the warning about long ones
-        self.damaged: list[Path] = []
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read all headers again."""
-        self.locations.clear()
-        self.damaged.clear()
-        for path in self._shard_files():
-            header = read_header(path)
-            if header is None:
-                self.damaged.append(path)
-                continue
-            metadata = header["__metadata__"]
-            name = path.relative_to(self.cache).as_posix()
-            keys = json.loads(metadata["sdxl_ray.keys"])
-            self.locations.update({key: Location(name, row) for row, key in enumerate(keys)})
-            if "sdxl_ray.num_tokens" in metadata:
-                self.num_tokens.update(zip(keys, json.loads(metadata["sdxl_ray.num_tokens"]), strict=True))
-
-    def remove_stale_temporaries(self) -> int:
-        """Delete what killed jobs left behind a day ago or earlier; younger ones may still be being written."""
-        removed = 0
-        # Only where we write: a search through everything below a large shared folder takes minutes.
-        written_to = ("", "latents/*/", "text/", "datasets/*/")
-        for path in (path for folder in written_to for path in self.cache.glob(f"{folder}.tmp-*")):
-            with contextlib.suppress(FileNotFoundError):  # another job was faster
-                if time.time() - path.stat().st_mtime > _STALE_TEMPORARY_S:
-                    path.unlink()
-                    removed += 1
-        return removed
-
-    def _shard_files(self) -> Iterator[Path]:
-        yield from sorted(self.cache.glob("latents/*/*.safetensors"))
-        yield from sorted(self.cache.glob("text/*.safetensors"))
-
-
 class ShardReader:
-    """Rows of memory-mapped shards, checked against their CRC. Safe to share between prefetch threads.
+    """Entries of memory-mapped shards, checked against their CRC. Safe to share between prefetch threads.
 
-    The shards read last stay open, at most `max_open`: Linux allows a process 65,530 memory maps.
+    The shards read last stay open, at most `max_open`: Linux allows a process 65,530 memory maps. Shards of a cloud
+    address are copied to `local_path` first.
     """
 
-    def __init__(self, cache: str | Path, *, max_open: int = 4096) -> None:
-        self.cache = Path(cache)
+    def __init__(
+        self,
+        cache: str | Path,
+        *,
+        max_open: int = 4096,
+        local_path: str = "",
+        local_gib: float = 50.0,
+        wait: Callable[[str], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            wait: called again and again with the name of a shard that is not there yet, until it is; it raises where
+                waiting is over. None: a shard that is not there is an error.
+        """
+        self.cache = str(cache)
+        self.folder = open_folder(self.cache)
+        self.copies = None if self.folder.local else LocalCopies(self.folder, local_path, limit_gib=local_gib)
         self.max_open = max_open
-        self._open: OrderedDict[str, tuple[Any, list[int]]] = OrderedDict()  # the one read last comes last
+        self.wait = wait
+        self._open: OrderedDict[str, tuple[Any, dict[str, int], list[int]]] = OrderedDict()  # the one read last is last
+        self._fetched_again: set[str] = set()
         self._lock = threading.Lock()
 
-    def read(self, location: Location) -> dict[str, torch.Tensor]:
-        """The tensors of one row, without the row dimension.
+    def read(self, shard: str, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of one entry, without the row dimension.
 
         Raises:
-            CacheError: the shard is gone or damaged.
+            MissingEntry, DamagedEntry: see there.
+            CacheError: the shard is gone or cannot be read.
         """
-        file, checksums = self._file(location.shard)
-        tensors = {name: file.get_slice(name)[location.row] for name in file.keys()}  # noqa: SIM118  (not a dict)
+        file, rows, checksums = self._file(shard)
+        if key not in rows:
+            raise MissingEntry(f"{self.cache}/{shard}: has no entry {key}")
+        row = rows[key]
+        tensors = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118  (not a dict)
         found = _row_checksum(tensors)
-        if found != checksums[location.row]:
-            raise CacheError(
-                f"{self.cache / location.shard}: row {location.row} is damaged (checksum {found:08x}, expected "
-                f"{checksums[location.row]:08x}). Delete this file and run `sdxl-ray cache`: only it is encoded again."
+        if found != checksums[row]:
+            if self._drop_copy(shard, file):
+                return self.read(shard, key)
+            raise DamagedEntry(
+                f"{self.cache}/{shard}: entry {key} is damaged (checksum {found:08x}, expected {checksums[row]:08x}). "
+                "`sdxl-ray cache --verify` finds all of them and encodes them again."
             )
         return tensors
 
-    def _file(self, shard: str) -> tuple[Any, list[int]]:
-        from safetensors import SafetensorError, safe_open
-
+    def _file(self, shard: str) -> tuple[Any, dict[str, int], list[int]]:
         with self._lock:
-            if shard not in self._open:
-                path = self.cache / shard
-                try:
-                    file = safe_open(path, "pt")
-                    checksums = json.loads(file.metadata()["sdxl_ray.crc32"])
-                except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-                    raise CacheError(
-                        f"{path}: cannot be read ({error}). Run `sdxl-ray cache`: only what is missing is encoded."
-                    ) from None
-                self._open[shard] = (file, checksums)
-                if len(self._open) > self.max_open:
-                    self._open.popitem(last=False)  # unmapped once no thread reads from it any more
-            self._open.move_to_end(shard)
-            return self._open[shard]
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+        opened = self._load(shard)  # outside the lock: other threads read on while this one waits or copies
+        with self._lock:
+            self._open[shard] = opened
+            if len(self._open) > self.max_open:
+                self._open.popitem(last=False)  # unmapped once no thread reads from it any more
+        return opened
+
+    def _drop_copy(self, shard: str, file: Any) -> bool:
+        """Whether a damaged entry is worth another look: the damage may be this disk's. Each copy is dropped once."""
+        if self.copies is None:
+            return False
+        with self._lock:
+            opened = self._open.get(shard)
+            if shard in self._fetched_again:
+                return opened is None or opened[0] is not file  # another thread was faster
+            self._fetched_again.add(shard)
+            self._open.pop(shard, None)
+            self.copies.remove(shard)
+        return True
+
+    def _load(self, shard: str) -> tuple[Any, dict[str, int], list[int]]:
+        from safetensors import SafetensorError
+
+        if self.wait is not None:
+            while not self.folder.exists(shard):
+                self.wait(shard)
+                time.sleep(_POLL_S)
+        try:
+            if self.copies is None:
+                return _open_shard(Path(self.cache) / shard)
+            try:
+                return _open_shard(self.copies.fetch(shard))
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                self.copies.remove(shard)  # cut short on this disk, perhaps, or removed by another process just now
+                return _open_shard(self.copies.fetch(shard))
+        except (OSError, StorageError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(
+                f"{self.cache}/{shard}: cannot be read ({error}). "
+                "Run `sdxl-ray cache`: only what is missing is encoded."
+            ) from None
+
+
+def _open_shard(path: Path) -> tuple[Any, dict[str, int], list[int]]:
+    """(the memory-mapped file, the row of each key, the checksum of each row)"""
+    from safetensors import safe_open
+
+    file = safe_open(path, "pt")
+    metadata = file.metadata()
+    rows = {key: row for row, key in enumerate(json.loads(metadata["sdxl_ray.keys"]))}
+    return file, rows, json.loads(metadata["sdxl_ray.crc32"])
+
+
+def check_shard(folder: Folder, name: str) -> list[str]:
+    """The keys of its damaged entries; of a shard that cannot be read, none: `ShardStore.damaged` has it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        content = folder.read(name)
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+        tensors = load(content)
+        keys, checksums = json.loads(metadata["sdxl_ray.keys"]), json.loads(metadata["sdxl_ray.crc32"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return []
+    rows = ({kind: tensor[row] for kind, tensor in tensors.items()} for row in range(len(keys)))
+    return [key for key, row, expected in zip(keys, rows, checksums, strict=True) if _row_checksum(row) != expected]
 
 
 def _row_checksum(row: Mapping[str, torch.Tensor]) -> int:
@@ -223,84 +275,3 @@ def _row_checksum(row: Mapping[str, torch.Tensor]) -> int:
     for name in sorted(row):
         checksum = zlib.crc32(row[name].contiguous().view(-1).view(torch.uint8).numpy().data, checksum)
     return checksum
-
-
-# ---- the index -------------------------------------------------------------------------------------------------------
-
-
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A Parquet file, whole or as it was before: written beside its name, then renamed."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
-    try:
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_index(path: Path, samples: Sequence[EncodedSample], locations: Mapping[str, Location]) -> None:
-    """One row per sample, plain columns: open it with pandas or DuckDB."""
-    rows = [
-        {
-            "sample_id": sample.sample_id,
-            "path": sample.path,
-            "image_hash": sample.image_hash,
-            "bucket": sample.bucket,
-            "original_height": sample.original_hw[0],
-            "original_width": sample.original_hw[1],
-            "crop_top": sample.crop_top_left[0],
-            "crop_left": sample.crop_top_left[1],
-            "captions": list(sample.captions),
-            "repeats": sample.repeats,
-            "latent_key": sample.latent_key,
-            "latent_shard": locations[sample.latent_key].shard,
-            "latent_row": locations[sample.latent_key].row,
-            "text_keys": list(sample.text_keys),
-            "text_shards": [locations[key].shard for key in sample.text_keys],
-            "text_rows": [locations[key].row for key in sample.text_keys],
-        }
-        for sample in samples
-    ]
-    with storage_errors("writing the index", path, "Free some space and run again: finished shards are kept."):
-        write_table(path, rows)
-
-
-def read_index(path: str | Path) -> tuple[list[EncodedSample], dict[str, Location]]:
-    """The samples in their order, and where the tensors of each key lie.
-
-    Raises:
-        CacheError: the index is not there or damaged.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not Path(path).exists():
-        raise CacheError(f"{path}: no index. Run `sdxl-ray cache` with this config first.")
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise CacheError(f"{path}: is damaged ({error}). Run `sdxl-ray cache`: the index is written anew.") from None
-    samples, locations = [], {}
-    for row in rows:
-        height, width = row["bucket"].split("x")
-        sample = EncodedSample(
-            sample_id=row["sample_id"],
-            path=row["path"],
-            image_hash=row["image_hash"],
-            original_hw=(row["original_height"], row["original_width"]),
-            crop_top_left=(row["crop_top"], row["crop_left"]),
-            target_hw=(int(height), int(width)),
-            captions=tuple(row["captions"]),
-            latent_key=row["latent_key"],
-            text_keys=tuple(row["text_keys"]),
-            repeats=row["repeats"],
-        )
-        samples.append(sample)
-        locations[sample.latent_key] = Location(row["latent_shard"], row["latent_row"])
-        for key, shard, number in zip(row["text_keys"], row["text_shards"], row["text_rows"], strict=True):
-            locations[key] = Location(shard, number)
-    return samples, locations

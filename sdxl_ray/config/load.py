@@ -2,6 +2,7 @@
 
 (1) `tomllib` reads the file      (2) `_apply` lays `key.path=value` over it  (3) pydantic checks types and ranges
 (4) `contradictions` checks pairs (5) `_check_sweep` tries every swept value  (6) `resolve_paths` makes paths absolute
+                                                                               and fills in the datasets' names
 """
 
 from __future__ import annotations
@@ -10,16 +11,30 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
-from sdxl_ray.config.schema import Config, SearchSpace, contradictions
+from sdxl_ray.config.contradictions import SHARED_BY_TRIALS, contradictions
+from sdxl_ray.config.keys import (
+    did_you_mean,
+    exact_line_of,
+    field_of,
+    find_datasets,
+    known_keys,
+    label,
+    line_of,
+    locate_keys,
+    names_of_tables,
+    unit_of,
+    without_number,
+)
+from sdxl_ray.config.names import fill_names, name_of
+from sdxl_ray.config.schema import Config, SearchSpace
 from sdxl_ray.errors import ConfigError
 
 BUILTIN_PHOTOGRAPHS = Path(__file__).parent.parent / "demo" / "photographs"
@@ -27,17 +42,12 @@ BUILTIN_PHOTOGRAPHS = Path(__file__).parent.parent / "demo" / "photographs"
 # Where Ray unpacks `--working-dir` on each node; it deletes the folder some time after the job.
 _RAY_JOB_FOLDER = "runtime_resources/working_dir_files"
 
-_KEY_PART = r"""(?:[\w-]+|"[^"]*"|'[^']*')"""
-_KEY = rf"({_KEY_PART}(?:\s*\.\s*{_KEY_PART})*)"
-_HEADER = re.compile(rf"\s*\[\[?\s*{_KEY}\s*\]\]?\s*(?:#.*)?$")
-_ASSIGNMENT = re.compile(rf"\s*{_KEY}\s*=")
-
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What is wrong with one setting."""
 
-    key: str  # dotted path
+    key: str  # dotted path, datasets counted: dataset.2.repeats
     text: str
     given: Any = None
 
@@ -63,17 +73,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not valid TOML: {error}") from None
-    applied: set[str] = set()
+    applied: dict[str, str] = {}
     problems = _apply(raw, overrides, applied)
+    names = names_of_tables(raw.get("dataset", [{}]))
     lines = locate_keys(text)
 
-    def place(key: str) -> str:
-        line = _line_of(key, lines)
-        if any(key == given or key.startswith(f"{given}.") for given in applied):
-            return "on the command line"
-        if key not in lines and any(given.startswith(f"{key}.") for given in applied):
-            return "on the command line"  # a section that only the command line names
-        return f"{path}:{line}" if line else str(path)
+    def place(key: str, num_alike: int) -> str:
+        typed = applied.get(key)
+        of_all = typed == without_number(key) != key  # dataset.repeats for dataset.2.repeats
+        if typed and (not of_all or num_alike >= len(names)):
+            return f"on the command line: {typed}"
+        line = line_of(key, lines)
+        where = f"{path}:{line}" if line else str(path)
+        if any(f"{key}.".startswith(f"{given}.") for given in applied):
+            where = "on the command line"
+        elif exact_line_of(key, lines) is None and any(given.startswith(f"{key}.") for given in applied):
+            where = "on the command line"  # a section that only the command line names
+        return f"{where}: {label(key, names)}"
 
     config = _check(raw, problems, place, title=str(path))
     if not config.run.name:
@@ -83,7 +99,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_from_dict(raw: Mapping[str, Any], *, name: str = "run") -> Config:
     """A `Config` from nested dictionaries, checked like a file. For notebooks and tests."""
-    config = _check(dict(raw), [], lambda key: "given", title="the settings")
+    names = names_of_tables(raw.get("dataset", [{}]))
+    config = _check(dict(raw), [], lambda key, _: f"given: {label(key, names)}", title="the settings")
     if not config.run.name:
         config = _replace(config, {"run.name": name})
     return resolve_paths(config)
@@ -92,13 +109,18 @@ def config_from_dict(raw: Mapping[str, Any], *, name: str = "run") -> Config:
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """The same settings with some values replaced and everything checked again; how sweep trials are made.
 
+    Keys are those of the command line: `dataset.repeats` is set in every dataset, `dataset.cats.repeats` in one.
+
     Raises:
         ConfigError: an unknown key, a value out of range, or one that contradicts another setting.
     """
     changed = _replace(config, overrides)
+    paths = [dataset.path for dataset in changed.dataset]
+    changed = _with_datasets(changed, paths, fill_names([dataset.name for dataset in changed.dataset], paths))
     found = contradictions(changed)
     if found:
-        raise ConfigError("; ".join(f"{key}: {text}" for key, text in found))
+        names = [dataset.name for dataset in changed.dataset]
+        raise ConfigError("; ".join(f"{label(key, names)}: {text}" for key, text in found))
     return changed
 
 
@@ -108,25 +130,41 @@ def dump_config(config: Config) -> str:
 
 
 def resolve_paths(config: Config) -> Config:
-    """Absolute paths: Ray's workers start in a folder of their own, where a relative path means something else.
+    """Absolute paths, and a name for each dataset.
 
-    Inside `ray job submit --working-dir`, relative places for results are resolved against $SDXL_RAY_HOME or
+    Ray's workers start in a folder of their own, where a relative path means something else. Cloud addresses stay as
+    they are. Inside `ray job submit --working-dir`, relative places for results are resolved against $SDXL_RAY_HOME or
     ~/sdxl-ray instead of the job's folder, which Ray deletes after the job.
     """
     here = Path.cwd()
     results = results_root(here)
-    dataset = config.dataset.path
     changes = {
-        "run.output": _absolute(config.run.output, results, "run.output"),
-        "cache.path": _absolute(config.cache.path, results, "cache.path"),
-        "dataset.path": str(BUILTIN_PHOTOGRAPHS)
-        if dataset == "builtin:photographs"
-        else _absolute(dataset, here, "dataset.path"),
+        key: _absolute(path, results, key)
+        for key, path in (
+            ("run.output", config.run.output),
+            ("cache.path", config.cache.path),
+            ("cache.local_path", config.cache.local_path),
+        )
     }
     model = config.model.path
     if not model.startswith("builtin:") and (model.startswith((".", "~", "/")) or (here / model).exists()):
         changes["model.path"] = _absolute(model, here, "model.path")
-    return _replace(config, changes)
+    given = [dataset.name for dataset in config.dataset]
+    paths = [
+        str(BUILTIN_PHOTOGRAPHS)
+        if dataset.path == "builtin:photographs"
+        else _absolute(dataset.path, here, label(f"dataset.{number}.path", given))
+        for number, dataset in enumerate(config.dataset, start=1)
+    ]
+    return _with_datasets(_replace(config, changes), paths, fill_names(given, paths))
+
+
+def _with_datasets(config: Config, paths: Sequence[str], names: Sequence[str]) -> Config:
+    datasets = [
+        dataset.model_copy(update={"path": path, "name": name})
+        for dataset, path, name in zip(config.dataset, paths, names, strict=True)
+    ]
+    return config.model_copy(update={"dataset": tuple(datasets)})
 
 
 def results_root(here: Path) -> Path:
@@ -136,50 +174,10 @@ def results_root(here: Path) -> Path:
     return here
 
 
-def locate_keys(text: str) -> dict[str, int]:
-    """Dotted key -> line number. `tomllib` keeps no positions; this reads headers and `key =` at line starts."""
-    lines: dict[str, int] = {}
-    table = ""
-    for number, line in enumerate(text.split("\n"), 1):
-        header = _HEADER.match(line)
-        if header:
-            table = _plain_key(header[1])
-            lines.setdefault(table, number)
-            continue
-        assignment = _ASSIGNMENT.match(line)
-        if assignment:
-            key = _plain_key(assignment[1])
-            lines[f"{table}.{key}" if table else key] = number
-    return lines
-
-
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, leaves only."""
-    keys = []
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            keys += known_keys(annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
-
-
-def _plain_key(key: str) -> str:
-    return re.sub(r"\s*\.\s*", ".", re.sub(r"[\"']", "", key)).strip()
-
-
-def _line_of(key: str, lines: Mapping[str, int]) -> int | None:
-    while key:
-        if key in lines:
-            return lines[key]
-        key = key.rpartition(".")[0]
-    return None
-
-
-def _apply(raw: dict[str, Any], overrides: Iterable[str], applied: set[str]) -> list[Problem]:
-    """Lay the overrides over `raw`, in place; their keys go into `applied`."""
+def _apply(raw: dict[str, Any], overrides: Iterable[str], applied: dict[str, str]) -> list[Problem]:
+    """Lay the overrides over `raw`, in place; their keys go into `applied`, with what was typed."""
     problems = []
+    names = names_of_tables(raw.get("dataset", [{}]))  # the file's: an override of a path renames nothing
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
@@ -189,28 +187,51 @@ def _apply(raw: dict[str, Any], overrides: Iterable[str], applied: set[str]) -> 
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text  # a bare word needs no quotes on the command line
-        field = _field(key)
+        field = field_of(key)
         if field is not None and field.annotation is str and not isinstance(value, str):
             value = text  # run.name=2025-01-31 and run.name=42 are names
-        applied.add(key)
-        node = raw
-        *parents, last = key.split(".")
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if not isinstance(child, dict):
-                problems.append(Problem(key, f"{parent} is a value, not a section"))
-                break
-            node = child
-        else:
-            node[last] = value
+        applied[key] = key
+        try:
+            for exact_key, node, last in _nodes(raw, key, names):
+                applied[exact_key] = key
+                node[last] = value
+        except ValueError as error:
+            problems.append(Problem(key, str(error)))
+        if key == "dataset":
+            names = names_of_tables(value)
     return problems
 
 
-def _check(raw: dict[str, Any], problems: list[Problem], place: Any, *, title: str) -> Config:
+def _nodes(raw: dict[str, Any], key: str, names: Sequence[str]) -> list[tuple[str, dict[str, Any], str]]:
+    """(key with its dataset counted, table, key in it) of each place in `raw` that a key means; tables are made.
+
+    Raises:
+        ValueError: what the key means is no table, or no dataset.
+    """
+    section, _, _ = key.partition(".")
+    if section == "dataset" and key != "dataset":
+        tables = raw.setdefault("dataset", [{}])
+        if isinstance(tables, dict):
+            tables = raw["dataset"] = [tables]
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            raise ValueError("dataset is a value, not a section")
+        rows, name = find_datasets(key, names)
+        return [(f"dataset.{row + 1}.{name}", tables[row], name) for row in rows]
+    node = raw
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"{parent} is a value, not a section")
+        node = child
+    return [(key, node, last)]
+
+
+def _check(raw: dict[str, Any], problems: list[Problem], place: Callable[[str, int], str], *, title: str) -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems += [_explain(item) for item in error.errors(include_url=False)]
+        problems += _explain_all(error)
         raise _as_error(problems, place, title) from None
     problems += [Problem(key, text) for key, text in contradictions(config)]
     problems += _check_sweep(config)
@@ -224,9 +245,12 @@ def _check_sweep(config: Config) -> list[Problem]:
     problems = []
     known = known_keys()
     known_already = contradictions(config)
+    names = fill_names([dataset.name for dataset in config.dataset], [dataset.path for dataset in config.dataset])
     for key, space in config.sweep.parameters.items():
+        if key.partition(".")[0] in SHARED_BY_TRIALS:
+            continue  # a contradiction already
         if key not in known:
-            problems.append(Problem(f"sweep.parameters.{key}", f"no such setting.{_did_you_mean(key, known)}"))
+            problems.append(Problem(f"sweep.parameters.{key}", f"no such setting.{did_you_mean(key, known)}"))
             continue
         for value in space.values:
             try:
@@ -234,7 +258,7 @@ def _check_sweep(config: Config) -> list[Problem]:
                 # What contradicts already without the sweep is reported once, not for every value.
                 new = [found for found in contradictions(changed) if found not in known_already]
                 if new:
-                    raise ConfigError("; ".join(f"{where}: {text}" for where, text in new))
+                    raise ConfigError("; ".join(f"{label(where, names)}: {text}" for where, text in new))
             except ConfigError as error:
                 problems.append(Problem(f"sweep.parameters.{key}", f"cannot try {value!r}: {error}"))
     return problems
@@ -243,36 +267,52 @@ def _check_sweep(config: Config) -> list[Problem]:
 def _replace(config: Config, changes: Mapping[str, Any]) -> Config:
     raw = config.model_dump(mode="json")
     known = known_keys()
+    paths = [dataset.path for dataset in config.dataset]
+    names = fill_names([dataset.name for dataset in config.dataset], paths)
     for key, value in changes.items():
-        if key not in known:
-            raise ConfigError(f"{key}: unknown key.{_did_you_mean(key, known)}")
-        *parents, last = key.split(".")
-        node = raw
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
+        try:
+            nodes = _nodes(raw, key, names)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        for exact_key, node, last in nodes:
+            plain = without_number(exact_key)
+            if plain not in known:
+                raise ConfigError(f"{key}: unknown key.{did_you_mean(plain, known)}")
+            if plain == "dataset.path" and node["name"] == name_of(node["path"]):
+                node["name"] = ""  # nobody gave it one: it goes with the path
+            node[last] = value
     try:
         return Config.model_validate(_without_none(raw))
     except ValidationError as error:
-        explained = [_explain(item) for item in error.errors(include_url=False)]
-        raise ConfigError("; ".join(f"{problem.key}: {problem.text}" for problem in explained)) from None
+        explained = [f"{label(problem.key, names)}: {problem.text}" for problem in _explain_all(error)]
+        raise ConfigError("; ".join(dict.fromkeys(explained))) from None
 
 
 def _without_none(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _without_none(value) for key, value in node.items() if value is not None}
-    return node
+    return [_without_none(item) for item in node] if isinstance(node, list) else node
+
+
+def _explain_all(error: ValidationError) -> list[Problem]:
+    items = error.errors(include_url=False)
+    around = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
+    # A list whose items are wrong is too short as well, says pydantic.
+    return [_explain(item) for item in items if item["type"] != "too_short" or item["loc"] not in around]
 
 
 def _explain(item: Any) -> Problem:
     """One pydantic error in our words: the value given and what was expected."""
-    key = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
+    location = list(item["loc"])
+    if location[0] == "dataset" and len(location) > 1:
+        location[1] = str(location[1] + 1)
+    key = ".".join(str(part) for part in location if not isinstance(part, int))  # positions in lists say little
     given, context = item["input"], item.get("ctx", {})
     match item["type"]:
         case "extra_forbidden" if key.startswith("sweep.parameters."):
             return Problem(key, f"unknown key; known: {', '.join(SearchSpace.model_fields)}")
         case "extra_forbidden":
-            return Problem(key, f"unknown key.{_did_you_mean(key, known_keys())}")
+            return Problem(key, f"unknown key.{did_you_mean(without_number(key), known_keys())}")
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             words = {
                 "greater_than": "above",
@@ -281,24 +321,28 @@ def _explain(item: Any) -> Problem:
                 "less_than_equal": "at most",
             }[item["type"]]
             limit = next(iter(context.values()))
-            text = f"must be {words} {limit if isinstance(limit, int) else f'{limit:g}'}{_unit_of(key)}"
+            text = f"must be {words} {limit if isinstance(limit, int) else f'{limit:g}'}{unit_of(key)}"
         case "multiple_of":
-            text = f"must be a multiple of {context['multiple_of']}{_unit_of(key)}"
+            text = f"must be a multiple of {context['multiple_of']}{unit_of(key)}"
         case "literal_error":
             text = f"must be one of {context['expected'].replace(' or ', ', ')}"
             close = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", context["expected"]), n=1)
             if close:
                 text += f'. Did you mean "{close[0]}"?'
         case "int_type" | "int_from_float":
-            text = f"must be a whole number{_unit_of(key)}"
+            text = f"must be a whole number{unit_of(key)}"
         case "float_type":
-            text = f"must be a number{_unit_of(key)}, without quotes"
+            text = f"must be a number{unit_of(key)}, without quotes"
         case "finite_number":
-            text = f"must be a finite number{_unit_of(key)}"
+            text = f"must be a finite number{unit_of(key)}"
         case "bool_type":
             text = "must be true or false"
         case "string_type":
             text = "must be text in quotes"
+        case "tuple_type" | "missing" | "too_long" if key.endswith(".caption_replace"):
+            text = "must be a list of pairs: [['pattern', 'replacement']]"
+        case "tuple_type" | "model_type" if re.fullmatch(r"dataset(\.\d+)?", key):
+            text = "must be a section: [[dataset]]"
         case "tuple_type":
             text = 'must be a list, such as ["one", "two"]'
         case "missing" | "too_long":  # only pairs have a fixed length: [low, high] of a sweep
@@ -314,45 +358,17 @@ def _explain(item: Any) -> Problem:
     return Problem(key, text, given)
 
 
-def _as_error(problems: Sequence[Problem], place: Any, title: str) -> ConfigError:
+def _as_error(problems: Sequence[Problem], place: Callable[[str, int], str], title: str) -> ConfigError:
+    """`place` is called with a key and the number of datasets that have the same problem: it is told once."""
+    plain = [(without_number(problem.key), repr(problem.given), problem.text) for problem in problems]
     lines = []
-    for problem in problems:
+    for problem, alike in zip(problems, plain, strict=True):
         given = f" = {_toml_value(problem.given)}" if _is_plain(problem.given) else ""
-        lines.append(f"{place(problem.key)}: {problem.key}{given}: {problem.text}")
+        lines.append(f"{place(problem.key, plain.count(alike))}{given}: {problem.text}")
+    lines = list(dict.fromkeys(lines))
     if len(lines) == 1:
         return ConfigError(lines[0])
     return ConfigError(f"{title}: {len(lines)} problems:\n" + "\n".join(f"  {line}" for line in lines))
-
-
-def _did_you_mean(key: str, known: Sequence[str]) -> str:
-    """Nearest known key, by its whole path or, when that is far off, by its last part."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if not close:
-        by_leaf = {candidate.rpartition(".")[2]: candidate for candidate in known}
-        close = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.7)]
-    if not close:
-        sections = {candidate.partition(".")[0] for candidate in known}
-        close = difflib.get_close_matches(key, sections, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def _field(key: str) -> FieldInfo | None:
-    """The schema's entry for a dotted key."""
-    model: Any = Config
-    field = None
-    for part in key.split("."):
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return None
-        model = field.annotation
-    return field
-
-
-def _unit_of(key: str) -> str:
-    field = _field(key)
-    extra = field.json_schema_extra if field else None
-    unit = extra.get("unit", "") if isinstance(extra, dict) else ""
-    return f" ({unit})" if unit else ""
 
 
 def _is_plain(value: Any) -> bool:
@@ -364,6 +380,8 @@ def _toml_value(value: Any) -> str:
 
 
 def _absolute(path: str, base: Path, key: str) -> str:
+    if "://" in path:
+        return path
     try:
         return str((base / Path(path).expanduser()).absolute())
     except RuntimeError:  # "~somebody"

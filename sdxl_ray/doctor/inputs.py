@@ -12,30 +12,34 @@ from typing import TYPE_CHECKING
 
 from sdxl_ray.doctor.finding import GIB, Finding
 from sdxl_ray.errors import SdxlRayError
+from sdxl_ray.storage import local_path, open_folder
 
 if TYPE_CHECKING:
-    from sdxl_ray.config.schema import Config
+    from sdxl_ray.config.schema import Config, DatasetSection
 
-_TEXT_BYTES = 77 * 2048 * 2 + 1280 * 2  # bf16 prompt_embeds and pooled_prompt_embeds of one caption
 _LITTLE_SPACE = 5 * GIB
 
 
 def disk_space(config: Config | None = None) -> list[Finding]:
-    """Free space where the run and the cache go, against what the cache will need."""
+    """Free space where the run and the cache go, against what the cache will need. A cloud address has no end."""
     if config is None:
         return [_space("disk", Path.cwd(), 0)]
-    num_images = _count_images(config)
-    return [
-        _space("disk for runs", Path(config.run.output), 0),
-        _space(
-            "disk for cache", Path(config.cache.path), num_images * cache_bytes_per_image(config.dataset.resolution)
-        ),
-    ]
+    findings = [_space("disk for runs", Path(config.run.output), 0)]
+    cache = local_path(config.cache.path)
+    if cache is not None:
+        needed = sum(_count_images(dataset) * cache_bytes_per_image(dataset, config) for dataset in config.datasets)
+        findings.append(_space("disk for cache", cache, needed))
+    return findings
 
 
-def cache_bytes_per_image(resolution: int) -> int:
-    """Mean and standard deviation of the latent and one caption's embeddings, all bf16: 566.5 KiB at 1024²."""
-    return 2 * 4 * (resolution // 8) ** 2 * 2 + _TEXT_BYTES
+def cache_bytes_per_image(dataset: DatasetSection, config: Config) -> int:
+    """Mean and standard deviation of each latent and the embeddings of one caption, all bf16: 566.5 KiB at 1024²."""
+    cache = config.cache
+    latents = sum(2 * 4 * (round(edge) // 8) ** 2 * 2 for edge in dataset.edges)
+    latents *= dataset.crop_variants * (2 if dataset.flip else 1)
+    chunk, pooled = 77 * 2048 * 2, 1280 * 2
+    text = dataset.caption_variants * (cache.caption_chunks * chunk + pooled)
+    return (0 if cache.mode == "off" else latents) + (0 if cache.text == "online" else text)
 
 
 def _space(subject: str, path: Path, needed: int) -> Finding:
@@ -43,7 +47,7 @@ def _space(subject: str, path: Path, needed: int) -> Finding:
     free = shutil.disk_usage(existing).free
     text = f"{free / GIB:.1f} GiB free at {path}"
     if needed:
-        text += f"; the whole cache of this dataset takes about {needed / GIB:.2f} GiB, less what is there already"
+        text += f"; the whole cache of these images takes about {needed / GIB:.2f} GiB, less what is there already"
     if free < max(needed, GIB):
         return Finding(subject, "problem", text, "Free some space, or choose another run.output and cache.path.")
     if free < needed + _LITTLE_SPACE:
@@ -76,19 +80,28 @@ def base_model(config: Config) -> list[Finding]:
 
 
 def dataset(config: Config) -> list[Finding]:
-    """Whether the folder is there and has images. Captions are `sdxl-ray check`'s."""
-    from sdxl_ray.cache.scan import list_images
+    """Whether each dataset is there and has images. Captions are `sdxl-ray check`'s."""
+    from sdxl_ray.cache.sources import list_dataset
 
-    try:
-        num_images = len(list_images(config.dataset.path))
-    except SdxlRayError as error:
-        return [Finding("dataset", "problem", str(error))]
-    return [Finding("dataset", "ok", f"{num_images} images in {config.dataset.path}")]
+    findings = []
+    for section in config.datasets:
+        subject = "dataset" if len(config.datasets) == 1 else f"dataset {section.name}"
+        try:
+            num_images = sum(1 for _ in list_dataset(section))
+        except SdxlRayError as error:
+            findings.append(Finding(subject, "problem", str(error)))
+        else:
+            findings.append(Finding(subject, "ok", f"{num_images} images in {section.path}"))
+    return findings
 
 
 def output_folders(config: Config) -> list[Finding]:
     """Whether results can be written. Nothing is created."""
-    return [_writable("run.output", Path(config.run.output)), _writable("cache.path", Path(config.cache.path))]
+    cache = local_path(config.cache.path)
+    return [
+        _writable("run.output", Path(config.run.output)),
+        _writable("cache.path", cache) if cache is not None else _cloud_cache(config.cache.path),
+    ]
 
 
 def _writable(key: str, path: Path) -> Finding:
@@ -100,11 +113,19 @@ def _writable(key: str, path: Path) -> Finding:
     return Finding(key, "ok", f"{path} is writable" if path.exists() else f"{path} can be created")
 
 
-def _count_images(config: Config) -> int:
-    from sdxl_ray.cache.scan import list_images
+def _cloud_cache(address: str) -> Finding:
+    try:
+        num_files = len(open_folder(address).list())
+    except SdxlRayError as error:
+        return Finding("cache.path", "problem", str(error))
+    return Finding("cache.path", "ok", f"{address} is a cloud address and can be listed: {num_files} files")
+
+
+def _count_images(dataset: DatasetSection) -> int:
+    from sdxl_ray.cache.sources import list_dataset
 
     try:
-        return len(list_images(config.dataset.path))
+        return sum(1 for _ in list_dataset(dataset))
     except SdxlRayError:
         return 0  # `dataset` says why
 

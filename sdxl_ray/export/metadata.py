@@ -21,21 +21,23 @@ from typing import Any
 from sdxl_ray.export.formats import AdapterSpec
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base/lora"
-_MAX_TAGS = 1000  # per folder; a header is read whole before the first tensor
+_MAX_TAGS = 1000  # per dataset; a header is read whole before the first tensor
+_MAX_COUNTED = 1_000_000  # different tags counted at once, some 100 MiB
 _MAX_WORDS_PER_TAG = 4
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetFacts:
-    """One folder of images.
+    """The images that were trained on, of one dataset.
 
-    captions  all of its captions; only short comma-separated pieces (tags, trigger words) reach the file
+    tags  how many of its images have each tag, as `tag_frequency` counts them
     """
 
     name: str
     num_images: int
     repeats: int = 1
-    captions: tuple[str, ...] = ()
+    tags: Mapping[str, int] = field(default_factory=dict)
+    regularization: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +104,31 @@ def public_name(model: str) -> str:
     return _last_part(model)
 
 
-def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
-    """How often each tag occurs, most frequent first, counted as kohya does: split at commas, stripped, in lower case.
+def tag_frequency(images: Iterable[Iterable[str]]) -> dict[str, int]:
+    """How many images have each tag, most frequent first; split at commas, stripped, in lower case, as kohya does.
 
     Pieces of more than four words are sentences rather than tags. They would make the header megabytes long, and
     publish a data set's captions with every copy of the file.
+
+    Args:
+        images: the captions of each image. A tag in several captions of an image counts once.
     """
-    pieces = (piece.strip().lower() for caption in captions for piece in caption.split(","))
-    counts = Counter(piece for piece in pieces if 0 < len(piece.split()) <= _MAX_WORDS_PER_TAG)
+    counts: Counter[str] = Counter()
+    for captions in images:
+        tags = {" ".join(piece.split()).lower() for caption in captions for piece in caption.split(",")}
+        counts.update(tag for tag in tags if 0 < len(tag.split()) <= _MAX_WORDS_PER_TAG)
+        if len(counts) > _MAX_COUNTED:  # the rare ones go: they would not reach the file
+            counts = Counter(dict(counts.most_common(_MAX_COUNTED // 2)))
     return dict(counts.most_common(_MAX_TAGS))
 
 
 def _kohya(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, Any]:
     """`ss_*`, as train_network.py names them. Resolutions are (width, height) here and nowhere else in this package."""
     height, width = facts.resolution_hw
-    folders = {_last_part(dataset.name): dataset for dataset in facts.datasets}
+    trained, regularization = (
+        {_last_part(dataset.name): dataset for dataset in facts.datasets if dataset.regularization is wanted}
+        for wanted in (False, True)
+    )
     buckets = [
         {"resolution": [bucket_width, bucket_height], "count": count}
         for (bucket_height, bucket_width), count in sorted(facts.buckets.items())
@@ -133,8 +145,8 @@ def _kohya(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, Any]:
         "ss_max_train_steps": facts.num_steps,
         "ss_epoch": facts.num_epochs,
         "ss_num_epochs": facts.num_epochs,
-        "ss_num_train_images": sum(dataset.num_images * dataset.repeats for dataset in facts.datasets) or None,
-        "ss_num_reg_images": 0,
+        "ss_num_train_images": _images_per_epoch(trained.values()) or None,
+        "ss_num_reg_images": _images_per_epoch(regularization.values()),
         "ss_batch_size_per_device": facts.micro_batch_size,
         "ss_total_batch_size": facts.global_batch_size,
         "ss_gradient_accumulation_steps": facts.accumulation,
@@ -154,16 +166,23 @@ def _kohya(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, Any]:
         "ss_bucket_info": json.dumps({"buckets": {str(i): bucket for i, bucket in enumerate(buckets)}})
         if buckets
         else None,
-        "ss_dataset_dirs": json.dumps(
-            {name: {"n_repeats": folder.repeats, "img_count": folder.num_images} for name, folder in folders.items()}
-        ),
+        "ss_dataset_dirs": json.dumps(_folders(trained)),
+        "ss_reg_dataset_dirs": json.dumps(_folders(regularization)) if regularization else None,
         "ss_tag_frequency": json.dumps(
-            {name: tag_frequency(folder.captions) for name, folder in folders.items()}, ensure_ascii=False
+            {name: dict(dataset.tags) for name, dataset in trained.items()}, ensure_ascii=False
         ),
         "ss_training_started_at": facts.started_at,
         "ss_training_finished_at": facts.finished_at,
         "ss_training_comment": facts.description,
     }
+
+
+def _images_per_epoch(datasets: Iterable[DatasetFacts]) -> int:
+    return sum(dataset.num_images * dataset.repeats for dataset in datasets)
+
+
+def _folders(datasets: Mapping[str, DatasetFacts]) -> dict[str, dict[str, int]]:
+    return {name: {"n_repeats": dataset.repeats, "img_count": dataset.num_images} for name, dataset in datasets.items()}
 
 
 def _modelspec(facts: TrainingFacts) -> dict[str, Any]:

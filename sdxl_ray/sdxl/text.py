@@ -1,4 +1,8 @@
-"""Captions to embeddings, as SDXL was trained: both CLIPs, penultimate layers, no final norm."""
+"""Captions to embeddings, as SDXL was trained: both CLIPs, penultimate layers, no final norm.
+
+CLIP reads 77 tokens: 75 and two markers. A longer caption is read in pieces of 75, as A1111 and ComfyUI do, and the
+U-Net sees the pieces' embeddings one after another.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,22 @@ from torch import Tensor
 
 from sdxl_ray.sdxl.components import TextEncoders
 
+_BACKTRACK = 20  # tokens; A1111's default for `comma_padding_backtrack`
+
 
 @torch.no_grad()  # not inference_mode: its tensors cannot be saved for a backward pass, and these go into training
-def encode_prompts(encoders: TextEncoders, captions: Sequence[str]) -> tuple[Tensor, Tensor, list[int]]:
-    """What the U-Net reads for each caption, equal to diffusers' `StableDiffusionXLPipeline.encode_prompt`.
+def encode_prompts(
+    encoders: TextEncoders, captions: Sequence[str], num_chunks: int = 1
+) -> tuple[Tensor, Tensor, list[int]]:
+    """What the U-Net reads for each caption; one chunk equals diffusers' `StableDiffusionXLPipeline.encode_prompt`.
+
+    All captions have `num_chunks` chunks, the empty prompt where there are no tokens left, so that all have one shape
+    and none depends on its batch. The pooled vector is the first chunk's, as in A1111 and ComfyUI.
 
     Returns:
-        prompt_embeds (B, 77, 768 + 1280) and pooled_prompt_embeds (B, 1280), in the encoders' dtype and on their
-        device, and the number of tokens in each caption with its two markers: above 77 the rest was not read.
+        prompt_embeds (B, 77 * num_chunks, 768 + 1280) and pooled_prompt_embeds (B, 1280), in the encoders' dtype and on
+        their device, and the number of tokens in each caption with its two markers: above 75 * num_chunks + 2 the rest
+        was not read.
     """
     embeds: list[Tensor] = []
     pooled = torch.empty(0)
@@ -27,16 +39,43 @@ def encode_prompts(encoders: TextEncoders, captions: Sequence[str]) -> tuple[Ten
     ):
         whole = tokenizer(list(captions), truncation=False, padding=False).input_ids
         num_tokens = [max(before, len(ids)) for before, ids in zip(num_tokens, whole, strict=True)]
-        input_ids = tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        length = tokenizer.model_max_length
+        begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        comma = tokenizer.convert_tokens_to_ids(",</w>")
+        assert isinstance(comma, int)  # a list comes from a list
+        rows = []
+        for ids in whole:
+            for piece in cut(ids[1:-1], num_chunks, length - 2, comma):
+                row = [begin, *piece, end]
+                rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+        input_ids = torch.tensor(rows, dtype=torch.long, device=encoder.device)
         # No attention mask: SDXL was trained to read the padding too, and encoder 2 pads with "!" (id 0).
-        output = encoder(input_ids.to(encoder.device), output_hidden_states=True)
-        embeds.append(output.hidden_states[-2])
+        output = encoder(input_ids, output_hidden_states=True)
+        embeds.append(output.hidden_states[-2].unflatten(0, (-1, num_chunks)).flatten(1, 2))
         if encoder is encoders.text_encoder_2:
-            pooled = output.text_embeds
+            # Not `output.text_embeds`: transformers takes that at the highest id, since SDXL's config has eos_token_id
+            # 2, and tokens that were added (textual inversion) have higher ones than the end marker.
+            firsts = torch.arange(0, len(rows), num_chunks, device=encoder.device)
+            ends = (input_ids[firsts] == end).int().argmax(dim=1)
+            pooled = encoder.text_projection(output.last_hidden_state[firsts, ends])
     return torch.cat(embeds, dim=-1), pooled, num_tokens
+
+
+def cut(tokens: Sequence[int], num_chunks: int, size: int, comma: int) -> list[Sequence[int]]:
+    """`num_chunks` pieces of at most `size` tokens, without markers. The last may be empty; what is over is left out.
+
+    A piece ends after its last comma, if that is among its last 20 tokens, so that tags stay whole: A1111's rule. Not
+    where the caption only fits without that.
+    """
+    pieces: list[Sequence[int]] = []
+    start = 0
+    while len(tokens) - start > size:
+        end = start + size
+        if tokens[end] != comma:
+            end = next((at + 1 for at in range(end - 1, end - 1 - _BACKTRACK, -1) if tokens[at] == comma), end)
+        pieces.append(tokens[start:end])
+        start = end
+    pieces.append(tokens[start:])
+    if len(pieces) > num_chunks:
+        pieces = [tokens[start : start + size] for start in range(0, num_chunks * size, size)]
+    return [*pieces, *([[]] * (num_chunks - len(pieces)))]

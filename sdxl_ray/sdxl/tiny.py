@@ -149,7 +149,7 @@ def _write_parts(folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(clip)
         text_encoder_2 = CLIPTextModelWithProjection(type(clip)(**{**clip.to_dict(), "hidden_act": "gelu"}))
-        vae = AutoencoderKL(**_vae_config())
+        vae = AutoencoderKL(**vae_config())
         unet = UNet2DConditionModel(**unet_config())
     with torch.no_grad():
         for encoder in (text_encoder, text_encoder_2):
@@ -208,7 +208,8 @@ def unet_config() -> dict[str, Any]:
     }
 
 
-def _vae_config() -> dict[str, Any]:
+def vae_config() -> dict[str, Any]:
+    """Of the AutoencoderKL."""
     return {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,

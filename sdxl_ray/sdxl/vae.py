@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sdxl_ray.sdxl.tiling import decode_in_tiles
+from sdxl_ray.sdxl.tiling import decode_in_tiles, encode_in_tiles
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -23,11 +23,12 @@ class NonFiniteLatents(ArithmeticError):
 
 
 @torch.no_grad()
-def encode_posterior(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+def encode_posterior(vae: AutoencoderKL, pixel_values: Tensor, *, tile: int = 0) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each image's latents, computed in the VAE's dtype.
 
     Args:
         pixel_values: (B, 3, H, W) in [-1, 1], any dtype and device; H and W multiples of 8.
+        tile: encode overlapping tiles of at most this many latent pixels across, for want of memory; 0: whole.
 
     Returns:
         mean and std, each (B, 4, H/8, W/8) float32 on the VAE's device, already times `scaling_factor`.
@@ -35,14 +36,21 @@ def encode_posterior(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, 
     Raises:
         NonFiniteLatents: some rows are NaN or infinite. Zeros in their place would train the model on grey.
     """
-    posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
-    # `parameters` as well: the distribution clamps an infinite log variance, which would hide the overflow.
-    finite = posterior.parameters.isfinite().flatten(1).all(dim=1)
+
+    def encode(part: Tensor) -> Tensor:
+        return vae.encode(part).latent_dist.parameters.float()
+
+    pixel_values = pixel_values.to(vae.device, vae.dtype)
+    parameters = encode_in_tiles(encode, pixel_values, tile=tile, overlap=tile // 4) if tile else encode(pixel_values)
+    # Before the clamp below, which would hide an infinite log variance.
+    finite = parameters.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         raise NonFiniteLatents((~finite).nonzero().flatten().tolist())
-    shift, scale = _normalisation(vae, posterior.mean.device)
-    std = torch.exp(0.5 * posterior.logvar.float())  # in fp32: exp() in bf16 would cost two digits
-    return (posterior.mean.float() - shift) * scale, std * scale
+    mean, log_variance = parameters.chunk(2, dim=1)
+    shift, scale = _normalisation(vae, mean.device)
+    # In fp32: exp() in bf16 would cost two digits. Clamped as by diffusers' DiagonalGaussianDistribution.
+    std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+    return (mean - shift) * scale, std * scale
 
 
 def sample_latents(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:

@@ -8,7 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from sdxl_ray.tracking.metrics import duration
+
+
+class _SpeedColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
 class Console:
@@ -27,6 +44,7 @@ class Console:
         self._progress: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._last_shown: dict[str, float] = {}
+        self._first_shown: dict[str, tuple[int, float]] = {}  # done, when
 
     def log_to(self, path: Path) -> None:
         """Append lines to this file too, those printed so far included."""
@@ -48,9 +66,19 @@ class Console:
             self._bar(stage, done, total)
             return
         now = time.monotonic()
+        self._first_shown.setdefault(stage, (done, now))
         if done >= total or now - self._last_shown.setdefault(stage, now) > 10:
             self._last_shown[stage] = now
-            self.line(f"{stage}: {done}/{total}")
+            self.line(f"{stage}: {done}/{total}{self._pace(stage, done, total, now)}")
+
+    def _pace(self, stage: str, done: int, total: int, now: float) -> str:
+        """Speed and what is left, since the stage was first shown."""
+        first_done, since = self._first_shown.setdefault(stage, (done, now))
+        if done <= first_done or now - since < 1:
+            return ""
+        per_second = (done - first_done) / (now - since)
+        left = f", {duration((total - done) / per_second)} left" if done < total else ""
+        return f"  ({per_second:.1f}/s{left})"
 
     def close(self) -> None:
         """Take the bars off the screen."""
@@ -71,6 +99,7 @@ class Console:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                _SpeedColumn(),
                 TimeRemainingColumn(),
                 console=self.rich,
                 transient=True,

@@ -25,12 +25,17 @@ class RunDisplay:
     def on_cache(self, event: dict[str, Any]) -> None:
         result = event["result"]
         buckets = ", ".join(f"{bucket} {count}" for bucket, count in sorted(result.buckets.items()))
-        self.console.line(f"cache: {result.num_samples} images ({buckets})")
+        self.console.line(f"cache: {result.num_samples} samples ({buckets})")
         if result.num_latents_encoded or result.num_captions_encoded:
             self.console.line(
                 f"       encoded {result.num_latents_encoded} images and {result.num_captions_encoded} captions "
-                f"in {duration(result.seconds)}"
+                f"in {duration(result.seconds)}{_speed(result)}"
             )
+            stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.stage_seconds.items())
+            worked = ", ".join(f"{name} {duration(seconds)}" for name, seconds in sorted(result.worker_seconds.items()))
+            self.console.line(f"       stages: {stages}; work of all tasks together: {worked}")
+        elif result.background is not None:
+            self.console.line("       what is missing is encoded while training")
         else:
             self.console.line("       nothing to encode: all of it was there")
         if result.skipped:
@@ -39,7 +44,8 @@ class RunDisplay:
             )
         if result.num_long_captions:
             self.console.line(
-                f"       {result.num_long_captions} captions are longer than 77 tokens; the rest of them is not seen",
+                f"       {result.num_long_captions} captions are longer than {result.max_tokens} tokens; the rest of "
+                "them is not seen (cache.caption_chunks)",
                 style="yellow",
             )
 
@@ -74,3 +80,8 @@ class RunDisplay:
 
     def on_line(self, event: dict[str, Any]) -> None:
         self.console.line(event["text"])
+
+
+def _speed(result: Any) -> str:
+    seconds = result.stage_seconds.get("images", 0.0)
+    return f", {result.num_latents_encoded / seconds:.1f} images/s" if seconds and result.num_latents_encoded else ""

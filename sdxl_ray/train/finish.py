@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import sdxl_ray
 from sdxl_ray.export.formats import AdapterSpec
-from sdxl_ray.export.metadata import DatasetFacts, TrainingFacts, build_metadata
+from sdxl_ray.export.metadata import DatasetFacts, TrainingFacts, build_metadata, tag_frequency
 from sdxl_ray.export.model_card import SampleImage, write_model_card
 from sdxl_ray.export.verify import export_adapter
 from sdxl_ray.records import ExportedFile, parse_bucket_key
 from sdxl_ray.sdxl.sampling import file_stem
-from sdxl_ray.train.data import Data
+from sdxl_ray.train.data import Data, Samples
 from sdxl_ray.train.setup import Training
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config
+
+_PIECE = 100_000  # images whose captions are Python objects at a time
 
 
 def export_run(
@@ -62,18 +66,17 @@ def training_facts(
 ) -> TrainingFacts:
     """What the headers of the exported files say about the run."""
     plan = training.plan
-    buckets = Counter(sample.bucket for sample in data.train)
-    captions = tuple(caption for sample in data.train for caption in sample.captions)
+    trigger_words = (dataset.trigger_word for dataset in config.datasets if dataset.trigger_word)
     return TrainingFacts(
         name=name,
         base_model=config.model.path,
         num_steps=num_steps,
         prediction_type=config.loss.objective,
-        resolution_hw=(config.dataset.resolution, config.dataset.resolution),
-        trigger_phrase=config.dataset.trigger_word or None,
-        num_epochs=round(training.state.position / plan.order.micro_batches_per_epoch),
-        datasets=(DatasetFacts(Path(config.dataset.path).name, len(data.train), config.dataset.repeats, captions),),
-        buckets={parse_bucket_key(bucket): count for bucket, count in sorted(buckets.items())},
+        resolution_hw=(config.largest_edge, config.largest_edge),
+        trigger_phrase=next(trigger_words, None),
+        num_epochs=round(plan.order.epochs_at(training.state.position)),
+        datasets=dataset_facts(config, data.train),
+        buckets={parse_bucket_key(bucket): count for bucket, count in data.train.counts("bucket").items() if count},
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.accumulation,
         num_workers=config.train.num_workers,
@@ -92,3 +95,33 @@ def training_facts(
         finished_at=time.time(),
         trainer_version=sdxl_ray.__version__,
     )
+
+
+def dataset_facts(config: Config, samples: Samples) -> tuple[DatasetFacts, ...]:
+    """Of each dataset that was trained on. An image counts once, at however many sizes, mirrored or not."""
+    codes, names = samples.codes("dataset")
+    hashes = samples.whole.image_hashes()[samples.rows]
+    facts = []
+    for dataset in config.datasets:
+        if dataset.name not in names:
+            continue
+        places = np.flatnonzero(codes == names.index(dataset.name))
+        if not len(places):
+            continue  # all of its images are held out
+        _, first = np.unique(hashes[places], return_index=True)
+        facts.append(
+            DatasetFacts(
+                dataset.name,
+                num_images=len(first),
+                repeats=dataset.repeats,
+                tags=tag_frequency(_captions(samples, samples.rows[places[first]])),
+                regularization=dataset.role == "regularization",
+            )
+        )
+    return tuple(facts)
+
+
+def _captions(samples: Samples, rows: np.ndarray) -> Iterator[list[str]]:
+    column = samples.whole.table.column("captions")
+    for start in range(0, len(rows), _PIECE):
+        yield from column.take(rows[start : start + _PIECE]).to_pylist()

@@ -20,6 +20,7 @@ from sdxl_ray.config.load import dump_config
 from sdxl_ray.config.schema import Config
 from sdxl_ray.errors import CheckpointError, ConfigError, storage_errors
 from sdxl_ray.run_folder import list_checkpoints
+from sdxl_ray.storage import read_bytes
 from sdxl_ray.train.checkpoints import read_progress
 
 _RAY_NOTES = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
@@ -89,14 +90,15 @@ def claim_folder(folder: Path, config: Config, *, resume: bool) -> None:
         (folder / "config.toml").write_text(dump_config(config), encoding="utf-8")
 
 
-def keep_index(folder: Path, index_path: Path) -> Path:
+def keep_index(folder: Path, index_path: str) -> str:
     """Copy index and manifest into the run's folder; the copy's path. Workers that restart read what it began with."""
     target = folder / "data"
+    source, _, name = index_path.rpartition("/")
     with storage_errors("copying the index", target, "Free some space or choose another run.output."):
         target.mkdir(parents=True, exist_ok=True)
-        for name in (index_path.name, "manifest.json"):
-            shutil.copyfile(index_path.parent / name, target / name)
-    return target / index_path.name
+        for each in (name, "manifest.json"):
+            (target / each).write_bytes(read_bytes(f"{source}/{each}"))
+    return str(target / name)
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

@@ -18,7 +18,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchTrainer
 
 from sdxl_ray import errors
-from sdxl_ray.cache.pipeline import build_cache
+from sdxl_ray.cache.pipeline import Background, build_cache
 from sdxl_ray.config.load import load_config, with_overrides
 from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import check_room, connect, is_local, worker_resources
@@ -28,6 +28,7 @@ from sdxl_ray.run_folder import find_checkpoint, list_checkpoints
 from sdxl_ray.train.checkpoints import check_resumable, read_progress
 from sdxl_ray.train.data import load_data, run_identity
 from sdxl_ray.train.folder import claim_folder, inspect_folder, keep_index, prune_checkpoints
+from sdxl_ray.train.on_demand import order_of_need
 
 Event = dict[str, Any]
 
@@ -86,7 +87,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     address: str | None = None,
-    index_path: Path | None = None,
+    index_path: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     on_folder: Callable[[], None] = lambda: None,
     callbacks: Sequence[Any] = (),
@@ -113,6 +114,8 @@ def fit(
     """
     run_folder = Path(config.run.output) / config.run.name
     latest = inspect_folder(run_folder, resume=resume, overwrite=overwrite)
+    background = None
+    position = read_progress(latest)["position"] if latest else 0
     if index_path is None:
         cache = build_cache(
             config,
@@ -120,9 +123,10 @@ def fit(
                 {"event": "progress", "stage": stage, "done": done, "total": total}
             ),
             connect=lambda: connect(address),
+            order_of=lambda index: order_of_need(config, index, position),
         )
         on_event({"event": "cache", "result": cache})
-        index_path = cache.index_path
+        index_path, background = cache.index_path, cache.background
     if latest is not None:
         data = load_data(config, index_path)
         check_resumable(read_progress(latest).get("identity", {}), run_identity(config, data), run_folder)
@@ -164,7 +168,16 @@ def fit(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    returned = _run_and_watch(trainer, monitor, on_event)
+    if background is not None:
+        num_workers = config.train.num_workers
+        background.start(
+            reserved_cpus=num_workers * resources.get("CPU", 0), reserved_gpus=num_workers * resources.get("GPU", 0)
+        )
+    try:
+        returned = _run_and_watch(trainer, monitor, on_event, background)
+    finally:
+        if background is not None:
+            background.stop()
     if not keep_best:
         prune_checkpoints(run_folder, config.checkpoint.keep)
     if not returned["finished"]:
@@ -190,7 +203,9 @@ def _worker_environment() -> dict[str, str]:
     }
 
 
-def _run_and_watch(trainer: TorchTrainer, monitor: Any, on_event: Callable[[Event], None]) -> dict[str, Any]:
+def _run_and_watch(
+    trainer: TorchTrainer, monitor: Any, on_event: Callable[[Event], None], background: Background | None
+) -> dict[str, Any]:
     """`trainer.fit()` in a thread, so that this one can show progress and hear signals."""
     outcome: dict[str, Any] = {}
 
@@ -201,12 +216,15 @@ def _run_and_watch(trainer: TorchTrainer, monitor: Any, on_event: Callable[[Even
             outcome["error"] = error
 
     thread = threading.Thread(target=work, daemon=True)
+    shown: dict[str, tuple[int, int]] = {}
     with _signals_heard() as asked:
         thread.start()
         told = False
         while thread.is_alive():
             thread.join(0.25)
             _show_events(monitor, on_event)
+            if background is not None:
+                _watch_background(background, monitor, on_event, shown)
             if asked.is_set() and not told:
                 told = True
                 monitor.request_stop.remote()
@@ -218,6 +236,19 @@ def _run_and_watch(trainer: TorchTrainer, monitor: Any, on_event: Callable[[Even
         raise _explained(outcome.get("error"), fatal)
     returned: dict[str, Any] = outcome["result"].return_value
     return returned
+
+
+def _watch_background(
+    background: Background, monitor: Any, on_event: Callable[[Event], None], shown: dict[str, tuple[int, int]]
+) -> None:
+    """Show how far encoding on demand is; where it failed, tell the workers that wait for it."""
+    for stage, (done, total) in list(background.progress.items()):
+        if shown.get(stage) != (done, total):
+            shown[stage] = (done, total)
+            on_event({"event": "progress", "stage": stage, "done": done, "total": total})
+    if background.error is not None and "error" not in shown:
+        shown["error"] = (0, 0)
+        monitor.report_fatal.remote(type(background.error).__name__, str(background.error))
 
 
 def _show_events(monitor: Any, on_event: Callable[[Event], None]) -> None:
@@ -288,7 +319,7 @@ def export_lora(run: str | Path, *, step: int | None = None, formats: Sequence[s
     config = load_config(run_folder / "config.toml")
     if formats:
         config = with_overrides(config, {"export.formats": list(formats)})
-    data = load_data(config, run_folder / "data" / "index.parquet")
+    data = load_data(config, str(run_folder / "data" / "index.parquet"))
     device = best_device(config.cluster.accelerator)
     training = build_training(config, data, workers=Workers(), device=device, checkpoint=checkpoint)
     is_last = checkpoint == list_checkpoints(run_folder / "checkpoints")[-1]

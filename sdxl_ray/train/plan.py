@@ -3,18 +3,29 @@
 An epoch is one list of micro-batches, each within one bucket, that does not depend on the number of workers. The run is
 the epochs' lists one after the other; at every step, rank r takes items position + r, position + W + r, ... What has to
 be saved is the position: the number of micro-batches consumed.
+
+Where datasets begin or end during the run, the run has phases, each with its own set of datasets. A border in epochs is
+at the end of an epoch. One in steps cuts the running epoch short: a new epoch begins there, with the new set.
+
+Everything is kept in NumPy columns, and micro-batches are made when they are asked for: a million samples cost some ten
+MiB and a tenth of a second an epoch.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from sdxl_ray.diffusion.randomness import keyed_generator
+from sdxl_ray.errors import ConfigError
+
+if TYPE_CHECKING:  # which needs pydantic, and benchmarks on rented machines have none
+    from sdxl_ray.config.units import Duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,53 +38,241 @@ class MicroBatch:
     repeats: tuple[int, ...]  # which repeat of the sample in this epoch, so that repeats draw different noise
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When a dataset takes part. No `end`, or one of 0: to the end of the run."""
+
+    name: str
+    start: Duration | None = None
+    end: Duration | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of the run with one set of datasets; it goes on until the next one begins."""
+
+    first: int  # number of its first micro-batch
+    first_epoch: int
+    active: frozenset[int]  # numbers of the datasets that take part
+    micro_batches_per_epoch: int  # 0: none takes part, and the run cannot go on
+    border: str  # where it begins, as the config says it
+
+
+class Epoch(Sequence[MicroBatch]):
+    """The micro-batches of one epoch, made as they are asked for.
+
+    rows, repeats   (N,) int32: the samples in the order in which they are used, and which repeat each one is
+    """
+
+    def __init__(self, number: int, first: int, rows: np.ndarray, repeats: np.ndarray, ends: np.ndarray) -> None:
+        """`ends` (M,): where each micro-batch ends in `rows`. `first`: number of the first one in the run."""
+        self.number = number
+        self.first = first
+        self.rows = rows
+        self.repeats = repeats
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, place: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[MicroBatch]: ...
+    def __getitem__(self, place: int | slice) -> MicroBatch | list[MicroBatch]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        if not 0 <= place < len(self):
+            raise IndexError(f"epoch {self.number} has {len(self)} micro-batches, asked for number {place}")
+        start, end = (int(self._ends[place - 1]) if place else 0), int(self._ends[place])
+        return MicroBatch(
+            number=self.first + place,
+            epoch=self.number,
+            rows=tuple(self.rows[start:end].tolist()),
+            repeats=tuple(self.repeats[start:end].tolist()),
+        )
+
+
 class DataOrder:
     """The endless list of micro-batches of a run."""
 
-    def __init__(self, buckets: Sequence[str], repeats: Sequence[int], *, micro_batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[str] | np.ndarray,
+        repeats: Sequence[int] | np.ndarray,
+        *,
+        micro_batch_size: int,
+        seed: int,
+        datasets: np.ndarray | None = None,
+        spans: Sequence[Span] = (),
+        micro_batches_per_step: int = 1,
+    ) -> None:
         """
         Args:
-            buckets: the bucket of each training sample.
+            buckets: the bucket of each training sample: its name, or a number that sorts as the names do.
             repeats: how often each sample is seen in an epoch.
+            datasets: the dataset of each sample, as a row of `spans`. None: all are of one.
+            spans: when each dataset takes part. Empty: always.
+            micro_batches_per_step: of all workers, for borders that are given in steps.
         """
         self.micro_batch_size = micro_batch_size
         self.seed = seed
-        entries: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for row, (bucket, count) in enumerate(zip(buckets, repeats, strict=True)):
-            entries[bucket].extend((row, repeat) for repeat in range(count))
-        self._entries = {bucket: np.array(items, dtype=np.int64) for bucket, items in sorted(entries.items())}
-        self.samples_per_epoch = sum(len(items) for items in self._entries.values())
-        self.micro_batches_per_epoch = sum(math.ceil(len(items) / micro_batch_size) for items in self._entries.values())
-        self._cached: tuple[int, list[MicroBatch]] = (-1, [])
+        self.spans = tuple(spans) or (Span("the dataset"),)
+        self._micro_batches_per_step = micro_batches_per_step
+        counts = np.asarray(repeats, dtype=np.int64)
+        codes = np.unique(np.asarray(buckets), return_inverse=True)[1].astype(np.int32)
+        num_buckets = int(codes.max()) + 1 if len(codes) else 0
+        self._datasets = np.zeros(len(codes), np.int32) if datasets is None else np.asarray(datasets, dtype=np.int32)
+
+        # Each sample as often as it is seen in an epoch: bucket after bucket, in a bucket by row, of a row by repeat.
+        rows = np.argsort(codes, kind="stable").astype(np.int32)
+        self._rows = np.repeat(rows, counts[rows])
+        ends = np.cumsum(counts[rows])
+        self._repeats = (np.arange(len(self._rows)) - np.repeat(ends - counts[rows], counts[rows])).astype(np.int32)
+        self._buckets = codes[self._rows]
+
+        sizes = np.bincount(
+            self._datasets * num_buckets + codes, weights=counts, minlength=len(self.spans) * num_buckets
+        )
+        self._sizes = sizes.astype(np.int64).reshape(len(self.spans), num_buckets)  # entries by dataset and bucket
+        self.phases = self._find_phases()
+        self.micro_batches_per_epoch = self.phases[0].micro_batches_per_epoch
+        self.samples_per_epoch = int(self._sizes[sorted(self.phases[0].active)].sum())
+        self._epoch: Epoch | None = None
+        self._entries: tuple[Phase, np.ndarray] | None = None
 
     def __getitem__(self, number: int) -> MicroBatch:
-        epoch, place = divmod(number, self.micro_batches_per_epoch)
-        if self._cached[0] != epoch:
-            self._cached = (epoch, self.epoch(epoch))
-        return self._cached[1][place]
+        epoch = self._epoch
+        if epoch is None or not 0 <= number - epoch.first < len(epoch):
+            phase = self._phase_at(number)
+            if number < 0 or not phase.micro_batches_per_epoch:
+                raise IndexError(f"micro-batch {number}: no dataset takes part from {phase.border} on")
+            epoch = self._epoch = self.epoch(
+                phase.first_epoch + (number - phase.first) // phase.micro_batches_per_epoch
+            )
+        return epoch[number - epoch.first]
 
-    def epoch(self, epoch: int) -> list[MicroBatch]:
+    def epoch(self, epoch: int) -> Epoch:
         """Every sample once per repeat: shuffled in its bucket, cut, and the pieces of all buckets shuffled together.
 
         A bucket's remainder makes a smaller micro-batch. It is exact, since the loss is normalised by the weight of the
-        whole step; nothing is dropped or doubled.
+        whole step; nothing is dropped or doubled. Where a border in steps cuts the epoch, its end is left out.
         """
+        phase, after = self._phase_of(epoch)
+        entries = self._entries_of(phase)
         draw = keyed_generator(self.seed, epoch, "order")
         size = self.micro_batch_size
-        pieces = []
-        for items in self._entries.values():
-            shuffled = items[draw.permutation(len(items))]
-            pieces += [shuffled[start : start + size] for start in range(0, len(items), size)]
-        first = epoch * self.micro_batches_per_epoch
-        return [
-            MicroBatch(
-                number=first + place,
-                epoch=epoch,
-                rows=tuple(pieces[piece][:, 0].tolist()),
-                repeats=tuple(pieces[piece][:, 1].tolist()),
-            )
-            for place, piece in enumerate(draw.permutation(len(pieces)))
+
+        sizes = self._sizes[sorted(phase.active)].sum(0)
+        bucket_ends = np.cumsum(sizes)
+        bucket_starts = bucket_ends - sizes
+        used = np.flatnonzero(sizes)
+        shuffled = np.concatenate([bucket_starts[bucket] + draw.permutation(sizes[bucket]) for bucket in used])
+        starts = np.concatenate([np.arange(bucket_starts[bucket], bucket_ends[bucket], size) for bucket in used])
+        stops = np.concatenate([np.minimum(starts[1:], starts[:-1] + size), bucket_ends[-1:]])
+
+        pieces = draw.permutation(len(starts))
+        first = self.start_of_epoch(epoch)
+        if after is not None:
+            pieces = pieces[: after.first - first]
+        lengths = (stops - starts)[pieces]
+        ends = np.cumsum(lengths)
+        # Piece i's items are at starts[i], starts[i] + 1, ...: its start less what comes before, plus a running count.
+        places = shuffled[np.repeat(starts[pieces] - (ends - lengths), lengths) + np.arange(ends[-1])]
+        chosen = entries[places]
+        return Epoch(epoch, first, self._rows[chosen], self._repeats[chosen], ends)
+
+    def start_of_epoch(self, epoch: int) -> int:
+        """The number of its first micro-batch."""
+        phase, _ = self._phase_of(epoch)
+        return phase.first + (epoch - phase.first_epoch) * phase.micro_batches_per_epoch
+
+    def epochs_at(self, position: int) -> float:
+        """How many epochs, those cut short among them, are done after `position` micro-batches."""
+        phase = self._phase_at(position)
+        return phase.first_epoch + (position - phase.first) / max(1, phase.micro_batches_per_epoch)
+
+    def check_length(self, num_micro_batches: int) -> None:
+        """
+        Raises:
+            ConfigError: before the end of a run of this length no dataset takes part any more.
+        """
+        last = self.phases[-1]
+        if last.micro_batches_per_epoch or num_micro_batches <= last.first:
+            return
+        lines = [
+            f'  dataset "{span.name}": from {span.start if _is_set(span.start) else "the start"} '
+            f"to {span.end if _is_set(span.end) else 'the end'}" + ("" if sizes.any() else ", but it has no image")
+            for span, sizes in zip(self.spans, self._sizes, strict=True)
         ]
+        raise ConfigError(
+            f"from {last.border} on no dataset takes part, but the run goes on:\n"
+            + "\n".join(lines)
+            + "\nLet one of them begin earlier (dataset.start) or end later (dataset.end), or shorten train.duration."
+        )
+
+    # ---- phases
+
+    def _find_phases(self) -> tuple[Phase, ...]:
+        """From the start of the run, border by border."""
+        borders = [border for span in self.spans for border in (span.start, span.end) if border and _is_set(border)]
+        phases = [self._phase(0, 0, "the start")]
+        while (phase := phases[-1]).micro_batches_per_epoch:
+            per_epoch = phase.micro_batches_per_epoch
+            ahead = []
+            for border in borders:
+                if border.unit == "steps":
+                    ahead.append((border.value * self._micro_batches_per_step, str(border)))
+                else:
+                    ahead.append((phase.first + (border.value - phase.first_epoch) * per_epoch, str(border)))
+            for number, text in sorted(ahead):
+                done = number - phase.first
+                if done <= 0 or self._active(number, phase.first_epoch + done // per_epoch) == phase.active:
+                    continue
+                phases.append(self._phase(number, phase.first_epoch + math.ceil(done / per_epoch), text))
+                break
+            else:
+                break
+        return tuple(phases)
+
+    def _phase(self, first: int, first_epoch: int, border: str) -> Phase:
+        active = self._active(first, first_epoch)
+        sizes = self._sizes[sorted(active)].sum(0)
+        return Phase(first, first_epoch, active, int((-(-sizes // self.micro_batch_size)).sum()), border)
+
+    def _active(self, number: int, epoch: int) -> frozenset[int]:
+        """The datasets with samples that take part from a micro-batch on, which is in `epoch`."""
+
+        def reached(border: Duration | None) -> bool:
+            if border is None:
+                return True
+            steps = border.unit == "steps"
+            return border.value * self._micro_batches_per_step <= number if steps else border.value <= epoch
+
+        return frozenset(
+            row
+            for row, span in enumerate(self.spans)
+            if self._sizes[row].any() and reached(span.start) and not (_is_set(span.end) and reached(span.end))
+        )
+
+    def _phase_at(self, number: int) -> Phase:
+        return self.phases[bisect_right(self.phases, number, key=lambda phase: phase.first) - 1]
+
+    def _phase_of(self, epoch: int) -> tuple[Phase, Phase | None]:
+        """The epoch's phase, and the next one."""
+        place = bisect_right(self.phases, epoch, key=lambda phase: phase.first_epoch)
+        return self.phases[place - 1], (self.phases[place] if place < len(self.phases) else None)
+
+    def _entries_of(self, phase: Phase) -> np.ndarray:
+        """Which entries take part, (N,) int32, in their order."""
+        if self._entries is None or self._entries[0] != phase:
+            takes_part = np.isin(self._datasets, sorted(phase.active))
+            self._entries = (phase, np.flatnonzero(takes_part[self._rows]).astype(np.int32))
+        return self._entries[1]
+
+
+def _is_set(border: Duration | None) -> bool:
+    return border is not None and border.value > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,28 +329,56 @@ def run_length(
 
     A resumed run may have another number of workers. In epochs, the data stays what it was and the steps change; in
     steps, the other way round.
+
+    Raises:
+        ConfigError: before its end no dataset takes part any more.
     """
     if epochs is not None:
-        num_micro_batches = max(epochs * order.micro_batches_per_epoch, position)
-        return step + math.ceil((num_micro_batches - position) / micro_batches_per_step), num_micro_batches
+        num_micro_batches = max(order.start_of_epoch(epochs), position)
+        max_steps = step + math.ceil((num_micro_batches - position) / micro_batches_per_step)
+        is_empty = epochs > order.phases[-1].first_epoch  # then `start_of_epoch` stands still at the border
+        order.check_length(num_micro_batches + is_empty)
+        return max_steps, num_micro_batches
     assert steps is not None
-    return steps, position + max(0, steps - step) * micro_batches_per_step
+    num_micro_batches = position + max(0, steps - step) * micro_batches_per_step
+    order.check_length(num_micro_batches)
+    return steps, num_micro_batches
 
 
-def split_holdout(image_hashes: Sequence[str], share: float, max_images: int) -> tuple[list[int], list[int]]:
+def split_holdout(image_hashes: Sequence[str] | np.ndarray, share: float, max_images: int) -> tuple[np.ndarray, ...]:
     """(rows to train on, rows held out), by content: copies of an image stay on one side, and adding images moves none.
 
     Of the images that `share` catches, those with the `max_images` smallest hashes are held out and the others trained
     on; there, adding an image can give one back to training, and never the reverse. Where `share` > 0 catches none of a
     small collection, the image with the smallest hash is held out; at least one image is always left to train on.
+
+    Args:
+        image_hashes: 64 hexadecimal digits each; strings, or an array of "S64".
     """
-    if share <= 0 or len(set(image_hashes)) < 2:
-        return list(range(len(image_hashes))), []
-    held_out = {digest for digest in image_hashes if int(digest[:8], 16) / 2**32 < share}
-    ordered = sorted(set(image_hashes))
-    held_out = set(sorted(held_out)[:max_images]) or {ordered[0]}
-    if len(held_out) == len(ordered):
-        held_out.discard(ordered[-1])
-    train = [row for row, digest in enumerate(image_hashes) if digest not in held_out]
-    evaluation = [row for row, digest in enumerate(image_hashes) if digest in held_out]
-    return train, evaluation
+    hashes = np.asarray(image_hashes, dtype="S64")
+    rows = np.arange(len(hashes))
+    if share <= 0 or not len(hashes) or (hashes == hashes[0]).all():
+        return rows, rows[:0]
+    # The first eight digits decide nearly everything and are quick to compare; whole hashes are slow to sort.
+    numbers = first_digits(hashes)
+    caught = np.unique(numbers[numbers / 2**32 < share])[:max_images]
+    candidates = hashes[numbers <= (caught[-1] if len(caught) else numbers.min())]
+    held_out = np.unique(candidates)[: max_images if len(caught) else 1]
+    is_held_out = is_one_of(hashes, held_out)
+    if is_held_out.all():
+        is_held_out = is_one_of(hashes, held_out[:-1])
+    return rows[~is_held_out], rows[is_held_out]
+
+
+def is_one_of(hashes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """(N,) bool: which of `hashes` ("S64") are among `chosen`. Quick where these are few."""
+    found = np.isin(first_digits(hashes), first_digits(chosen))
+    found[found] = np.isin(hashes[found], chosen)
+    return found
+
+
+def first_digits(hashes: np.ndarray) -> np.ndarray:
+    """The number that the first eight hexadecimal digits of each hash ("S64") are, (N,) uint32."""
+    digits = np.ascontiguousarray(hashes).view(np.uint8).reshape(len(hashes), 64)[:, :8]
+    values = np.where(digits >= ord("a"), digits - ord("a") + 10, digits - ord("0")).astype(np.uint32)
+    return values @ (np.uint32(16) ** np.arange(7, -1, -1, dtype=np.uint32))

@@ -6,18 +6,22 @@ model ─▶ adapter ─▶ masters ─▶ optimizer ─▶ state ─▶ checkpo
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdxl_ray.cache.captions import CaptionRules
+from sdxl_ray.cache.live import LiveEntries
 from sdxl_ray.diffusion.objectives import OBJECTIVES, Objective
 from sdxl_ray.diffusion.schedule import NoiseSchedule
 from sdxl_ray.diffusion.weighting import min_snr
-from sdxl_ray.errors import ConfigError
-from sdxl_ray.records import Batch, EncodedSample
+from sdxl_ray.errors import CacheError, ConfigError
+from sdxl_ray.records import Batch
 from sdxl_ray.sdxl.adapters import adapter_parameters, attach_adapter
 from sdxl_ray.sdxl.checkpointing import set_gradient_checkpointing
 from sdxl_ray.sdxl.components import load_scheduler_config, load_unet, resolve_model
@@ -25,7 +29,8 @@ from sdxl_ray.sdxl.conditioning import predict
 from sdxl_ray.sdxl.devices import DTYPES
 from sdxl_ray.train.batches import BatchBuilder, prefetch
 from sdxl_ray.train.checkpoints import load_checkpoint
-from sdxl_ray.train.data import Data, build_plan, data_order
+from sdxl_ray.train.data import Data, Samples, build_plan, data_order
+from sdxl_ray.train.entries import CacheEntries
 from sdxl_ray.train.eval_loss import stable_eval_loss
 from sdxl_ray.train.loop import NUM_EXTRAS
 from sdxl_ray.train.optimizers import MasterWeights, adamw, lr_schedule
@@ -35,6 +40,14 @@ from sdxl_ray.train.validation import Prompts, read_prompts
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Prefetching:
+    """How many batches are made ahead of the step, in how many threads. Reading shards takes little of either."""
+
+    depth: int = 4
+    num_threads: int = 2
 
 
 @dataclass
@@ -50,12 +63,15 @@ class Training:
     eval_objective: Objective
     num_eval_timesteps: int
     scheduler_config: dict[str, Any]
+    prefetching: Prefetching
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches from the state's position to the end of the run."""
         return prefetch(
             self.builder.training,
             self.plan.remaining(self.state.position, self.state.workers.world_rank),
+            depth=self.prefetching.depth,
+            num_threads=self.prefetching.num_threads,
             pin_memory=self.state.device.type == "cuda",
         )
 
@@ -68,6 +84,8 @@ class Training:
             return prefetch(
                 lambda row: self.eval_builder.evaluation(row, self.num_eval_timesteps),
                 rows,
+                depth=self.prefetching.depth,
+                num_threads=self.prefetching.num_threads,
                 pin_memory=self.state.device.type == "cuda",
             )
 
@@ -75,9 +93,19 @@ class Training:
 
 
 def build_training(
-    config: Config, data: Data, *, workers: Workers, device: torch.device, checkpoint: Path | None = None
+    config: Config,
+    data: Data,
+    *,
+    workers: Workers,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    report: Callable[[str], None] = logging.getLogger(__name__).warning,
 ) -> Training:
-    """Load the model and build one rank's training, from the start or from a checkpoint."""
+    """Load the model and build one rank's training, from the start or from a checkpoint.
+
+    Args:
+        report: told in one line about damaged entries and images, from the threads that make batches.
+    """
     model, revision = resolve_model(config.model.path), config.model.revision or None
     dtype = DTYPES[config.model.dtype]
     unet = load_unet(model, dtype=dtype, device=device, revision=revision, variant=config.model.variant or None)
@@ -137,14 +165,18 @@ def build_training(
     objective_class = OBJECTIVES[config.loss.objective]
     weighting = min_snr(config.loss.min_snr_gamma, config.loss.objective) if config.loss.min_snr_gamma else None
 
-    def builder(samples: list[EncodedSample]) -> BatchBuilder:
+    entries = build_entries(config, data, device=device, report=report)
+    sections = data.sections.values()
+
+    def builder(samples: Samples) -> BatchBuilder:
         return BatchBuilder(
             samples,
-            data.locations,
-            data.reader,
+            entries,
             seed=config.run.seed,
             num_timesteps=schedule.num_timesteps,
             caption_dropout=config.loss.caption_dropout,
+            weights={section.name: section.weight for section in sections},
+            crop_epochs={section.name: section.crop_epochs for section in sections},
         )
 
     return Training(
@@ -157,11 +189,64 @@ def build_training(
         eval_objective=objective_class(schedule),  # unweighted, so that runs with other weightings can be compared
         num_eval_timesteps=config.eval.num_timesteps,
         scheduler_config=scheduler_config,
+        # Decoding takes a core's time, and the encoder should never wait for it.
+        prefetching=Prefetching(depth=16, num_threads=min(8, os.cpu_count() or 1))
+        if config.cache.mode == "off"
+        else Prefetching(),
     )
 
 
+def build_entries(
+    config: Config, data: Data, *, device: torch.device, report: Callable[[str], None], load: bool = True
+) -> CacheEntries:
+    """The way to the samples' tensors: shards, and encoders where the config asks for them.
+
+    Args:
+        load: the encoders now, and not when they are first needed.
+
+    Raises:
+        CacheError: the device has no room for the encoders beside the U-Net.
+    """
+
+    def encoders(device: torch.device) -> LiveEntries:
+        return LiveEntries(
+            resolve_model(config.model.path),
+            revision=config.model.revision,
+            variant=config.model.variant,
+            vae_dtype=config.cache.vae_dtype,
+            caption_chunks=config.cache.caption_chunks,
+            device=device,
+            report=report,
+        )
+
+    is_off, is_online = config.cache.mode == "off", config.cache.text == "online"
+    repair = encoders(torch.device("cpu"))
+    # On Apple's MPS the CPU encodes: two threads must not use that device at once.
+    live = encoders(device) if device.type in ("cuda", "cpu") and (is_off or is_online) else repair
+    if load:
+        live.load(images=is_off, text=is_online)
+    rules = {section.name: CaptionRules.of(section) for section in data.sections.values()} if is_online else {}
+    return CacheEntries(data.reader, live=live, repair=repair, rules=rules, report=report)
+
+
 def validation_prompts(config: Config, data: Data) -> Prompts | None:
-    """The prompts with their embeddings, or None where the config has none."""
+    """The prompts with their embeddings, or None where the config has none.
+
+    Raises:
+        CacheError: the cache does not have them.
+    """
     if not config.validation.prompts:
         return None
-    return read_prompts(config.validation.prompts, config.validation.negative_prompt, data.prompts, data.reader)
+    # What has no shard, or a damaged one, is encoded on the CPU: it is done once.
+    entries = build_entries(
+        config, data, device=torch.device("cpu"), report=logging.getLogger(__name__).warning, load=False
+    )
+
+    def read(text: str) -> Mapping[str, torch.Tensor]:
+        if text not in data.prompts:
+            raise CacheError(
+                f'the cache has no embedding of the validation prompt "{text}". Run `sdxl-ray cache` with this config.'
+            )
+        return entries.prompt(text, *data.prompts[text])
+
+    return read_prompts(config.validation.prompts, config.validation.negative_prompt, read)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sdxl_ray.cache.shards import Location, ShardReader
 from sdxl_ray.errors import storage_errors
 from sdxl_ray.sdxl.sampling import draw_images, file_stem
 
@@ -26,12 +25,14 @@ class Prompts:
     negative_pooled_prompt_embeds: torch.Tensor  # (1, 1280)
 
 
-def read_prompts(
-    texts: Sequence[str], negative: str, locations: Mapping[str, Location], reader: ShardReader
-) -> Prompts:
-    """The prompts' embeddings from the cache. An empty negative prompt is zeros, which is SDXL's own convention."""
-    rows = [reader.read(locations[text]) for text in texts]
-    negative_row = reader.read(locations[negative])
+def read_prompts(texts: Sequence[str], negative: str, read: Callable[[str], Mapping[str, torch.Tensor]]) -> Prompts:
+    """The prompts' embeddings, one by one. An empty negative prompt is zeros, which is SDXL's own convention.
+
+    Args:
+        read: from a text to its "prompt_embeds" (77, 2048) and "pooled_prompt_embeds" (1280,).
+    """
+    rows = [read(text) for text in texts]
+    negative_row = read(negative)
     if not negative:
         negative_row = {name: torch.zeros_like(tensor) for name, tensor in negative_row.items()}
     return Prompts(

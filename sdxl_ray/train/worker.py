@@ -17,7 +17,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
 from sdxl_ray.config.schema import Config
-from sdxl_ray.errors import SdxlRayError, TrainingError
+from sdxl_ray.errors import CacheError, SdxlRayError, TrainingError
 from sdxl_ray.run_folder import checkpoint_name
 from sdxl_ray.sdxl.adapters import adapter_disabled
 from sdxl_ray.sdxl.components import load_vae, objective_warning, resolve_model
@@ -60,12 +60,13 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | None:
 def _train(config: Config, workers: Workers, settings: dict[str, Any]) -> dict[str, Any] | None:
     run_folder = Path(settings["run_folder"])
     started_at = time.time()
-    data = load_data(config, settings["index_path"])
+    monitor = settings["monitor"]
+    data = load_data(config, settings["index_path"], wait=lambda shard: _wait_for(shard, monitor))
     checkpoint = _latest(settings["resume_from"], ray.train.get_checkpoint())
     if workers.world_rank == 0:
-        settings["monitor"].post.remote(json.dumps({"event": "line", "text": f"loading {config.model.path}"}))
+        monitor.post.remote(json.dumps({"event": "line", "text": f"loading {config.model.path}"}))
     training = build_training(config, data, workers=workers, device=get_device(), checkpoint=checkpoint)
-    report = RayReporter(config, training, run_folder, settings["monitor"])
+    report = RayReporter(config, training, run_folder, monitor)
     try:
         report.started(checkpoint)
         finished = run(
@@ -99,6 +100,13 @@ def _train(config: Config, workers: Workers, settings: dict[str, Any]) -> dict[s
     }
 
 
+def _wait_for(shard: str, monitor: Any) -> None:
+    """Called while a shard is still to be encoded (cache.mode = "ondemand"): go on, or hear that it is in vain."""
+    fatal = ray.get(monitor.fatal_error.remote())
+    if fatal:
+        raise CacheError(f"{shard} will not come: {fatal[1]}")
+
+
 def _out_of_memory(config: Config, workers: Workers, error: Exception) -> str:
     train = config.train
     cures = ['train.gradient_checkpointing = "transformer" or "full"', "a smaller dataset.resolution"]
@@ -108,7 +116,7 @@ def _out_of_memory(config: Config, workers: Workers, error: Exception) -> str:
     return (
         f"worker {workers.world_rank} ran out of memory on its accelerator with train.micro_batch_size = "
         f'{train.micro_batch_size}, train.gradient_checkpointing = "{train.gradient_checkpointing}", '
-        f"dataset.resolution = {config.dataset.resolution}. Try {', or '.join(cures)}. Images drawn while training "
+        f"dataset.resolution = {config.largest_edge}. Try {', or '.join(cures)}. Images drawn while training "
         f"need memory too (validation.prompts). {str(error).splitlines()[0]}"
     )
 

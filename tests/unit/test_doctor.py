@@ -15,11 +15,12 @@ import pytest
 import ray
 import torch
 from huggingface_hub import constants
+from PIL import Image
 
 from sdxl_ray import connection, doctor
 from sdxl_ray.config.load import config_from_dict
 from sdxl_ray.doctor import Finding, cluster, exit_code, inputs, machine, render
-from sdxl_ray.errors import ClusterError
+from sdxl_ray.errors import ClusterError, StorageError
 
 GIB = 2**30
 Usage = namedtuple("Usage", "total used free")
@@ -291,10 +292,22 @@ def test_ray_authentication(monkeypatch, tmp_path):
 # ---- disk, memory, files
 
 
-def test_cache_estimate_is_the_size_of_the_tensors():
+def test_cache_estimate_is_the_size_of_the_tensors(tmp_path):
     latents = 2 * torch.zeros(4, 128, 128, dtype=torch.bfloat16).nbytes
-    text = torch.zeros(77, 2048, dtype=torch.bfloat16).nbytes + torch.zeros(1280, dtype=torch.bfloat16).nbytes
-    assert inputs.cache_bytes_per_image(1024) == latents + text == 566.5 * 1024
+    pooled = torch.zeros(1280, dtype=torch.bfloat16).nbytes
+    text = torch.zeros(77, 2048, dtype=torch.bfloat16).nbytes + pooled
+
+    def estimate(dataset=None, **cache):
+        config = make_config(tmp_path, dataset=dataset or {}, cache={"path": str(tmp_path / "cache"), **cache})
+        return inputs.cache_bytes_per_image(config.datasets[0], config)
+
+    assert estimate() == latents + text == 566.5 * 1024
+    assert estimate({"resolution": [512, 1024], "flip": True}) == 2 * 1.25 * latents + text
+    assert estimate({"crop": "random", "crop_variants": 3}) == 3 * latents + text
+    assert estimate({"shuffle_tags": True, "caption_variants": 4}) == latents + 4 * text
+    assert estimate(caption_chunks=3) == latents + 3 * (text - pooled) + pooled
+    assert estimate(mode="off") == text
+    assert estimate(text="online") == latents
 
 
 @pytest.mark.parametrize(("free", "state"), [(100 * GIB, "ok"), (3 * GIB, "note"), (GIB // 2, "problem")])
@@ -304,12 +317,25 @@ def test_disk_space_of_the_current_folder(monkeypatch, free, state):
 
 
 def test_disk_space_against_what_the_cache_will_take(monkeypatch, config):
-    monkeypatch.setattr(inputs, "_count_images", lambda config: 100_000)
+    monkeypatch.setattr(inputs, "_count_images", lambda dataset: 100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(200 * GIB, 0, 20 * GIB))
     runs, cache = inputs.disk_space(config)
     assert (runs.state, cache.state) == ("ok", "problem")
     assert "takes about 54.03 GiB" in cache.found
     assert "cache.path" in cache.cure
+
+
+def test_the_cache_holds_every_dataset(monkeypatch, tmp_path):
+    config = make_config(tmp_path, dataset=[{"path": "a"}, {"path": "b"}, {"path": "c", "disabled": True}])
+    monkeypatch.setattr(inputs, "_count_images", lambda dataset: 100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(200 * GIB, 0, 150 * GIB))
+    assert "takes about 108.05 GiB" in inputs.disk_space(config)[1].found
+
+
+def test_a_cloud_address_has_no_disk(monkeypatch, tmp_path):
+    config = make_config(tmp_path, cache={"path": "s3://bucket/cache"})
+    monkeypatch.setattr(inputs, "_count_images", lambda dataset: pytest.fail("listed for nothing"))
+    assert only(inputs.disk_space(config)).subject == "disk for runs"
 
 
 def test_shared_memory(monkeypatch, tmp_path):
@@ -429,7 +455,22 @@ def test_dataset(config, tmp_path):
     missing = make_config(tmp_path, dataset={"path": str(tmp_path / "nowhere")})
     finding = only(inputs.dataset(missing))
     assert finding.state == "problem"
-    assert "Set it to the folder that holds your images" in finding.found
+    assert "nowhere" in finding.found
+
+
+def test_each_dataset_has_a_finding(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    paths = [str(tmp_path / name) for name in ("cats", "nowhere", "dogs")]
+    config = make_config(tmp_path, dataset=[{"path": path} for path in paths] + [{"path": "x", "disabled": True}])
+    findings = inputs.dataset(config)
+    assert [(finding.subject, finding.state) for finding in findings] == [
+        ("dataset cats", "ok"),
+        ("dataset nowhere", "problem"),
+        ("dataset dogs", "ok"),
+    ]
+    assert findings[0].found == f"1 images in {tmp_path / 'cats'}"
 
 
 def test_output_folders(monkeypatch, config, tmp_path):
@@ -442,6 +483,22 @@ def test_output_folders(monkeypatch, config, tmp_path):
     cache = inputs.output_folders(config)[1]
     assert cache.state == "problem"
     assert "choose another cache.path" in cache.cure
+
+
+def test_a_cloud_cache_is_listed(monkeypatch, tmp_path):
+    config = make_config(tmp_path, cache={"path": "s3://bucket/cache"})
+    monkeypatch.setattr(inputs, "open_folder", lambda path: SimpleNamespace(list=lambda: [path] * 3))
+    assert inputs.output_folders(config)[1] == Finding(
+        "cache.path", "ok", "s3://bucket/cache is a cloud address and can be listed: 3 files"
+    )
+
+    def denied():
+        raise StorageError("s3://bucket/cache: access denied. Set AWS_ACCESS_KEY_ID.")
+
+    monkeypatch.setattr(inputs, "open_folder", lambda path: SimpleNamespace(list=denied))
+    assert inputs.output_folders(config)[1] == Finding(
+        "cache.path", "problem", "s3://bucket/cache: access denied. Set AWS_ACCESS_KEY_ID."
+    )
 
 
 # ---- together

@@ -23,7 +23,7 @@ ROWS = [
     {"cache", "export", "generate", "report"},
     {"connection"},
     {"config", "diffusion", "sdxl", "tracking"},
-    {"records", "run_folder"},
+    {"records", "run_folder", "storage"},
     {"errors"},
 ]
 
@@ -32,7 +32,14 @@ HOMES = {
     "ray": ["cache.pipeline", "train.launch", "train.worker", "sweeps.*", "doctor.cluster", "connection"],
     "peft": ["sdxl.adapters", "export.formats"],
     "wandb": ["tracking.trackers"],
-    "huggingface_hub": ["sdxl.components", "sdxl.hub", "sdxl.fingerprint", "export.hub", "doctor.inputs"],
+    "huggingface_hub": [
+        "storage.clouds",
+        "sdxl.components",
+        "sdxl.hub",
+        "sdxl.fingerprint",
+        "export.hub",
+        "doctor.inputs",
+    ],
 }
 
 

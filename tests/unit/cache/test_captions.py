@@ -1,24 +1,90 @@
-import os
+import random
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sdxl_ray.cache.captions import CaptionRules, attach_captions, caption_file, find_captions
-from sdxl_ray.errors import DatasetError
+from sdxl_ray.cache.captions import (
+    CaptionRules,
+    UnreadableCaption,
+    decorate,
+    draw_variant,
+    expand_variants,
+    find_captions,
+    no_captions_error,
+    read_captions,
+)
+from sdxl_ray.config.schema import DatasetSection
+from sdxl_ray.errors import StorageError
+from sdxl_ray.records import Listed
+
+HASH = "5" * 64
+TAGS = "one, two, three, four, five, six, seven, eight"
 
 
 @pytest.fixture
 def image(tmp_path):
-    """Makes an image (its pixels do not matter here) with the caption files beside it; its path."""
+    """An image as its source lists it (there is no need for the file), with the caption file beside it if given."""
 
-    def image(name="cat.jpg", **files):
-        (tmp_path / name).touch()
-        for suffix, content in files.items():
-            beside = tmp_path / (f"{name}.txt" if suffix == "full" else f"{Path(name).stem}.txt")
-            beside.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(tmp_path / name)
+    def image(name="cat.jpg", content=None, **fields):
+        file = tmp_path / f"{Path(name).stem}.txt"
+        if content is not None:
+            file.write_bytes(content if isinstance(content, bytes) else content.encode())
+            fields["text_file"] = str(file)
+        return Listed(path=str(tmp_path / name), stamp="1", **fields)
 
     return image
+
+
+@pytest.fixture
+def sources(monkeypatch):
+    """What is at addresses that are no plain files."""
+    contents = {}
+    module = types.ModuleType("sdxl_ray.cache.sources")
+    module.read_start = lambda address, length: contents[address][:length]
+    monkeypatch.setitem(sys.modules, "sdxl_ray.cache.sources", module)
+    return contents
+
+
+def test_the_rules_are_the_datasets_settings():
+    section = DatasetSection(
+        name="cats",
+        captions=("filename",),
+        caption_columns=("words",),
+        caption_extension=".caption",
+        caption_lines="whole",
+        caption_replace=(("a", "b"),),
+        trigger_word="ohwx",
+        caption_prefix="p ",
+        caption_suffix=" s",
+        tag_separator="|",
+        shuffle_tags=True,
+        keep_tags=2,
+        tag_dropout=0.25,
+        caption_variants=3,
+    )
+    assert CaptionRules.of(section) == CaptionRules(
+        dataset="cats",
+        sources=("filename",),
+        columns=("words",),
+        extension=".caption",
+        lines="whole",
+        replace=(("a", "b"),),
+        trigger_word="ohwx",
+        prefix="p ",
+        suffix=" s",
+        separator="|",
+        shuffle_tags=True,
+        keep_tags=2,
+        tag_dropout=0.25,
+        variants=3,
+    )
+    assert CaptionRules.of(DatasetSection()) == CaptionRules()
+
+
+# ---- caption files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -27,27 +93,117 @@ def image(tmp_path):
         ("a cat", ("a cat",)),
         ("a cat\n", ("a cat",)),
         ("a cat\n\n  a sleeping cat \n", ("a cat", "a sleeping cat")),
+        ("a cat\na dog\na cat\n", ("a cat", "a dog")),
         (b"\xef\xbb\xbfa cat", ("a cat",)),
         (b"a cat\r\nanother cat\r\n", ("a cat", "another cat")),
-        ("une chat à l'été, 猫", ("une chat à l'été, 猫",)),
+        (b"a cat\ranother cat", ("a cat", "another cat")),
+        ("un chat à l'été, 猫".encode(), ("un chat à l'été, 猫",)),
+        ("a cat\nune été, 猫".encode("utf-16"), ("a cat", "une été, 猫")),
+        ("\ufeffa cat, 猫".encode("utf-16-be"), ("a cat, 猫",)),
+        ("a cat, 猫".encode("utf-32"), ("a cat, 猫",)),
+        ("a\tcat\x07 on\u2028a\x85roof\x7f", ("a cat  on a roof",)),  # of the control characters, one space each
         ("", ()),
         (" \n\t\n", ()),
         (b"\xef\xbb\xbf", ()),
     ],
 )
 def test_each_line_of_the_text_file_is_a_caption(image, content, expected):
-    assert find_captions(image(stem=content), CaptionRules()) == expected
+    assert find_captions(image(content=content), CaptionRules()) == expected
 
 
-def test_the_file_with_the_whole_name_comes_first(image):
-    path = image(stem="short", full="whole")
-    assert caption_file(path) == f"{path}.txt"
-    assert find_captions(path, CaptionRules()) == ("whole",)
+def test_the_whole_file_can_be_one_caption(image):
+    rules = CaptionRules(lines="whole")
+    assert find_captions(image(content="a cat,\r\nasleep\n\non a roof\n"), rules) == ("a cat, asleep on a roof",)
+    assert find_captions(image(content=" \n \n"), rules) == ()
 
 
-def test_without_a_text_file_there_is_none(image):
-    assert caption_file(image()) is None
-    assert find_captions(image(), CaptionRules()) == ()
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            "un château".encode("latin-1"),
+            "caption file cat.txt is not UTF-8: byte 0xe2 at offset 5. "
+            "If it is Latin-1: iconv -f latin1 -t utf-8 cat.txt",
+        ),
+        (b"\xff\xfea\0b", "caption file cat.txt is not UTF-16: byte 0x62 at offset 4."),
+        (
+            "a cat".encode("utf-16-le"),
+            "caption file cat.txt is not UTF-8 text: it has NUL characters. "
+            "If it is UTF-16: iconv -f utf-16 -t utf-8 cat.txt",
+        ),
+        (b"x" * 10_000_000, "caption file cat.txt is too large: 10.0 MB or more, expected at most 1 MB."),
+    ],
+)
+def test_what_is_no_caption_is_skipped_with_its_reason(image, content, reason):
+    good = image("dog.jpg", "a dog")
+    assert read_captions([good, image(content=content)], CaptionRules()) == ([("a dog",), ()], {1: reason})
+
+
+def test_no_more_of_a_large_file_is_read_than_needed(image, tmp_path):
+    sparse = tmp_path / "cat.txt"
+    with sparse.open("wb") as file:
+        file.truncate(1 << 40)  # a tebibyte would not fit in memory
+    with pytest.raises(UnreadableCaption, match=r"too large: 1099511\.6 MB or more"):
+        find_captions(image(text_file=str(sparse)), CaptionRules())
+
+
+def test_a_megabyte_is_still_a_caption(image):
+    (caption,) = find_captions(image(content=b"x" * 1_000_000), CaptionRules())
+    assert len(caption) == 1_000_000
+
+
+def test_a_caption_file_that_cannot_be_read_is_skipped(image, tmp_path):
+    (tmp_path / "dog.txt").mkdir()
+    folder, gone = image("dog.jpg", text_file=str(tmp_path / "dog.txt")), image(text_file=str(tmp_path / "cat.txt"))
+    assert read_captions([folder, gone], CaptionRules())[1] == {
+        0: "caption file dog.txt cannot be read: Is a directory",
+        1: "caption file cat.txt cannot be read: No such file or directory",
+    }
+
+
+def test_captions_in_buckets_and_tar_files(image, sources):
+    sources["s3://bucket/cats/cat.txt"] = b"from a bucket\r\n"
+    sources["tar:512+10:/data/00.tar"] = "été".encode()
+    sources["tar:1024+4:/data/00.tar"] = "été".encode("latin-1")
+    sources["s3://bucket/cats/large.txt"] = bytes(2_000_000)
+    sources["tar:0+3000000:/data/00.tar"] = bytes(3_000_000)
+    captions, reasons = read_captions([image(text_file=address) for address in sources], CaptionRules())
+    assert captions == [("from a bucket",), ("été",), (), (), ()]
+    assert reasons == {
+        2: "caption file at byte 1024 of 00.tar is not UTF-8: byte 0xe9 at offset 0.",
+        3: "caption file large.txt is too large: 1.0 MB or more, expected at most 1 MB.",
+        4: "caption file at byte 0 of 00.tar is too large: 3.0 MB or more, expected at most 1 MB.",
+    }
+
+
+def test_a_tar_file_cut_short_is_a_reason(image, monkeypatch, sources):
+    def read_start(address, length):
+        raise ValueError("/data/00.tar ends at byte 520, in the middle of this image")
+
+    monkeypatch.setattr(sys.modules["sdxl_ray.cache.sources"], "read_start", read_start)
+    _, reasons = read_captions([image(text_file="tar:512+10:/data/00.tar")], CaptionRules())
+    assert reasons == {
+        0: "caption file at byte 512 of 00.tar cannot be read: "
+        "/data/00.tar ends at byte 520, in the middle of this image"
+    }
+
+
+def test_a_bucket_that_refuses_is_no_matter_of_single_images(image, monkeypatch, sources):
+    def read_start(address, length):
+        raise StorageError("s3://bucket: access denied")
+
+    monkeypatch.setattr(sys.modules["sdxl_ray.cache.sources"], "read_start", read_start)
+    with pytest.raises(StorageError):
+        read_captions([image(text_file="s3://bucket/cat.txt")], CaptionRules())
+
+
+def test_a_file_name_with_a_colon_is_a_file(image, sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_captions(image("12:30.jpg", "half past twelve"), CaptionRules()) == ("half past twelve",)
+    assert find_captions(Listed("x.jpg", "1", text_file="12:30.txt"), CaptionRules()) == ("half past twelve",)
+
+
+# ---- other sources ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -58,23 +214,86 @@ def test_captions_from_file_names(image, name, expected):
     assert find_captions(image(name), CaptionRules(sources=("filename",))) == (expected,)
 
 
+def test_captions_from_a_table_are_alternatives_and_each_is_one_line(image):
+    texts = (" a cat\non a roof ", "", "a roof", "a roof", "half \ud83d of a pair")
+    assert find_captions(image(texts=texts), CaptionRules()) == ("a cat on a roof", "a roof", "half   of a pair")
+
+
+def test_an_enormous_text_in_a_table_is_skipped(image):
+    _, reasons = read_captions([image(texts=("x" * 2_000_000,))], CaptionRules())
+    assert reasons == {0: "its caption is too large: 2.0 MB or more, expected at most 1 MB."}
+
+
 def test_one_prompt_for_all(image):
     rules = CaptionRules(sources=("instance_prompt",), instance_prompt="a photo of ohwx cat")
-    assert find_captions(image(stem="ignored"), rules) == ("a photo of ohwx cat",)
+    assert find_captions(image(content="ignored", texts=("ignored",)), rules) == ("a photo of ohwx cat",)
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
-    [({"stem": "from the file"}, "from the file"), ({"stem": "\n"}, "red cat"), ({}, "red cat")],
+    ("content", "texts", "expected"),
+    [
+        ("from the file", ("from the table",), "from the file"),
+        ("\n", ("from the table",), "from the table"),
+        (None, ("from the table",), "from the table"),
+        (None, (" ",), "red cat"),
+        ("\n", (), "red cat"),
+    ],
 )
-def test_the_first_source_that_has_a_caption_is_used(image, files, expected):
-    rules = CaptionRules(sources=("textfile", "filename", "instance_prompt"), instance_prompt="never")
-    assert find_captions(image("red_cat.jpg", **files), rules) == (expected,)
+def test_the_first_source_that_has_a_caption_is_used(image, content, texts, expected):
+    rules = CaptionRules(sources=("textfile", "column", "filename", "instance_prompt"), instance_prompt="never")
+    assert find_captions(image("red_cat.jpg", content, texts=texts), rules) == (expected,)
 
 
 def test_a_name_without_letters_is_no_caption(image):
     rules = CaptionRules(sources=("filename", "instance_prompt"), instance_prompt="a cat")
     assert find_captions(image("___.jpg"), rules) == ("a cat",)
+
+
+def test_replacements_in_their_order_and_what_they_empty_is_no_caption(image):
+    rules = CaptionRules(
+        sources=("textfile", "filename"),
+        replace=((r"\bphoto of\b ?", ""), ("cat", "dog"), (r"(\w+), (\w+)$", r"\2, \1"), ("dog", "bird")),
+    )
+    captions = find_captions(image(content="photo of\nphoto of a cat\nred, cat\na photo of party"), rules)
+    assert captions == ("a bird", "bird, red", "a party")
+    assert find_captions(image("a_name.jpg", content="photo of"), rules) == ("a name",)
+
+
+# ---- every image its own ---------------------------------------------------------------------------------------------
+
+
+def test_every_image_has_its_own_caption_among_failures(image, tmp_path):
+    """600 images in a random order, every third of them with some trouble."""
+    listed, expected, failing = [], [], set()
+    numbers = list(range(600))
+    random.Random(0).shuffle(numbers)
+    for at, number in enumerate(numbers):
+        name = f"{number}.jpg"
+        kind = ["good", "table", "latin", "good", "gone", "none"][number % 6]
+        if kind == "good":
+            listed.append(image(name, f"caption {number}\nalso {number}"))
+        elif kind == "table":
+            listed.append(image(name, texts=(f"caption {number}", f"also {number}")))
+        elif kind == "latin":
+            listed.append(image(name, f"été {number}".encode("latin-1")))
+        elif kind == "gone":
+            listed.append(image(name, text_file=str(tmp_path / f"{number}.txt")))
+        else:
+            listed.append(image(name))
+        expected.append((f"caption {number}", f"also {number}") if kind in ("good", "table") else ())
+        failing |= {at} if kind in ("latin", "gone") else set()
+    captions, reasons = read_captions(listed, CaptionRules())
+    assert captions == expected
+    assert set(reasons) == failing
+    for at, reason in reasons.items():
+        assert f"caption file {numbers[at]}.txt " in reason
+
+
+def test_no_images():
+    assert read_captions([], CaptionRules()) == ([], {})
+
+
+# ---- trigger word, prefix, suffix ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -90,110 +309,164 @@ def test_a_name_without_letters_is_no_caption(image):
         ("a cat", "", "a cat"),
     ],
 )
-def test_the_trigger_word_is_put_before_captions_that_lack_it(image, caption, trigger, expected):
-    assert find_captions(image(stem=caption), CaptionRules(trigger_word=trigger)) == (expected,)
+def test_the_trigger_word_is_put_before_captions_that_lack_it(caption, trigger, expected):
+    assert decorate(caption, CaptionRules(trigger_word=trigger)) == expected
 
 
-def test_every_line_gets_the_trigger_word(image):
-    rules = CaptionRules(trigger_word="ohwx")
-    assert find_captions(image(stem="a cat\nohwx asleep"), rules) == ("ohwx, a cat", "ohwx asleep")
+def test_prefix_trigger_word_caption_suffix():
+    rules = CaptionRules(trigger_word="ohwx", prefix="photo of ", suffix=", 8k")
+    assert decorate("a cat", rules) == "photo of ohwx, a cat, 8k"
+    assert decorate("ohwx cat", rules) == "photo of ohwx cat, 8k"
+    in_prefix = CaptionRules(trigger_word="ohwx", prefix="photo of ohwx, ")
+    assert decorate("a cat", in_prefix) == "photo of ohwx, a cat"
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
+def test_what_is_put_on_is_never_moved_or_dropped():
+    rules = CaptionRules(
+        trigger_word="ohwx", prefix="photo, ", suffix=", 8k", shuffle_tags=True, tag_dropout=0.5, variants=50
+    )
+    variants = expand_variants((TAGS,), rules, HASH)
+    assert len(variants) > 40
+    for variant in variants:
+        assert variant.startswith("photo, ohwx, ")
+        assert variant.endswith(", 8k")
 
 
-def test_a_caption_in_latin_1_is_skipped_with_the_command_that_repairs_it(image):
-    good, bad = image("dog.jpg", stem="a dog"), image("cat.jpg", stem="un château".encode("latin-1"))
-    captions, skipped = attach_captions([good, bad], CaptionRules())
-    assert captions == {good: ("a dog",)}
-    assert skipped == {
-        bad: "caption file cat.txt is not UTF-8: byte 0xe2 at offset 5. "
-        "If it is Latin-1: iconv -f latin1 -t utf-8 cat.txt"
-    }
+# ---- variants --------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_called_like_a_caption_is_skipped(image, tmp_path):
-    path = image("cat.jpg")
-    (tmp_path / "cat.txt").mkdir()
-    assert attach_captions([path], CaptionRules()) == (
-        {},
-        {path: "caption file cat.txt cannot be read: Is a directory"},
+def test_neutral_settings_leave_captions_as_they_are():
+    captions = ("a cat,asleep ,on a  roof", "a, dog,", ",")
+    rules = CaptionRules(keep_tags=1, variants=5)
+    assert expand_variants(captions, rules, HASH) == captions
+    draw = np.random.default_rng(0)
+    assert draw_variant(captions[0], rules, draw) == captions[0]
+    assert draw.random() == np.random.default_rng(0).random()  # nothing was drawn
+
+
+def test_variants_are_shuffled_and_keep_every_tag():
+    variants = expand_variants((TAGS,), CaptionRules(shuffle_tags=True, variants=20), HASH)
+    assert len(set(variants)) == 20
+    assert {", ".join(sorted(variant.split(", "))) for variant in variants} == {", ".join(sorted(TAGS.split(", ")))}
+    firsts = {variant.split(", ")[0] for variant in variants}
+    assert len(firsts) > 4
+
+
+def test_variants_depend_on_image_caption_and_number_alone():
+    rules = CaptionRules(shuffle_tags=True, tag_dropout=0.3, variants=4)
+    variants = expand_variants((TAGS,), rules, HASH)
+    assert expand_variants((TAGS,), rules, HASH) == variants
+    other = "nine, ten, eleven"
+    assert expand_variants((other, TAGS), rules, HASH)[-4:] == variants
+    more = CaptionRules(shuffle_tags=True, tag_dropout=0.3, variants=9)
+    assert expand_variants((TAGS,), more, HASH)[:4] == variants
+    assert expand_variants((TAGS,), rules, "6" * 64) != variants
+
+
+def test_variants_are_the_same_for_ever():
+    """Written down once: other ones would encode every cache anew."""
+    rules = CaptionRules(shuffle_tags=True, tag_dropout=0.3, variants=2)
+    assert expand_variants((TAGS,), rules, HASH) == (
+        "four, seven, eight, three, two",
+        "one, six, seven, three, four, eight, five",
     )
 
 
-def test_one_text_file_never_serves_two_images(image, tmp_path):
-    paths = [image("cat.jpg", stem="a cat"), image("cat.png"), image("dog.jpg", stem="a dog")]
-    with pytest.raises(DatasetError) as error:
-        attach_captions(paths, CaptionRules())
-    assert str(error.value) == (
-        "1 caption files could belong to several images:\n"
-        f"  {tmp_path / 'cat.txt'} could belong to cat.jpg or cat.png\n"
-        'Name each after its whole image file ("cat.jpg.txt"), or remove the second image.'
-    )
+def test_variants_that_come_out_twice_are_kept_once():
+    variants = expand_variants(("a, b", "b, a"), CaptionRules(shuffle_tags=True, variants=30), HASH)
+    assert sorted(variants) == ["a, b", "b, a"]
 
 
-def test_two_images_with_one_stem_and_their_own_files_are_fine(image):
-    paths = [image("cat.jpg", full="a jpeg"), image("cat.png", full="a png")]
-    captions, _ = attach_captions(paths, CaptionRules())
-    assert captions == {paths[0]: ("a jpeg",), paths[1]: ("a png",)}
+def test_the_first_tags_stay():
+    rules = CaptionRules(shuffle_tags=True, tag_dropout=0.9, keep_tags=2, variants=100)
+    variants = expand_variants((TAGS,), rules, HASH)
+    assert {tuple(variant.split(", ")[:2]) for variant in variants} == {("one", "two")}
+    assert "one, two" in variants  # nothing else has to be left
+    few = CaptionRules(shuffle_tags=True, tag_dropout=0.9, keep_tags=9, variants=3)
+    assert expand_variants((TAGS,), few, HASH) == (TAGS,)
 
 
-def test_two_images_with_one_stem_are_fine_where_text_files_are_not_used(image):
-    paths = [image("cat.jpg", stem="a cat"), image("cat.png")]
-    captions, _ = attach_captions(paths, CaptionRules(sources=("filename",)))
-    assert captions == dict.fromkeys(paths, ("cat",))
+def test_without_shuffling_the_order_stays():
+    order = TAGS.split(", ")
+    for variant in expand_variants((TAGS,), CaptionRules(tag_dropout=0.5, variants=50), HASH):
+        places = [order.index(tag) for tag in variant.split(", ")]
+        assert places == sorted(places)
+
+
+def test_the_share_of_dropped_tags_is_the_dropout():
+    rules, draw = CaptionRules(tag_dropout=0.3, keep_tags=1), np.random.default_rng(0)
+    left = [len(draw_variant(TAGS, rules, draw).split(", ")) - 1 for _ in range(2000)]
+    share = 1 - np.mean(left) / 7
+    assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / (2000 * 7))  # four standard deviations
+
+
+def test_each_order_is_as_likely_as_the_others():
+    rules, draw = CaptionRules(shuffle_tags=True), np.random.default_rng(0)
+    drawn = [draw_variant("a, b, c", rules, draw) for _ in range(6000)]
+    counts = [drawn.count(order) for order in set(drawn)]
+    assert len(counts) == 6
+    assert max(abs(count - 1000) for count in counts) < 4 * np.sqrt(1000)
+
+
+def test_at_least_one_tag_is_left():
+    rules, draw = CaptionRules(tag_dropout=0.99), np.random.default_rng(0)
+    assert {draw_variant("a, b, c", rules, draw) for _ in range(300)} == {"a", "b", "c"}
+    assert draw_variant("a photo of a cat", rules, draw) == "a photo of a cat"
+
+
+def test_a_variant_is_pure_in_its_draw():
+    rules = CaptionRules(shuffle_tags=True, tag_dropout=0.5, trigger_word="ohwx")
+    one, two = (draw_variant(TAGS, rules, np.random.default_rng(7)) for _ in range(2))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("caption", "separator", "expected"),
+    [
+        (" a ,b,, c,", ",", {"a, b, c"}),
+        ("a b c", " ", {"a b c"}),
+        ("a. b|c", "|", {"a. b| c"}),
+        ("a,b", ", ", {"a, b"}),
+        ("a | b", " | ", {"a | b"}),
+        (", ,", ",", {", ,"}),  # nothing but separators: as it is
+    ],
+)
+def test_tags_are_trimmed_and_joined(caption, separator, expected):
+    rules = CaptionRules(tag_dropout=1e-9, separator=separator)
+    assert set(expand_variants((caption,), rules, HASH)) == expected
+
+
+# ---- images without captions -----------------------------------------------------------------------------------------
 
 
 def test_images_without_captions_are_all_counted_and_five_named(image):
-    paths = [image(f"cat{number}.jpg") for number in range(7)] + [image("dog.jpg", stem="a dog")]
-    with pytest.raises(DatasetError) as error:
-        attach_captions(paths, CaptionRules())
-    lines = str(error.value).splitlines()
-    assert lines[0] == "7 of 8 images have no caption:"
-    assert lines[1:6] == [f"  {path}" for path in paths[:5]]
-    assert lines[6] == "  and 2 more"
+    without = [image(f"cat{number}.jpg") for number in range(7)]
+    text = str(no_captions_error(without, 12, 20, CaptionRules(dataset="cats")))
+    lines = text.splitlines()
+    assert lines[0] == '12 of 20 images of dataset "cats" have no caption:'
+    assert lines[1:6] == [f"  {file.path}" for file in without[:5]]
+    assert lines[6] == "  and 7 more"
     assert lines[7] == (
-        "Expected cat0.txt or cat0.jpg.txt beside cat0.jpg with at least one line "
-        "(dataset.captions = ['textfile']). Write them, or add another source: "
-        'dataset.captions = ["textfile", "filename"], or "instance_prompt" with dataset.instance_prompt.'
+        "Expected cat0.txt or cat0.jpg.txt beside cat0.jpg with at least one line; or a text in a column (of a "
+        'WebDataset: in the .json) called caption or text (dataset.captions = ["textfile", "column"]). Write them, or '
+        'add another source to dataset.captions: "filename", or "instance_prompt" with dataset.instance_prompt.'
     )
 
 
-def test_an_empty_caption_file_is_no_caption(image):
-    with pytest.raises(DatasetError, match="1 of 1 images have no caption"):
-        attach_captions([image(stem="")], CaptionRules())
+def test_rows_of_a_table_without_captions():
+    row = Listed(path="/data/a.parquet/7", stamp="1", address="row:7:image:/data/a.parquet")
+    rules = CaptionRules(dataset="a", columns=("words",), replace=((".*", ""),))
+    assert str(no_captions_error([row], 1, 9, rules)).splitlines()[2] == (
+        "Expected a text in a column (of a WebDataset: in the .json) called words (dataset.captions = "
+        '["textfile", "column"]). Or dataset.caption_replace has left nothing of them. Write them, or add another '
+        'source to dataset.captions: "filename", or "instance_prompt" with dataset.instance_prompt.'
+    )
 
 
-# ---- many images -----------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_listed_once_and_no_name_is_asked_for(image, monkeypatch):
-    paths = [image(f"{number}.jpg", stem=f"caption {number}") for number in range(300)]
-    listed = []
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
-    monkeypatch.setattr(os.path, "exists", lambda path: pytest.fail(f"asked for {path}"))
-    captions, _ = attach_captions(paths, CaptionRules())
-    assert captions == {path: (f"caption {number}",) for number, path in enumerate(paths)}
-    assert list(captions) == paths
-    assert listed == [str(Path(paths[0]).parent)]
-
-
-def test_a_link_to_a_caption_counts_if_it_leads_somewhere(image, tmp_path):
-    linked, dangling = image("linked.jpg"), image("dangling.jpg")
-    (tmp_path / "words").write_text("a cat")
-    (tmp_path / "linked.txt").symlink_to(tmp_path / "words")
-    (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone")
-    captions, _ = attach_captions([linked, dangling], CaptionRules(sources=("textfile", "filename")))
-    assert captions == {linked: ("a cat",), dangling: ("dangling",)}
-
-
-@pytest.mark.parametrize("folder", ["", ".", "deep", "deep//er", "./deep/../deep"])
-def test_captions_are_found_however_the_folder_is_written(tmp_path, monkeypatch, folder):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    path = os.path.join(folder, "cat.jpg")  # noqa: PTH118  (Path would tidy it up)
-    Path(folder, "cat.txt").write_text("a cat")
-    assert (
-        attach_captions([path], CaptionRules())[0] == {path: ("a cat",)} == {path: find_captions(path, CaptionRules())}
+def test_where_all_sources_are_tried_none_is_proposed():
+    rules = CaptionRules(sources=("filename", "instance_prompt"))
+    text = str(no_captions_error([Listed("/data/___.jpg", "1")], 1, 1, rules))
+    assert text.endswith(
+        "Expected a file name with letters; or dataset.instance_prompt, which is empty "
+        '(dataset.captions = ["filename", "instance_prompt"]). Write them.'
     )

@@ -1,27 +1,50 @@
+import dataclasses
+import functools
 import hashlib
 import io
+import math
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sdxl_ray.cache.buckets import assign_bucket
-from sdxl_ray.cache.images import UnreadableImage, decode, load_pixels, to_srgb
+from sdxl_ray.cache import images
+from sdxl_ray.cache.buckets import Geometry, Unfit, place
+from sdxl_ray.cache.images import UnreadableImage, decode, load_mask, load_pixels
 from sdxl_ray.cache.scan import header_hw
+from sdxl_ray.config.schema import DatasetSection
 from sdxl_ray.records import ImageRecord
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+UNDO = {  # what to do to an upright picture so that a viewer which obeys EXIF's orientation shows it upright
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
-def encode(image, format, **options):
+def encode(image, format, *, orientation=1, **options):
+    """The file's bytes; stored turned, so that the orientation's tag makes it upright."""
+    if orientation > 1:
+        image = image.transpose(UNDO[orientation])
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif if format == "TIFF" else exif.tobytes()
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def noise(height, width, channels=3):
-    values = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return Image.fromarray(values.squeeze())
+    """Away from black and white, where what LANCZOS overshoots would be cut off."""
+    values = np.random.default_rng(0).integers(80, 176, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(values if channels == 3 else values[..., 0])
 
 
 def smooth(height, width):
@@ -34,96 +57,272 @@ def smooth(height, width):
     )
 
 
-def record_of(path, content, *, buckets, crop="center"):
+def picture(height, width):
+    """Detail of all sizes that is not symmetric in any way, like a photograph: PSNR of it means something."""
+    values = np.zeros((height, width, 3))
+    draw = np.random.default_rng(0)
+    for octave in range(2, 2 + int(math.log2(min(height, width)))):
+        coarse = draw.normal(0, 1, (2**octave, 2**octave, 3))
+        layer = [Image.fromarray(coarse[..., channel].astype(np.float32)) for channel in range(3)]
+        resized = [np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in layer]
+        values += np.stack(resized, -1) * 40 / octave
+    return Image.fromarray(np.clip(values + 128, 0, 255).astype(np.uint8))
+
+
+def psnr(one, other):
+    """Decibels between two images of 8 bits; inf where they are equal."""
+    error = np.mean((np.asarray(one, dtype=float) - np.asarray(other, dtype=float)) ** 2)
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def record_of(path, content, *, buckets, crop="center", **fields):
+    """The record of a file that is written to `path`; `buckets` are texts as in the settings."""
     path.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    return assign_bucket(ImageRecord(str(path), digest, header_hw(content)), buckets, crop)
+    original_hw = header_hw(content)
+    (geometry,) = Geometry.of(DatasetSection(buckets=buckets, crop=crop))
+    found = place(original_hw, digest, geometry)
+    assert not isinstance(found, Unfit)
+    record = ImageRecord(str(path), digest, original_hw, found.bucket_hw, found.resized_hw, found.crops[0])
+    return dataclasses.replace(record, **fields)
 
 
-def rgb(content):
-    return np.asarray(to_srgb(decode(content)))
+def whole(path, content, **fields):
+    """A record that neither resizes nor crops."""
+    path.write_bytes(content)
+    hw = header_hw(content)
+    record = ImageRecord(str(path), hashlib.sha256(content).hexdigest(), hw, hw, hw, (0, 0))
+    return dataclasses.replace(record, **fields)
+
+
+@pytest.fixture
+def rgb(tmp_path):
+    """Content -> its pixels, unresized."""
+    return lambda content: load_pixels(whole(tmp_path / "whole", content))
 
 
 # ---- resize and crop -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("crop", ["center", "random"])
-@pytest.mark.parametrize(
-    ("hw", "bucket"), [((256, 300), (256, 256)), ((300, 256), (256, 256)), ((256, 256), (256, 256))]
-)
-def test_without_resizing_the_crop_is_exactly_where_the_record_says(tmp_path, hw, bucket, crop):
+@pytest.mark.parametrize("crop", ["center", "random", "bottom_right"])
+@pytest.mark.parametrize("hw", [(256, 304), (304, 256), (256, 256)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("flip", [False, True])
+def test_without_resizing_the_crop_is_exactly_where_the_record_says(tmp_path, hw, crop, orientation, flip):
     """Each pixel holds its own coordinates."""
     down, across = np.mgrid[0 : hw[0], 0 : hw[1]]
-    image = Image.fromarray(np.stack([down % 256, across % 256, down // 256 * 16 + across // 256], -1).astype(np.uint8))
-    record = record_of(tmp_path / "cat.png", encode(image, "PNG"), buckets=[bucket], crop=crop)
-    assert record.resized_hw == hw
+    upright = np.stack([down % 256, across % 256, down // 256 * 16 + across // 256], -1).astype(np.uint8)
+    content = encode(Image.fromarray(upright), "PNG", orientation=orientation)
+    record = record_of(tmp_path / "cat.png", content, buckets=["256x256"], crop=crop, flip=flip)
+    assert record.original_hw == record.resized_hw == hw
     pixels = load_pixels(record)
     top, left = record.crop_top_left
-    assert pixels.shape == (*bucket, 3)
+    assert pixels.shape == (256, 256, 3)
     assert pixels.dtype == np.uint8
-    assert np.array_equal(pixels, np.asarray(image)[top : top + bucket[0], left : left + bucket[1]])
+    assert pixels.flags.c_contiguous
+    expected = upright[top : top + 256, left : left + 256]
+    assert np.array_equal(pixels, expected[:, ::-1] if flip else expected)
 
 
 @pytest.mark.parametrize("hw", [(300, 1000), (1000, 300), (97, 211), (64, 50), (500, 500)])
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_a_resized_crop_is_the_crop_of_the_resized_image(tmp_path, hw, crop):
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_a_resized_crop_is_the_crop_of_the_resized_image(tmp_path, hw, crop, orientation):
     image = noise(*hw)
-    record = record_of(tmp_path / "cat.png", encode(image, "PNG"), buckets=[(128, 192)], crop=crop)
+    content = encode(image, "PNG", orientation=orientation)
+    record = record_of(tmp_path / "cat.png", content, buckets=["128x192"], crop=crop)
     height, width = record.resized_hw
-    whole = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    resized = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     top, left = record.crop_top_left
-    expected = whole[top : top + 128, left : left + 192].astype(int)
-    assert np.abs(load_pixels(record).astype(int) - expected).max() <= 1  # rounding
+    expected = resized[top : top + 128, left : left + 192].astype(int)
+    assert np.abs(load_pixels(record).astype(int) - expected).max() <= 2  # rounding
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA"])
+@pytest.mark.parametrize(("hw", "bucket"), [((333, 500), "128x192"), ((70, 90), "128x192"), ((400, 90), "64x256")])
+def test_torchs_lanczos_is_pillows(tmp_path, monkeypatch, mode, hw, bucket):
+    """Before torch 2.12 there is only Pillow's."""
+    if images._torch_lanczos() is None:
+        pytest.skip("this torch has no LANCZOS")
+    content = encode(picture(*hw).convert(mode), "TIFF")
+    record = record_of(tmp_path / "cat.tif", content, buckets=[bucket])
+    fast = load_pixels(record)
+    monkeypatch.setattr(images, "_torch_lanczos", lambda: None)
+    assert psnr(fast, load_pixels(record)) > 55
 
 
 @pytest.mark.parametrize("hw", [(1, 1), (3, 20000), (20000, 3)])
 def test_extreme_shapes_need_no_extreme_memory(tmp_path, hw):
     """3x20000 px covers 512x64 at 512x3413333, which nobody computes."""
-    record = record_of(tmp_path / "cat.png", encode(noise(*hw), "PNG"), buckets=[(64, 512), (512, 64)])
+    record = record_of(tmp_path / "cat.png", encode(noise(*hw), "PNG"), buckets=["64x512", "512x64"])
     assert load_pixels(record).shape == (*record.bucket_hw, 3)
 
 
-def test_shrinking_a_fine_grating_gives_grey_not_moire(tmp_path):
-    """A period of 2.9 px cannot be drawn at a quarter of the size; without a low-pass it would come back as stripes."""
-    across = np.arange(2048)
-    row = np.round(127.5 + 127.5 * np.sin(2 * np.pi * across / 2.9)).astype(np.uint8)
-    image = Image.fromarray(np.repeat(row[None], 512, 0)).convert("RGB")
+def grating(edge):
+    """A period of 2.9 pixels, which cannot be drawn at a quarter of the size."""
+    row = np.round(127.5 + 127.5 * np.sin(2 * np.pi * np.arange(edge) / 2.9)).astype(np.uint8)
+    image = Image.fromarray(np.repeat(row[None], edge, 0))
     assert np.asarray(image).std() > 80
-    record = record_of(tmp_path / "cat.png", encode(image, "PNG"), buckets=[(128, 512)])
-    pixels = load_pixels(record)[:, 8:-8]  # the edge of the image is an edge
+    return image
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("format", "mode", "reduction"), [("PNG", "L", 1), ("PNG", "RGB", 1), ("JPEG", "L", 2), ("JPEG", "RGB", 2)]
+)
+def test_a_fine_grating_comes_out_grey_not_as_moire(tmp_path, format, mode, reduction, turned):
+    """Without a low-pass it would come back as stripes of a hundred levels, at a wavelength that is not there."""
+    image = grating(2400).convert(mode)
+    image = image.transpose(Image.Transpose.TRANSPOSE) if turned else image
+    record = record_of(tmp_path / "cat", encode(image, format), buckets=["512x512"])
+    assert images._reduction((2400, 2400), (512, 512)) == 2  # of a JPEG
+    pixels = load_pixels(record)[8:-8, 8:-8]  # the edge of the image is an edge
     assert pixels.std() < 1
     assert abs(pixels.mean() - 127.5) < 1
+
+
+@pytest.mark.parametrize(("format", "edge"), [("PNG", 4096), ("JPEG", 4096), ("JPEG", 4900)])  # 17 and 24 megapixels
+def test_a_fine_grating_of_full_size_comes_out_grey(tmp_path, format, edge):
+    record = record_of(tmp_path / "cat", encode(grating(edge).convert("RGB"), format), buckets=["1024x1024"])
+    pixels = load_pixels(record)[8:-8, 8:-8]
+    assert pixels.std() < 2
+    assert abs(pixels.mean() - 127.5) < 1
+
+
+# ---- JPEGs decoded at a fraction of their size -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored_hw", "resized_hw", "expected"),
+    [
+        ((2304, 2304), (1024, 1024), 1),
+        ((4607, 4608), (1024, 1024), 1),
+        ((4608, 4608), (1024, 1024), 2),
+        ((4608, 9999), (1024, 1024), 2),
+        ((4000, 6000), (832, 1248), 2),  # 24 megapixels
+        ((4000, 6000), (416, 624), 2),
+        ((8192, 8192), (512, 512), 4),
+        ((16384, 16384), (512, 512), 8),
+        ((100, 100), (1024, 1024), 1),
+    ],
+)
+def test_how_much_smaller_a_jpeg_is_decoded(stored_hw, resized_hw, expected):
+    assert images._reduction(stored_hw, resized_hw) == expected
+
+
+@functools.cache
+def large_jpeg(hw, orientation, mode):
+    return encode(picture(*hw).convert(mode), "JPEG", orientation=orientation, quality=95)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(  # odd sizes: the last pixel of a reduced row is half beyond the edge
+    ("hw", "mode"), [((607, 999), "RGB"), ((999, 607), "RGB"), ((607, 999), "L"), ((999, 607), "CMYK")]
+)
+def test_a_reduced_jpeg_is_the_whole_one(tmp_path, monkeypatch, hw, mode, orientation):
+    """In place, turned and mirrored as it is, in every mode. Were a row's last half pixel taken for a whole: 47 dB."""
+    content = large_jpeg(hw, orientation, mode)
+    record = record_of(tmp_path / "cat.jpg", content, buckets=["128x128"], crop="random", flip=orientation % 2 == 0)
+    decoded = []
+    resize = images._resize_and_crop
+    monkeypatch.setattr(
+        images, "_resize_and_crop", lambda image, *rest: decoded.append(image.size) or resize(image, *rest)
+    )
+    reduced = load_pixels(record)
+    monkeypatch.setattr(images, "_REDUCTIONS", ())
+    complete = load_pixels(record)
+    assert [sorted(size) for size in decoded] == [[304, 500], [607, 999]]
+    assert psnr(reduced, complete) > 50
+
+
+@pytest.mark.parametrize(("edge", "reduction"), [(155, 2), (515, 4), (1027, 8)])
+def test_every_reduction_is_within_45_db(tmp_path, monkeypatch, edge, reduction):
+    record = record_of(tmp_path / "cat.jpg", large_jpeg((edge, edge + 1), 1, "RGB"), buckets=["32x32"])
+    assert images._reduction(record.original_hw, record.resized_hw) == reduction
+    reduced = load_pixels(record)
+    monkeypatch.setattr(images, "_REDUCTIONS", ())
+    assert psnr(reduced, load_pixels(record)) > 45
+
+
+def test_a_multi_picture_jpeg_is_reduced_too(tmp_path):
+    """As some telephones write them: the second picture is a depth map or a preview."""
+    photograph = picture(600, 600)
+    content = encode(photograph, "MPO", save_all=True, append_images=[picture(100, 100)], quality=95)
+    assert decode(content).size == (600, 600)
+    record = record_of(tmp_path / "cat.jpg", content, buckets=["128x128"])
+    assert psnr(load_pixels(record), photograph.resize((128, 128), Image.Resampling.LANCZOS)) > 40
 
 
 # ---- orientation, colour, transparency -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_all_orientations_come_out_upright(format, orientation):
+def test_all_orientations_come_out_upright(rgb, format, orientation):
     upright = smooth(48, 64)
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    lossless = {"WEBP": {"lossless": True, "exact": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(format, {})
-    content = encode(stored, format, exif=exif if format == "TIFF" else exif.tobytes(), **lossless)
+    options = {
+        "WEBP": {"lossless": True, "exact": True},
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+    }.get(format, {})
+    content = encode(upright, format, orientation=orientation, **options)
     found = rgb(content).astype(int)
     assert found.shape == (48, 64, 3)
-    assert np.abs(found - np.asarray(upright)).max() <= (4 if format == "JPEG" else 0)
+    assert np.abs(found - np.asarray(upright)).max() <= (4 if format in ("JPEG", "AVIF") else 0)
+    assert np.array_equal(np.asarray(decode(content).convert("RGB")), found)
 
 
-def test_an_srgb_profile_changes_nothing():
+@pytest.mark.parametrize("tag", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_turns_nothing(rgb, tag):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    image = noise(16, 24)
+    assert np.array_equal(rgb(encode(image, "PNG", exif=exif.tobytes())), np.asarray(image))
+
+
+def test_an_srgb_profile_changes_nothing(rgb):
     image = noise(32, 32)
     assert np.abs(rgb(encode(image, "PNG", icc_profile=SRGB)).astype(int) - np.asarray(image)).max() <= 1
+
+
+def matrix_profile(primaries, gamma):
+    """An ICC profile of version 2: red, green and blue as XYZ under D50, one power as the curve of all three."""
+
+    def fixed(*values):
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    tags = {b"desc": b"desc" + struct.pack(">4xI", 5) + b"test\0" + bytes(78), b"cprt": b"text" + bytes(4) + b"CC0\0"}
+    tags[b"wtpt"] = b"XYZ " + bytes(4) + fixed(0.9642, 1.0, 0.8249)
+    for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True):
+        tags[name] = b"XYZ " + bytes(4) + fixed(*xyz)
+    for name in (b"rTRC", b"gTRC", b"bTRC"):
+        tags[name] = b"curv" + struct.pack(">4xIH", 1, round(gamma * 256)) + bytes(2)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, tag in tags.items():
+        tag += bytes(-len(tag) % 4)
+        table += name + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(body), len(tag))
+        body += tag
+    header = struct.pack(">I4xI4s4s4s", 132 + len(table) - 4 + len(body), 0x02100000, b"mntr", b"RGB ", b"XYZ ")
+    header += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1.0, 0.8249)
+    return header.ljust(128, b"\0") + table + body
+
+
+# Colour space from Adobe RGB (1998), adapted to D50: brucelindbloom.com, "RGB/XYZ Matrices"
+ADOBE_RGB = matrix_profile(
+    [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)], 563 / 256
+)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_adobe_rgb_comes_out_as_srgb(rgb, format):
+    """By hand: to light, through both spaces' matrices (brucelindbloom.com, D50), and along sRGB's curve."""
+    content = encode(Image.new("RGB", (16, 16), (128, 160, 128)), format, icc_profile=ADOBE_RGB, quality=100)
+    light = (np.array([128, 160, 128]) / 255) ** (563 / 256)
+    xyz = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]) @ light
+    to_srgb = [[3.13386, -1.61687, -0.49061], [-0.97877, 1.91614, 0.03345], [0.07195, -0.22899, 1.40524]]
+    expected = (1.055 * (to_srgb @ xyz) ** (1 / 2.4) - 0.055) * 255
+    assert np.abs(rgb(content)[8, 8] - expected).max() <= (2 if format in ("JPEG", "WEBP") else 1)
+    assert np.abs(expected - (128, 160, 128)).max() > 10
 
 
 def wide_gamut_profile():
@@ -138,26 +337,38 @@ def wide_gamut_profile():
     return bytes(swapped)
 
 
-def test_a_colour_profile_is_applied():
+@pytest.mark.parametrize("alpha", [None, 255])
+def test_a_colour_profile_is_applied(rgb, alpha):
     image = smooth(32, 32)
+    expected = np.asarray(image)[..., [1, 0, 2]]
+    if alpha is not None:
+        image.putalpha(alpha)
     found = rgb(encode(image, "PNG", icc_profile=wide_gamut_profile())).astype(int)
-    assert np.abs(found - np.asarray(image)[..., [1, 0, 2]]).max() <= 2
+    assert np.abs(found - expected).max() <= 2
 
 
-def test_a_colour_profile_is_applied_under_transparency():
-    image = smooth(32, 32)
-    image.putalpha(255)
+def test_a_colour_profile_is_for_colours_not_for_the_white_below(rgb):
+    image = Image.new("RGBA", (8, 8), (0, 200, 0, 128))
     found = rgb(encode(image, "PNG", icc_profile=wide_gamut_profile())).astype(int)
-    assert np.abs(found - np.asarray(image)[..., [1, 0, 2]]).max() <= 2
+    assert np.abs(found - (228, 127, 127)).max() <= 3  # half red, which green is there, over white
+
+
+def test_a_profile_applied_after_the_resize_gives_what_it_gives_before(tmp_path):
+    image = picture(400, 500)
+    record = record_of(tmp_path / "cat.png", encode(image, "PNG", icc_profile=ADOBE_RGB), buckets=["128x160"])
+    source = ImageCms.ImageCmsProfile(io.BytesIO(ADOBE_RGB))
+    before = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"))
+    assert psnr(before, image) < 40
+    assert psnr(load_pixels(record), before.resize((160, 128), Image.Resampling.LANCZOS)) > 45
 
 
 @pytest.mark.parametrize("profile", [b"no profile", SRGB[:200], SRGB], ids=["nonsense", "cut off", "not for grey"])
-def test_a_profile_that_does_not_fit_is_ignored(profile):
+def test_a_profile_that_does_not_fit_is_ignored(rgb, profile):
     grey = noise(16, 16, 1)
     assert np.array_equal(rgb(encode(grey, "PNG", icc_profile=profile)), np.asarray(grey.convert("RGB")))
 
 
-def test_cmyk():
+def test_cmyk(rgb):
     """Pure inks, so that any sensible conversion agrees."""
     image = Image.new("CMYK", (48, 16))
     image.paste((0, 255, 255, 0), (16, 0, 32, 16))
@@ -170,7 +381,7 @@ def test_cmyk():
 @pytest.mark.parametrize(
     ("format", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")], ids=["png", "tiff", "tiff big endian"]
 )
-def test_16_bit_greys_are_scaled_not_clipped(format, dtype):
+def test_16_bit_greys_are_scaled_not_clipped(rgb, format, dtype):
     values = np.array([[0, 128, 129, 257, 32896, 65535]], dtype=dtype)
     content = encode(Image.fromarray(values), format)
     assert decode(content).mode.startswith("I;16")
@@ -182,30 +393,38 @@ def test_big_endian_tiff_is_what_the_test_above_says():
     assert (content[:2], decode(content).mode) == (b"MM", "I;16B")
 
 
-def test_32_bit_greys():
-    assert rgb(encode(Image.fromarray(np.array([[0, 257, 65535, 10**6]], np.int32)), "TIFF"))[0, :, 0].tolist() == [
-        0,
-        1,
-        255,
-        255,
-    ]
-    assert rgb(encode(Image.fromarray(np.array([[0, 0.5, 1.0]], np.float32)), "TIFF"))[0, :, 0].tolist() == [
-        0,
-        128,
-        255,
-    ]
+def test_32_bit_greys(rgb):
+    def greys(*values, dtype):
+        return rgb(encode(Image.fromarray(np.array([values], dtype)), "TIFF"))[0, :, 0].tolist()
+
+    assert greys(0, 257, 65535, 10**6, -5, dtype=np.int32) == [0, 1, 255, 255, 0]
+    assert greys(0, 0.5, 1.0, np.nan, dtype=np.float32) == [0, 128, 255, 0]
+    assert greys(0, 257.4, 65535, dtype=np.float32) == [0, 1, 255]
 
 
 @pytest.mark.parametrize("alpha", [0, 128, 255])
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_is_laid_over_white(mode, alpha):
+def test_transparency_is_laid_over_white(rgb, mode, alpha):
     value = 100
     image = Image.new(mode, (8, 8), (value, value, value, alpha) if mode == "RGBA" else (value, alpha))
     found = rgb(encode(image, "PNG")).astype(int)
     assert np.abs(found - (value * alpha + 255 * (255 - alpha)) / 255).max() <= 1
 
 
-def test_a_transparent_palette_entry_is_white():
+def test_what_is_hidden_by_transparency_does_not_bleed_into_what_is_seen(tmp_path):
+    """Red under full transparency beside blue: the edge goes from blue to white, never to red or black."""
+    values = np.zeros((256, 256, 4), np.uint8)
+    values[:, :129] = (255, 0, 0, 0)
+    values[:, 129:] = (0, 0, 255, 255)
+    record = record_of(tmp_path / "cat.png", encode(Image.fromarray(values), "PNG"), buckets=["64x64"])
+    row = load_pixels(record)[32].astype(int)
+    assert row[0].tolist() == [255, 255, 255]
+    assert row[-1].tolist() == [0, 0, 255]
+    assert row[:, 2].min() >= 253
+    assert np.abs(row[:, 0] - row[:, 1]).max() <= 2
+
+
+def test_a_transparent_palette_entry_is_white(rgb):
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
@@ -213,14 +432,23 @@ def test_a_transparent_palette_entry_is_white():
     assert rgb(encode(image, "PNG")).tolist() == [[[10, 20, 30], [40, 50, 60]]]
 
 
-def test_a_transparent_colour_of_an_rgb_image_is_white():
+def test_a_transparent_colour_of_an_rgb_image_is_white(rgb):
     image = Image.new("RGB", (2, 1), (10, 20, 30))
     image.putpixel((1, 0), (40, 50, 60))
     assert rgb(encode(image, "PNG", transparency=(10, 20, 30))).tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP"])
-def test_of_an_animation_the_first_frame(format):
+@pytest.mark.parametrize("mode", ["1", "P"])
+def test_palettes_and_one_bit_are_averaged_not_thinned(tmp_path, mode):
+    """Pillow resizes these by dropping pixels; half of the pixels white must give grey."""
+    values = np.indices((256, 256)).sum(0) % 2 * 255
+    image = Image.fromarray(values.astype(np.uint8)).convert(mode)
+    pixels = load_pixels(record_of(tmp_path / "cat.png", encode(image, "PNG"), buckets=["64x64"]))
+    assert np.abs(pixels[4:-4, 4:-4].astype(int) - 128).max() <= 2
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame(rgb, format):
     frames = [Image.new("RGB", (32, 24), colour) for colour in ("red", "lime", "blue")]
     content = encode(
         frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {})
@@ -230,46 +458,222 @@ def test_of_an_animation_the_first_frame(format):
     assert np.array_equal(rgb(content), np.asarray(frames[0]))
 
 
-def test_one_bit():
+def test_one_bit(rgb):
     assert rgb(encode(Image.fromarray(np.array([[True, False]])), "PNG")).tolist() == [[[255] * 3, [0] * 3]]
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
+# ---- masks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "GIF"])
-def test_a_file_that_ends_early_is_unreadable_not_half_grey(tmp_path, format):
-    content = encode(noise(64, 64), format)
-    record = record_of(tmp_path / "cat", content[: len(content) * 3 // 4], buckets=[(64, 64)])
-    with pytest.raises(UnreadableImage, match="cannot be decoded: "):
-        load_pixels(record)
+def half_white(height, width):
+    """White from the middle of the width on."""
+    values = np.zeros((height, width), np.uint8)
+    values[:, width // 2 :] = 255
+    return Image.fromarray(values)
 
 
-def test_whatever_a_decoder_raises_is_a_reason(tmp_path, monkeypatch):
-    record = record_of(tmp_path / "cat.png", encode(noise(8, 8), "PNG"), buckets=[(64, 64)])
+def with_mask(tmp_path, mask, *, image_hw=(256, 384), buckets=("256x256",), **fields):
+    """The record of an image whose mask is a file."""
+    (tmp_path / "cat-mask.png").write_bytes(encode(mask, "PNG"))
+    content = encode(noise(*image_hw), "PNG")
+    return record_of(tmp_path / "cat.png", content, buckets=buckets, mask=str(tmp_path / "cat-mask.png"), **fields)
 
-    def fail(content):
-        raise RuntimeError("Failed to decode frame 0")  # as Pillow's AVIF plugin does
 
-    monkeypatch.setattr("sdxl_ray.cache.images.decode", fail)
-    with pytest.raises(UnreadableImage, match=r"^cannot be decoded: Failed to decode frame 0$"):
-        load_pixels(record)
+@pytest.mark.parametrize("scale", [4, 1, 0.5, 0.125])
+def test_a_mask_of_any_size_lies_where_the_image_does(tmp_path, scale):
+    mask = half_white(int(256 * scale), int(384 * scale))
+    cells = load_mask(with_mask(tmp_path, mask))
+    assert (cells.shape, cells.dtype) == ((32, 32), np.uint8)
+    assert np.array_equal(cells, np.repeat([[0] * 16 + [255] * 16], 32, 0))
+
+
+def test_a_mask_is_cropped_like_the_image(tmp_path):
+    mask = half_white(256, 384)
+    assert load_mask(with_mask(tmp_path, mask, crop="top_left"))[0].tolist() == [0] * 24 + [255] * 8
+    assert load_mask(with_mask(tmp_path, mask, crop="top_right"))[0].tolist() == [0] * 8 + [255] * 24
+
+
+def test_a_mask_is_mirrored_like_the_image(tmp_path):
+    mask = half_white(256, 384)
+    assert load_mask(with_mask(tmp_path, mask, crop="top_left", flip=True))[0].tolist() == [255] * 8 + [0] * 24
+
+
+def test_a_latent_pixel_gets_the_mean_of_its_area(tmp_path):
+    values = np.zeros((256, 256), np.uint8)
+    values[:, 8 * 4 + 2 :] = 255  # the fifth latent pixel is white but for two columns
+    record = with_mask(tmp_path, Image.fromarray(values), image_hw=(256, 256))
+    assert load_mask(record)[3, :7].tolist() == [0, 0, 0, 0, 191, 255, 255]
+
+
+def test_a_mask_is_resized_like_the_image(tmp_path):
+    """A 500x750 image in a 256x256 bucket, its mask four times as fine: where the image is white, the mask is."""
+    image, mask = half_white(500, 750), half_white(2000, 3000)
+    (tmp_path / "mask.png").write_bytes(encode(mask, "PNG"))
+    for crop in ("center", "random", "bottom_left"):
+        record = record_of(
+            tmp_path / "cat.png", encode(image, "PNG"), buckets=["256x256"], crop=crop, mask=str(tmp_path / "mask.png")
+        )
+        expected = load_pixels(record)[..., 0].reshape(32, 8, 32, 8).mean((1, 3))
+        assert np.abs(load_mask(record) - expected).max() <= 16  # half a pixel of eight at the one edge
+
+
+def test_a_masks_own_orientation_is_obeyed(tmp_path):
+    record = with_mask(tmp_path, half_white(256, 384))
+    (tmp_path / "cat-mask.png").write_bytes(encode(half_white(256, 384), "PNG", orientation=6))
+    assert load_mask(record)[0].tolist() == [0] * 16 + [255] * 16
+
+
+def test_the_images_orientation_is_not_the_masks(tmp_path):
+    """The mask was drawn over the upright image."""
+    record = with_mask(tmp_path, half_white(256, 384))
+    content = encode(noise(256, 384), "JPEG", orientation=6)
+    turned = record_of(tmp_path / "cat.jpg", content, buckets=["256x256"], mask=record.mask)
+    assert np.array_equal(load_mask(turned), load_mask(record))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "I;16", "CMYK"])
+def test_a_mask_in_any_mode(tmp_path, mode):
+    mask = half_white(256, 384)
+    if mode == "I;16":
+        mask = Image.fromarray(np.asarray(mask).astype(np.uint16) * 257)
+    else:
+        mask = mask.convert("RGB").convert(mode)
+    record = with_mask(tmp_path, half_white(256, 384))
+    (tmp_path / "cat-mask.png").write_bytes(encode(mask, "TIFF"))
+    assert load_mask(record)[0].tolist() == [0] * 16 + [255] * 16
+
+
+def test_what_is_transparent_in_a_mask_does_not_count(tmp_path):
+    """White painted on a transparent layer."""
+    mask = Image.new("RGBA", (384, 256), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (192, 0, 384, 256))
+    assert load_mask(with_mask(tmp_path, mask))[0].tolist() == [0] * 16 + [255] * 16
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "tRNS"])
+def test_an_images_own_transparency_as_its_mask(tmp_path, kind):
+    grey = Image.new("L", (384, 256), 100)
+    if kind in ("RGBA", "LA"):
+        image = grey.convert(kind)
+        image.putalpha(half_white(256, 384))
+        content = encode(image, "PNG")
+    else:
+        grey.paste(7, (0, 0, 192, 256))
+        image = grey.convert("P") if kind == "P" else grey
+        content = encode(image, "PNG", transparency=7)
+    record = record_of(tmp_path / "cat.png", content, buckets=["256x256"], mask="alpha")
+    assert load_mask(record)[0].tolist() == [0] * 16 + [255] * 16
+
+
+@pytest.mark.parametrize(("format", "mode"), [("PNG", "RGB"), ("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "P")])
+def test_an_image_without_transparency_counts_everywhere(tmp_path, format, mode):
+    content = encode(Image.new(mode, (300, 200), 3), format)
+    cells = load_mask(record_of(tmp_path / "cat", content, buckets=["64x128"], mask="alpha"))
+    assert np.array_equal(cells, np.full((8, 16), 255, np.uint8))
+
+
+def test_a_mask_of_another_aspect_is_refused_with_both_sizes(tmp_path):
+    record = with_mask(tmp_path, half_white(256, 384))
+    (tmp_path / "cat-mask.png").write_bytes(encode(half_white(260, 384), "PNG"))
+    with pytest.raises(UnreadableImage) as caught:
+        load_mask(record)
+    assert str(caught.value) == (f"its mask {record.mask} is 384x260 pixels, the image 384x256: not the same aspect")
+
+
+def test_a_small_masks_rounded_edge_is_no_other_aspect(tmp_path):
+    record = with_mask(tmp_path, half_white(257, 384), image_hw=(640, 960), buckets=["64x96"])
+    assert load_mask(record).shape == (8, 12)
+    (tmp_path / "cat-mask.png").write_bytes(encode(half_white(11, 16), "PNG"))
+    assert load_mask(record).shape == (8, 12)
+
+
+def test_a_damaged_mask_is_named(tmp_path):
+    record = with_mask(tmp_path, noise(256, 384, 1))
+    (tmp_path / "cat-mask.png").write_bytes(encode(noise(256, 384, 1), "PNG")[:3000])
+    with pytest.raises(UnreadableImage, match=r"^its mask .*cat-mask\.png cannot be decoded: "):
+        load_mask(record)
+
+
+def test_a_bomb_of_a_mask_is_not_decoded(tmp_path, monkeypatch):
+    record = with_mask(tmp_path, half_white(256, 384))
+    monkeypatch.setattr(images, "MAX_MASK_PIXELS", 1000)
+    monkeypatch.setattr(images, "decode", lambda content: pytest.fail("decoded"))
+    with pytest.raises(UnreadableImage, match=r"has 384x256 pixels, more than 1,000$"):
+        load_mask(record)
+
+
+def test_a_missing_mask_says_nothing_about_the_image(tmp_path):
+    record = with_mask(tmp_path, half_white(256, 384))
+    (tmp_path / "cat-mask.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        load_mask(record)
+
+
+# ---- what was listed and what is there -------------------------------------------------------------------------------
 
 
 def test_a_file_that_changed_after_the_scan(tmp_path):
-    record = record_of(tmp_path / "cat.png", encode(noise(8, 8), "PNG"), buckets=[(64, 64)])
+    record = record_of(tmp_path / "cat.png", encode(noise(8, 8), "PNG"), buckets=["64x64"])
     (tmp_path / "cat.png").write_bytes(encode(noise(9, 8), "PNG"))
     with pytest.raises(UnreadableImage, match=r"^changed while it was being cached; run `sdxl-ray cache` again$"):
         load_pixels(record)
 
 
+@pytest.mark.parametrize("load", [load_pixels, load_mask])
+def test_a_table_that_gives_another_size(tmp_path, load):
+    """Found before anything is decoded, so that a table cannot let a decompression bomb in."""
+    image = Image.new("RGBA", (800, 600), (9, 9, 9, 9))
+    content = encode(image, "PNG")
+    record = whole(tmp_path / "cat.png", content[:200], verify=False, image_hash="listed", mask="alpha")
+    assert record.original_hw == (600, 800)
+    with pytest.raises(UnreadableImage, match=r"^is 800x600 pixels, but the table says 1024x768$"):
+        load(dataclasses.replace(record, original_hw=(768, 1024)))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_a_table_that_gives_the_size_before_turning(tmp_path, format):
+    content = encode(noise(48, 64), format, orientation=6)
+    record = whole(tmp_path / "cat", content, verify=False, image_hash="listed")
+    assert load_pixels(record).shape == (48, 64, 3)
+    with pytest.raises(UnreadableImage, match=r"^is 64x48 pixels, but the table says 48x64$"):
+        load_pixels(dataclasses.replace(record, original_hw=(64, 48)))
+
+
+def test_an_image_identified_by_its_listing_is_not_hashed(tmp_path):
+    record = whole(tmp_path / "cat.png", encode(noise(8, 8), "PNG"), verify=False, image_hash="listed")
+    assert load_pixels(record).shape == (8, 8, 3)
+
+
+def test_the_address_is_read_not_the_path(tmp_path):
+    content = encode(noise(8, 8), "PNG")
+    record = whole(tmp_path / "cat.png", content, address=str(tmp_path / "cat.png"))
+    assert load_pixels(dataclasses.replace(record, path="for people")).shape == (8, 8, 3)
+
+
 def test_a_file_that_cannot_be_read_here_is_not_called_damaged(tmp_path):
-    record = record_of(tmp_path / "cat.png", encode(noise(8, 8), "PNG"), buckets=[(64, 64)])
+    record = record_of(tmp_path / "cat.png", encode(noise(8, 8), "PNG"), buckets=["64x64"])
     (tmp_path / "cat.png").unlink()
     with pytest.raises(FileNotFoundError):
         load_pixels(record)
 
 
-def test_a_record_without_a_bucket_is_a_mistake_of_the_caller():
-    with pytest.raises(ValueError, match=r"cat\.png has no bucket yet"):
-        load_pixels(ImageRecord("cat.png", "00", (1, 1)))
+def test_an_address_that_means_nothing_is_a_reason(tmp_path, monkeypatch):
+    import sdxl_ray.cache.sources
+
+    def fail(address):
+        raise ValueError("row 7 of a.parquet holds no image")
+
+    monkeypatch.setattr(sdxl_ray.cache.sources, "read_bytes", fail)
+    with pytest.raises(UnreadableImage, match=r"^row 7 of a\.parquet holds no image$"):
+        load_pixels(ImageRecord("a.parquet/7", "00", (8, 8), (8, 8), (8, 8), (0, 0)))
+
+
+def test_whatever_a_decoder_raises_is_a_reason(tmp_path, monkeypatch):
+    record = record_of(tmp_path / "cat.png", encode(noise(8, 8), "PNG"), buckets=["64x64"])
+
+    def fail(content):
+        raise RuntimeError("Failed to decode frame 0")  # as Pillow's AVIF plugin does
+
+    monkeypatch.setattr("sdxl_ray.cache.images.open_image", fail)
+    with pytest.raises(UnreadableImage, match=r"^cannot be decoded: Failed to decode frame 0$"):
+        load_pixels(record)

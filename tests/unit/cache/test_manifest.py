@@ -1,77 +1,88 @@
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from sdxl_ray.cache.manifest import write_manifest
-from sdxl_ray.cache.shards import Location
 from sdxl_ray.errors import StorageError
+from sdxl_ray.storage import open_folder
+from tests.remote import RemoteFolder
+
+
+def place(prompt):
+    return {"shard": f"text/{prompt}.safetensors", "key": prompt * 2}
 
 
 def locate(prompt):
     """Everything is encoded, except what is gone."""
-    return None if prompt == "gone" else Location(f"text/{prompt}.safetensors", len(prompt))
+    return None if prompt == "gone" else place(prompt)
 
 
-def prompts(path):
-    return json.loads(path.read_text(encoding="utf-8"))["prompts"]
+def write(folder, made_with, prompts):
+    write_manifest(open_folder(folder), made_with, prompts, locate)
+
+
+def read(folder):
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def prompts(folder):
+    return read(folder)["prompts"]
 
 
 def test_runs_with_other_prompts_add_theirs(tmp_path):
-    path = tmp_path / "manifest.json"
-    write_manifest(path, {"num_samples": 1}, ["", "a cat"], locate)
-    write_manifest(path, {"num_samples": 2}, ["", "猫"], locate)
-    assert prompts(path) == {
-        text: {"shard": f"text/{text}.safetensors", "row": len(text)} for text in ("", "a cat", "猫")
-    }
-    assert json.loads(path.read_text(encoding="utf-8"))["num_samples"] == 2
+    folder = tmp_path / "datasets" / "cats=1"
+    write(folder, {"num_samples": 1}, ["", "a cat"])
+    write(folder, {"num_samples": 2}, ["", "猫\n😺"])
+    assert prompts(folder) == {text: place(text) for text in ("", "a cat", "猫\n😺")}
+    assert read(folder)["num_samples"] == 2
 
 
 def test_prompts_that_are_no_longer_encoded_are_left_out_and_moved_ones_found(tmp_path):
-    path = tmp_path / "manifest.json"
-    path.write_text(json.dumps({"prompts": {"gone": {"shard": "x", "row": 0}, "moved": {"shard": "x", "row": 0}}}))
-    write_manifest(path, {}, ["a cat"], locate)
-    assert prompts(path).keys() == {"moved", "a cat"}
-    assert prompts(path)["moved"] == {"shard": "text/moved.safetensors", "row": 5}
+    earlier = {"prompts": {"gone": {"shard": "x", "key": "y"}, "moved": {"shard": "x", "key": "y"}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(earlier))
+    write(tmp_path, {}, ["a cat"])
+    assert prompts(tmp_path) == {"moved": place("moved"), "a cat": place("a cat")}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"prompts": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"prompts": 3}', '{"prompts": null}', "\udcff"])
 def test_a_damaged_manifest_is_replaced(tmp_path, content):
-    path = tmp_path / "manifest.json"
-    path.write_text(content)
-    write_manifest(path, {}, ["a cat"], locate)
-    assert prompts(path).keys() == {"a cat"}
+    (tmp_path / "manifest.json").write_bytes(content.encode(errors="surrogateescape"))
+    write(tmp_path, {}, ["a cat"])
+    assert prompts(tmp_path).keys() == {"a cat"}
 
 
 def test_runs_that_write_at_once_lose_nothing(tmp_path):
-    path = tmp_path / "manifest.json"
-    missing = []
-
     def run(number):
+        missing = set()
         for turn in range(10):
             wanted = f"{number} {turn}"
-            write_manifest(path, {}, [wanted], locate)
-            missing.extend({wanted} - prompts(path).keys())
+            write(tmp_path, {}, [wanted])
+            missing |= {wanted} - prompts(tmp_path).keys()
+        return missing
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert missing == []
-    assert len(prompts(path)) == 40
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(run, range(4))) == [set()] * 4
+    assert len(prompts(tmp_path)) == 40
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "manifest.json"]
 
 
+def test_where_there_are_no_locks_it_is_written_without(tmp_path):
+    folder = RemoteFolder(tmp_path / "bucket")
+    for prompt in ("a cat", "a dog"):
+        write_manifest(folder, {}, [prompt], locate)
+    assert prompts(tmp_path / "bucket").keys() == {"a cat", "a dog"}
+    assert [file.name for file in (tmp_path / "bucket").iterdir()] == ["manifest.json"]
+
+
 def test_a_full_disk_leaves_the_old_manifest(tmp_path, monkeypatch):
-    path = tmp_path / "manifest.json"
-    write_manifest(path, {}, ["a cat"], locate)
+    write(tmp_path, {}, ["a cat"])
 
     def fail(self, target):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.replace", fail)
-    with pytest.raises(StorageError, match="no space left on the device while writing the manifest"):
-        write_manifest(path, {}, ["a dog"], locate)
-    assert prompts(path).keys() == {"a cat"}
+    with pytest.raises(StorageError, match=r"manifest\.json: no space left on the device while writing"):
+        write(tmp_path, {}, ["a dog"])
+    assert prompts(tmp_path).keys() == {"a cat"}
     assert not list(tmp_path.glob(".tmp-*"))

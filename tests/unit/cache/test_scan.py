@@ -10,8 +10,9 @@ from PIL import Image
 
 from sdxl_ray.cache import scan
 from sdxl_ray.cache.images import decode
-from sdxl_ray.cache.scan import header_hw, list_images, read_memo, scan_file, scan_images, write_memo
-from sdxl_ray.errors import DatasetError, StorageError
+from sdxl_ray.cache.scan import header_hw, scan_file, scan_images
+from sdxl_ray.errors import StorageError
+from sdxl_ray.records import Listed
 
 
 def encoded(format="PNG", *, size=(40, 24), orientation=None, **options):
@@ -25,104 +26,8 @@ def encoded(format="PNG", *, size=(40, 24), orientation=None, **options):
     return buffer.getvalue()
 
 
-def scan_one(path, max_pixels=10**6):
-    status = path.stat()
-    return scan_file((str(path), status.st_size, status.st_mtime_ns), max_pixels)
-
-
-# ---- listing ---------------------------------------------------------------------------------------------------------
-
-
-def test_images_are_found_below_the_folder_and_nothing_else(tmp_path):
-    wanted = [
-        "a.jpg",
-        "B.JPEG",
-        "c.PNG",
-        "deep/er/d.webp",
-        "e f.gif",
-        "猫 😺.tiff",
-        "line\nbreak.bmp",
-        "g.avif",
-        "h.jfif",
-    ]
-    unwanted = [".hidden.jpg", "._resource.jpg", ".git/a.jpg", "a.txt", "jpg", "a.jpg.txt", "movie.mp4"]
-    for name in wanted + unwanted:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
-    found = list_images(tmp_path)
-    assert [path for path, _, _ in found] == sorted(str(tmp_path / name) for name in wanted)
-    for path, size, mtime_ns in found:
-        status = Path(path).stat()
-        assert (size, mtime_ns) == (status.st_size, status.st_mtime_ns)
-
-
-def test_links_are_followed_and_loops_of_links_end(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "cat.png").write_bytes(b"cat")
-    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "images")
-    (tmp_path / "images" / "again").symlink_to(tmp_path / "images")
-    (tmp_path / "images" / "dog.png").symlink_to(tmp_path / "elsewhere" / "cat.png")
-    found = [Path(path).name for path, _, _ in list_images(tmp_path / "images")]
-    assert sorted(found) == ["cat.png", "dog.png"]
-
-
-def test_links_that_lead_nowhere_are_listed_and_reported_with_their_reason(tmp_path):
-    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
-    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
-    (tmp_path / "itself").symlink_to("itself")  # not called like an image: not our business
-    scanned = scan_images(list_images(tmp_path), memo={}, max_pixels=10**6)
-    assert {Path(file.path).name: file.problem for file in scanned} == {
-        "dangling.jpg": "cannot be read: No such file or directory",
-        "itself.jpg": "cannot be read: Too many levels of symbolic links",
-    }
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda folder: None, "dataset.path: {} does not exist. Set it to the folder that holds your images."),
-        (lambda folder: folder.write_text("x"), "dataset.path: {} is a file, expected a folder of images."),
-        (lambda folder: folder.mkdir(), "dataset.path: no images in {} or its subfolders. Looked for .avif .bmp .gif"),
-    ],
-)
-def test_a_folder_that_cannot_be_used(tmp_path, make, text):
-    folder = tmp_path / "images"
-    make(folder)
-    with pytest.raises(DatasetError) as error:
-        list_images(folder)
-    assert str(error.value).startswith(text.format(folder))
-
-
-def test_a_folder_that_may_not_be_entered_is_not_passed_over(tmp_path, monkeypatch):
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "cat.png").touch()
-    scandir = os.scandir
-
-    def refuse(folder):
-        if Path(folder).name == "secret":
-            raise PermissionError(13, "Permission denied")
-        return scandir(folder)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DatasetError) as error:
-        list_images(tmp_path)
-    assert str(error.value) == (
-        f"dataset.path: the folder {tmp_path / 'secret'} cannot be read: Permission denied. "
-        "Allow it, or move it out of dataset.path."
-    )
-
-
-def test_a_name_that_is_not_utf_8_is_reported_and_does_no_harm(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(encoded())
-    (scanned,) = scan_images(list_images(folder), memo={}, max_pixels=10**6)
-    assert scanned.path == str(folder / r"caf\xe9.png")
-    assert scanned.problem == "cannot be read: No such file or directory"
-    write_memo(tmp_path / "memo.parquet", [scanned])
-    assert list(read_memo(tmp_path / "memo.parquet").values()) == [scanned]
+def scan_one(path, max_pixels=10**6, **changes):
+    return scan_file(Listed(str(path), "1-1"), max_pixels, **changes)
 
 
 # ---- one file --------------------------------------------------------------------------------------------------------
@@ -162,7 +67,10 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
     path = tmp_path / "bomb.png"
     path.write_bytes(with_late_chunk(encoded("PNG", size=(200, 100)), b"tEXt", b"Comment\0boo"))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    assert scan_one(path, max_pixels=19_999).problem == "200x100 is more than dataset.max_pixels = 19999"
+    for by_listing in (False, True):
+        found = scan_one(path, max_pixels=19_999, by_listing=by_listing)
+        assert found.problem == "200x100 is more than dataset.max_pixels = 19999"
+        assert found.image_hash == ""
 
 
 def test_as_many_pixels_as_allowed_are_allowed(tmp_path):
@@ -177,9 +85,9 @@ def test_a_good_file(tmp_path):
     file = scan_one(path)
     assert (file.height, file.width, file.problem) == (24, 40, "")
     assert file.image_hash == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert file.identity == (str(path), path.stat().st_size, path.stat().st_mtime_ns)
 
 
+@pytest.mark.parametrize("by_listing", [False, True])
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -194,18 +102,18 @@ def test_a_good_file(tmp_path):
         ),  # a RuntimeError in Pillow
     ],
 )
-def test_a_file_that_cannot_be_used_says_why(tmp_path, content, problem):
+def test_a_file_that_cannot_be_used_says_why(tmp_path, content, problem, by_listing):
     path = tmp_path / "cat.jpg"
     path.write_bytes(content)
-    file = scan_one(path)
+    file = scan_one(path, by_listing=by_listing)
     assert file.problem.startswith(problem)
     assert (file.height, file.width, file.image_hash) == (0, 0, "")
 
 
-def test_a_folder_called_like_an_image_is_looked_into(tmp_path):
-    (tmp_path / "cat.jpg").mkdir()
-    (tmp_path / "cat.jpg" / "dog.png").touch()
-    assert [Path(path).name for path, _, _ in list_images(tmp_path)] == ["dog.png"]
+def test_a_file_that_is_gone_and_one_that_leads_in_circles(tmp_path):
+    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
+    assert scan_one(tmp_path / "gone.jpg").problem == "cannot be read: No such file or directory"
+    assert scan_one(tmp_path / "itself.jpg").problem == "cannot be read: Too many levels of symbolic links"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -216,31 +124,96 @@ def test_a_file_without_permission(tmp_path):
     assert scan_one(path).problem == "cannot be read: Permission denied"
 
 
-def test_a_drive_that_fails(tmp_path, monkeypatch):
-    def fail(self):
-        raise OSError(5, "Input/output error")
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (OSError(5, "Input/output error"), "cannot be read: Input/output error"),
+        (StorageError("s3://bucket/cat.png: access denied"), "cannot be read: s3://bucket/cat.png: access denied"),
+        (TimeoutError("took too long"), "cannot be read: took too long"),
+    ],
+)
+def test_a_drive_or_store_that_fails(monkeypatch, error, problem):
+    def fail(*args):
+        raise error
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
-    assert scan_file((str(tmp_path / "cat.png"), 1, 1), 10).problem == "cannot be read: Input/output error"
-
-
-# ---- progress --------------------------------------------------------------------------------------------------------
-
-
-def test_the_scan_of_many_new_files_is_shown(images, monkeypatch):
-    seen = []
-    files = list_images(images)
-    scan_images(files, memo={}, max_pixels=10**6, progress=lambda done, total: seen.append((done, total)))
-    assert seen == []  # six take no time
-    monkeypatch.setattr(scan, "SHOW_PROGRESS_FROM", 6)
-    scan_images(files, memo={}, max_pixels=10**6, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(6, 6)]
-    many = [(str(images / "0.png"), 1, time) for time in range(250)]
-    scan_images(many, memo={}, max_pixels=10**6, progress=lambda done, total: seen.append((done, total)))
-    assert seen[1:] == [(100, 250), (200, 250), (250, 250)]
+    monkeypatch.setattr(scan, "read_bytes", fail)
+    assert scan_one("cat.png").problem == problem
 
 
-# ---- the memo --------------------------------------------------------------------------------------------------------
+def test_a_part_of_a_tar_file_is_read_and_no_more(tmp_path):
+    content = encoded()
+    (tmp_path / "a:b.tar").write_bytes(b"x" * 512 + content + b"y" * 99)
+    address = f"tar:512+{len(content)}:{tmp_path}/a:b.tar"
+    found = scan_file(Listed("0.tar/cat.png", "1", address=address), 10**6)
+    assert (found.height, found.width, found.image_hash) == (24, 40, hashlib.sha256(content).hexdigest())
+    cut = scan_file(Listed("0.tar/cat.png", "1", address=address.replace("512", "700")), 10**6)
+    assert "in the middle of this image" in cut.problem
+
+
+# ---- identified by the listing ---------------------------------------------------------------------------------------
+
+
+def test_where_the_listing_has_the_size_nothing_is_opened():
+    file = Listed("/gone/cat.png", "7-7", original_hw=(30, 20))
+    found = scan_file(file, 600, by_listing=True)
+    assert (found.height, found.width, found.problem) == (30, 20, "")
+    assert found.image_hash == hashlib.sha256(b"/gone/cat.png\x007-7").hexdigest()
+    assert scan_file(file, 599, by_listing=True).problem == "20x30 is more than dataset.max_pixels = 599"
+
+
+def test_a_listing_is_identified_by_address_and_stamp(tmp_path):
+    path = tmp_path / "cat.png"
+    path.write_bytes(encoded())
+
+    def image_hash(**changes):
+        listed = {"path": "0.tar/cat.png", "stamp": "1-1", "address": str(path), **changes}
+        return scan_file(Listed(**listed), 10**6, by_listing=True).image_hash
+
+    (tmp_path / "copy.png").write_bytes(encoded())
+    hashes = [image_hash(), image_hash(path="renamed"), image_hash(stamp="1-2"), image_hash(address=f"{path.parent}/copy.png")]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+    assert hashlib.sha256(path.read_bytes()).hexdigest() not in hashes
+
+
+@pytest.mark.parametrize("late", [b"tEXt", None])
+def test_of_a_large_file_only_the_start_is_read(tmp_path, monkeypatch, late):
+    path = tmp_path / "large.png"
+    noise = Image.frombytes("RGB", (400, 300), os.urandom(400 * 300 * 3))
+    noise.save(path)
+    assert path.stat().st_size > 300_000
+    read = []
+    monkeypatch.setattr(scan, "read_bytes", lambda address: pytest.fail("read whole"))
+    real = scan.read_start
+    monkeypatch.setattr(scan, "read_start", lambda address, length: read.append(length) or real(address, length))
+    found = scan_one(path, by_listing=True)
+    assert (found.height, found.width, found.problem) == (300, 400, "")
+    assert read == [64 * 1024]
+
+
+def test_a_header_behind_a_large_profile_is_found(tmp_path):
+    """A JPEG whose first 64 KiB are EXIF and a colour profile."""
+    path = tmp_path / "profile.jpg"
+    path.write_bytes(encoded("JPEG", orientation=6, icc_profile=os.urandom(200_000)))
+    found = scan_one(path, by_listing=True)
+    assert (found.height, found.width, found.problem) == (40, 24, "")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "GIF", "BMP"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_size_from_the_start_is_the_size_from_all(tmp_path, format, orientation):
+    path = tmp_path / "cat"
+    noise = Image.frombytes("RGB", (300, 200), os.urandom(300 * 200 * 3))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {} if format in ("GIF", "BMP") else {"exif": exif if format == "TIFF" else exif.tobytes()}
+    noise.save(path, format, **options)
+    whole, start = scan_one(path), scan_one(path, by_listing=True)
+    assert (whole.height, whole.width) == (start.height, start.width)
+    assert whole.problem == start.problem == ""
+
+
+# ---- many ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -253,66 +226,31 @@ def images(tmp_path):
     return folder
 
 
-def test_what_the_memo_knows_is_not_opened_again(images, tmp_path, monkeypatch):
-    memo = tmp_path / "memo.parquet"
-    first = scan_images(list_images(images), memo=read_memo(memo), max_pixels=10**6)
-    write_memo(memo, first)
-    monkeypatch.setattr(scan, "scan_file", lambda file, max_pixels: pytest.fail(f"opened {file}"))
-    assert scan_images(list_images(images), memo=read_memo(memo), max_pixels=10**6) == first
+def test_files_stay_in_their_order(images):
+    paths = [images / name for name in ("3.png", "bad.png", "0.png", "3.png", "gone.png")] * 20
+    files = [Listed(str(path), "1-1") for path in paths]
+    found = scan_images(files, max_pixels=10**6, num_threads=7)
+    assert found == [scan_one(path) for path in paths]
+    assert [file.width for file in found[:5]] == [13, 0, 10, 13, 0]
+    assert scan_images([], max_pixels=1) == []
 
 
-def test_only_what_changed_is_opened_again(images, monkeypatch):
-    first = scan_images(list_images(images), memo={}, max_pixels=10**6)
-    os.utime(images / "2.png", ns=(1, 1))  # another time
-    (images / "3.png").write_bytes(encoded(size=(99, 20)))  # another size
-    (images / "new.png").write_bytes(encoded())
-    opened = []
-    monkeypatch.setattr(
-        scan, "scan_file", lambda file, limit: opened.append(Path(file[0]).name) or scan_file(file, limit)
-    )
-    second = scan_images(list_images(images), memo={file.identity: file for file in first}, max_pixels=10**6)
-    assert sorted(opened) == ["2.png", "3.png", "new.png"]
-    assert [file.width for file in second] == [10, 11, 12, 99, 14, 0, 40]
+def test_each_file_is_identified_as_it_was_asked_for(images):
+    files = [Listed(str(images / f"{number}.png"), "1-1") for number in range(4)]
+    trusted = [True, False, True, False]
+    found = scan_images(files, max_pixels=10**6, by_listing=trusted)
+    by_content = [
+        hashlib.sha256(Path(file.path).read_bytes()).hexdigest() == each.image_hash
+        for file, each in zip(files, found, strict=True)
+    ]
+    assert by_content == [False, True, False, True]
 
 
-@pytest.mark.parametrize("content", [b"", b"not parquet", b"PAR1" + b"\0" * 100 + b"PAR1"])
-def test_a_damaged_memo_is_as_good_as_none(tmp_path, content):
-    path = tmp_path / "memo.parquet"
-    path.write_bytes(content)
-    with pytest.warns(UserWarning, match="the images are scanned again"):
-        assert read_memo(path) == {}
-
-
-def test_a_memo_of_another_version_is_as_good_as_none(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"path": ["cat.png"], "colour": ["red"]}), tmp_path / "memo.parquet")
-    with pytest.warns(UserWarning, match="the images are scanned again"):
-        assert read_memo(tmp_path / "memo.parquet") == {}
-
-
-def test_no_memo_is_an_empty_one(tmp_path):
-    assert read_memo(tmp_path / "memo.parquet") == {}
-    write_memo(tmp_path / "memo.parquet", [])
-    assert read_memo(tmp_path / "memo.parquet") == {}
-
-
-def test_a_full_disk_leaves_the_old_memo_and_no_temporary(images, tmp_path, monkeypatch):
-    memo = tmp_path / "cache" / "memo.parquet"
-    files = scan_images(list_images(images), memo={}, max_pixels=10**6)
-    write_memo(memo, files)
-
-    def disk_full(table, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pyarrow.parquet.write_table", disk_full)
-    with pytest.raises(StorageError) as error:
-        write_memo(memo, files[:1])
-    assert str(error.value) == (
-        f"{memo}: no space left on the device while writing the list of scanned images. "
-        "Free some space; nothing encoded is lost."
-    )
-    assert list(read_memo(memo).values()) == files
-    assert list(memo.parent.iterdir()) == [memo]
+def test_the_scan_of_many_new_files_is_shown(images):
+    seen = []
+    many = [Listed(str(images / "0.png"), str(number)) for number in range(299)]
+    scan_images(many, max_pixels=10**6, progress=lambda done, total: seen.append((done, total)))
+    assert seen == []  # they take no time
+    many += [Listed(str(images / "0.png"), "300")] * 2
+    scan_images(many, max_pixels=10**6, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(128, 301), (256, 301), (301, 301)]

@@ -1,28 +1,31 @@
-import dataclasses
+import itertools
 import json
 import os
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from sdxl_ray.cache import shards
 from sdxl_ray.cache.shards import (
-    Location,
+    DAMAGED_SUFFIX,
+    DamagedEntry,
+    MissingEntry,
     ShardReader,
-    ShardStore,
+    check_shard,
     latent_key,
+    mark_damaged,
     read_header,
-    read_index,
+    read_marker,
     shard_name,
     text_key,
-    write_index,
     write_shard,
 )
 from sdxl_ray.errors import CacheError, StorageError
-from sdxl_ray.records import EncodedSample
+from sdxl_ray.storage import open_folder
+from tests.remote import RemoteFolder
 
 BUCKET = "64x128"
 
@@ -33,65 +36,72 @@ def tensors(num_rows=3, seed=0):
 
 
 def write(cache, keys=("a", "b", "c"), seed=0, **extra):
-    """A shard of latents; its path."""
+    """A shard of latents; its name."""
     name = shard_name("latents", keys, BUCKET)
-    write_shard(cache, name, keys, tensors(len(keys), seed), extra)
-    return cache / name
+    write_shard(open_folder(cache), name, keys, tensors(len(keys), seed), extra)
+    return name
+
+
+def same_bits(found, expected):
+    return found.dtype == expected.dtype and torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 # ---- writing and reading ---------------------------------------------------------------------------------------------
 
 
 def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
-    write(tmp_path)
-    store, reader = ShardStore(tmp_path), ShardReader(tmp_path)
+    name, reader = write(tmp_path), ShardReader(tmp_path)
     for row, key in enumerate("abc"):
-        found = reader.read(store.locations[key])
+        found = reader.read(name, key)
         assert found.keys() == {"mean", "std"}
-        for name, tensor in tensors().items():
-            assert found[name].dtype == torch.bfloat16
-            assert torch.equal(found[name].view(torch.int16), tensor[row].view(torch.int16))
+        assert all(same_bits(found[kind], tensor[row]) for kind, tensor in tensors().items())
+
+
+def test_masks_travel_with_their_latents(tmp_path):
+    masks = torch.arange(2 * 8 * 16, dtype=torch.int32).reshape(2, 8, 16).to(torch.uint8)
+    write_shard(open_folder(tmp_path), "latents/64x128/x.safetensors", "ab", {**tensors(2), "mask": masks}, {})
+    found = ShardReader(tmp_path).read("latents/64x128/x.safetensors", "b")
+    assert found.keys() == {"mean", "std", "mask"}
+    assert same_bits(found["mask"], masks[1])
 
 
 def test_tensors_need_not_be_contiguous(tmp_path):
     transposed = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4).transpose(1, 2)
-    write_shard(tmp_path, "text/x.safetensors", ["a", "b"], {"prompt_embeds": transposed}, {})
-    assert torch.equal(ShardReader(tmp_path).read(Location("text/x.safetensors", 1))["prompt_embeds"], transposed[1])
+    write_shard(open_folder(tmp_path), "text/x.safetensors", ["a", "b"], {"prompt_embeds": transposed}, {})
+    assert torch.equal(ShardReader(tmp_path).read("text/x.safetensors", "b")["prompt_embeds"], transposed[1])
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")))
+def test_an_entry_is_found_by_its_key_wherever_its_row_is(tmp_path, order):
+    """A shard that was written anew, with its images in another order, never gives another image's latent."""
+    rows = torch.tensor([["abc".index(key)] for key in order])
+    write_shard(open_folder(tmp_path), "text/x.safetensors", order, {"prompt_embeds": rows}, {})
+    reader = ShardReader(tmp_path)
+    assert [reader.read("text/x.safetensors", key)["prompt_embeds"].item() for key in "abc"] == [0, 1, 2]
+
+
+def test_a_shard_without_entries_can_be_written_and_read(tmp_path):
+    """With cache.mode = "ondemand" somebody waits for it, though none of its images can be decoded."""
+    write_shard(open_folder(tmp_path), "text/x.safetensors", [], {"prompt_embeds": torch.zeros(0, 4)}, {})
+    size = (tmp_path / "text" / "x.safetensors").stat().st_size
+    assert read_header(open_folder(tmp_path), "text/x.safetensors", size) is not None
+    assert check_shard(open_folder(tmp_path), "text/x.safetensors") == []
+    with pytest.raises(MissingEntry) as error:
+        ShardReader(tmp_path).read("text/x.safetensors", "a")
+    assert str(error.value) == f"{tmp_path}/text/x.safetensors: has no entry a"
 
 
 def test_two_writers_of_one_shard_leave_one_whole_file(tmp_path):
-    threads = [threading.Thread(target=write, args=(tmp_path,)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    path = write(tmp_path)
-    assert list(path.parent.iterdir()) == [path]
-    assert torch.equal(ShardReader(tmp_path).read(ShardStore(tmp_path).locations["b"])["std"], tensors()["std"][1])
+    with ThreadPoolExecutor(8) as threads:
+        (name,) = set(threads.map(lambda _: write(tmp_path), range(8)))
+    assert list((tmp_path / name).parent.iterdir()) == [tmp_path / name]
+    assert same_bits(ShardReader(tmp_path).read(name, "b")["std"], tensors()["std"][1])
 
 
 def test_a_shard_may_be_read_by_others_as_any_file(tmp_path):
     """Caches are shared between users; `save_file` of safetensors would give 0600."""
     (tmp_path / "plain").touch()
-    assert write(tmp_path).stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def flip_a_bit(path, at):
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
-def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path):
-    path = write(tmp_path)
-    name = path.relative_to(tmp_path).as_posix()
-    flip_a_bit(path, -1)  # the last row of "std"
-    reader = ShardReader(tmp_path)
-    assert torch.equal(reader.read(Location(name, 0))["mean"], tensors()["mean"][0])
-    with pytest.raises(CacheError) as error:
-        reader.read(Location(name, 2))
-    assert str(error.value).startswith(f"{path}: row 2 is damaged (checksum ")
-    assert str(error.value).endswith("Delete this file and run `sdxl-ray cache`: only it is encoded again.")
+    assert (tmp_path / write(tmp_path)).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff" * 20, b"\2\0\0\0\0\0\0\0{}"])
@@ -101,52 +111,39 @@ def test_a_shard_that_cannot_be_opened(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CacheError) as error:
-        ShardReader(tmp_path).read(Location("text/x.safetensors", 0))
+        ShardReader(tmp_path).read("text/x.safetensors", "a")
     assert str(error.value).startswith(f"{path}: cannot be read (")
     assert str(error.value).endswith("Run `sdxl-ray cache`: only what is missing is encoded.")
+    assert type(error.value) is CacheError
 
 
 def test_threads_share_a_reader(tmp_path):
     keys = [f"key {number}" for number in range(16)]
-    write(tmp_path, keys)
-    store, reader, found = ShardStore(tmp_path), ShardReader(tmp_path), {}
-
-    def read(offset):
-        for number in range(offset, 16, 4):
-            found[number] = reader.read(store.locations[keys[number]])
-
-    threads = [threading.Thread(target=read, args=(offset,)) for offset in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(16):
-        assert torch.equal(found[number]["mean"], tensors(16)["mean"][number])
+    name, reader = write(tmp_path, keys), ShardReader(tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda key: reader.read(name, key)["mean"], keys))
+    assert all(same_bits(each, tensors(16)["mean"][number]) for number, each in enumerate(found))
 
 
 def test_no_more_shards_stay_open_than_allowed(tmp_path):
-    keys = "abcd"
-    for key in keys:
-        write(tmp_path, (key,))
-    store, reader = ShardStore(tmp_path), ShardReader(tmp_path, max_open=2)
-    shards = [store.locations[key].shard for key in keys]
+    names = {key: write(tmp_path, (key,)) for key in "abcd"}
+    reader = ShardReader(tmp_path, max_open=2)
     for key in "abacd":
-        assert torch.equal(reader.read(store.locations[key])["mean"], tensors(1)["mean"][0])
+        assert same_bits(reader.read(names[key], key)["mean"], tensors(1)["mean"][0])
         assert len(reader._open) <= 2
         if key == "c":
-            assert list(reader._open) == [shards[0], shards[2]]  # of a and b, b was read longer ago
+            assert list(reader._open) == [names["a"], names["c"]]  # of a and b, b was read longer ago
 
 
 def test_threads_share_a_reader_that_closes_shards(tmp_path):
     keys = [f"key {number}" for number in range(16)]
-    for number, key in enumerate(keys):
-        write(tmp_path, (key,), seed=number)
-    store, reader = ShardStore(tmp_path), ShardReader(tmp_path, max_open=1)
+    names = [write(tmp_path, (key,), seed=number) for number, key in enumerate(keys)]
     expected = [tensors(1, seed)["mean"][0] for seed in range(16)]
+    reader = ShardReader(tmp_path, max_open=1)
 
     def read(offset):
         return all(
-            torch.equal(reader.read(store.locations[keys[number % 16]])["mean"], expected[number % 16])
+            same_bits(reader.read(names[number % 16], keys[number % 16])["mean"], expected[number % 16])
             for number in range(offset, offset + 64)
         )
 
@@ -154,108 +151,187 @@ def test_threads_share_a_reader_that_closes_shards(tmp_path):
         assert all(threads.map(read, range(0, 16, 4)))
 
 
-# ---- the store -------------------------------------------------------------------------------------------------------
+# ---- shards that are still to come -----------------------------------------------------------------------------------
 
 
-def test_the_store_is_rebuilt_from_headers_alone(tmp_path, monkeypatch):
-    first = write(tmp_path, ("a", "b"))
-    second = write(tmp_path, ("c",), num_tokens="[99]")
-    write_shard(
-        tmp_path, shard_name("text", ["t"]), ["t"], {"prompt_embeds": torch.zeros(1, 2)}, {"num_tokens": "[12]"}
-    )
-    monkeypatch.setattr("safetensors.safe_open", lambda *_: pytest.fail("opened"))
-    store = ShardStore(tmp_path)
-    names = [path.relative_to(tmp_path).as_posix() for path in (first, second)]
-    assert store.locations == {
-        "a": Location(names[0], 0),
-        "b": Location(names[0], 1),
-        "c": Location(names[1], 0),
-        "t": Location(shard_name("text", ["t"]), 0),
-    }
-    assert store.num_tokens == {"c": 99, "t": 12}
-    assert store.damaged == []
+def test_a_reader_waits_for_a_shard_that_is_being_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_POLL_S", 0.001)
+    asked = []
+
+    def wait(shard):
+        asked.append(shard)
+        if len(asked) == 3:
+            write(tmp_path)
+
+    name = shard_name("latents", ("a", "b", "c"), BUCKET)
+    assert same_bits(ShardReader(tmp_path, wait=wait).read(name, "c")["mean"], tensors()["mean"][2])
+    assert asked == [name] * 3
 
 
-def test_no_cache_is_an_empty_one(tmp_path):
-    assert ShardStore(tmp_path / "nothing").locations == {}
+def test_waiting_ends_where_nothing_comes_any_more(tmp_path):
+    def wait(shard):
+        raise CacheError(f"{shard} will not come")
+
+    with pytest.raises(CacheError, match=r"^text/x will not come$"):
+        ShardReader(tmp_path, wait=wait).read("text/x", "a")
 
 
-def cut(content):
-    return content[:-1]
+def test_one_thread_that_waits_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_POLL_S", 0.001)
+    here, waiting, read = write(tmp_path), threading.Event(), threading.Event()
+
+    def wait(shard):
+        waiting.set()
+        if read.wait(10):
+            write(tmp_path, ("d",))
+
+    reader = ShardReader(tmp_path, wait=wait)
+    to_come = shard_name("latents", ("d",), BUCKET)
+    with ThreadPoolExecutor(1) as threads:
+        late = threads.submit(reader.read, to_come, "d")
+        assert waiting.wait(10)
+        assert same_bits(reader.read(here, "a")["mean"], tensors()["mean"][0])
+        read.set()
+        assert same_bits(late.result(10)["mean"], tensors(1)["mean"][0])
 
 
-def longer(content):
-    return content + b"\0"
+# ---- damage ----------------------------------------------------------------------------------------------------------
 
 
-def header_with(change):
-    """The shard with another header."""
-
-    def rewrite(content):
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length])
-        header = change(header) or header
-        encoded = json.dumps(header).encode()
-        return len(encoded).to_bytes(8, "little") + encoded + content[8 + length :]
-
-    return rewrite
+def flip_a_bit(path, tensor, row=-1):
+    """In the last byte of one row of one tensor."""
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    place = json.loads(content[8 : 8 + length])[tensor]
+    start, end = place["data_offsets"]
+    row %= place["shape"][0]
+    content[8 + length + start + (end - start) // place["shape"][0] * (row + 1) - 1] ^= 1
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        cut,
-        longer,
-        lambda content: b"",
-        lambda content: content[:20],
-        lambda content: b"\xff" * len(content),
-        header_with(lambda header: header.pop("__metadata__") and None),
-        header_with(lambda header: header["__metadata__"].pop("sdxl_ray.keys") and None),
-        header_with(lambda header: header["__metadata__"].update({"sdxl_ray.keys": '["a"]'})),
-        header_with(lambda header: header["__metadata__"].update({"sdxl_ray.crc32": "nonsense"})),
-        header_with(lambda header: header["__metadata__"].update({"sdxl_ray.version": "0"})),
-        header_with(lambda header: header["mean"].pop("data_offsets") and None),
-        header_with(lambda header: [1, 2]),
-        header_with(lambda header: {"__metadata__": header["__metadata__"]}),
-    ],
-)
-def test_a_damaged_shard_counts_as_missing_and_is_listed(tmp_path, damage):
-    sound, path = write(tmp_path, ("d", "e")), write(tmp_path)
-    path.write_bytes(damage(path.read_bytes()))
-    assert read_header(path) is None
-    store = ShardStore(tmp_path)
-    assert store.damaged == [path]
-    assert store.locations.keys() == {"d", "e"}
+@pytest.mark.parametrize("tensor", ["mean", "std"])
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path, tensor, row):
+    name = write(tmp_path)
+    flip_a_bit(tmp_path / name, tensor, row)
+    reader = ShardReader(tmp_path)
+    for number, key in enumerate("abc"):
+        if number != row:
+            assert same_bits(reader.read(name, key)["mean"], tensors()["mean"][number])
+            continue
+        with pytest.raises(DamagedEntry) as error:
+            reader.read(name, key)
+        assert str(error.value).startswith(f"{tmp_path}/{name}: entry {key} is damaged (checksum ")
+        assert str(error.value).endswith("`sdxl-ray cache --verify` finds all of them and encodes them again.")
+    assert check_shard(open_folder(tmp_path), name) == ["abc"[row]]
+
+
+def test_a_sound_shard_and_one_that_cannot_be_read_have_no_damaged_entries(tmp_path):
+    name = write(tmp_path)
+    assert check_shard(open_folder(tmp_path), name) == []
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+    assert check_shard(open_folder(tmp_path), name) == []
+    assert check_shard(open_folder(tmp_path), "text/gone.safetensors") == []
+
+
+def test_what_is_marked_as_damaged_is_kept_once_until_the_shard_is_written_again(tmp_path):
+    name, folder = write(tmp_path), open_folder(tmp_path)
+    assert read_marker(folder, name + DAMAGED_SUFFIX) == []
+    for key in "cac":
+        mark_damaged(str(tmp_path), name, key)
+    assert read_marker(folder, name + DAMAGED_SUFFIX) == ["c", "a"]
+    write(tmp_path, ("x",))
+    assert read_marker(folder, name + DAMAGED_SUFFIX) == ["c", "a"]
     write(tmp_path)
-    store.refresh()
-    assert store.damaged == []
-    assert store.locations.keys() == {"a", "b", "c", "d", "e"}
-    assert read_header(sound) is not None
+    assert not folder.exists(name + DAMAGED_SUFFIX)
 
 
-def test_only_old_temporaries_are_removed(tmp_path):
-    path = write(tmp_path)
-    old, young, index = path.parent / ".tmp-old", path.parent / ".tmp-young", tmp_path / "datasets" / "x" / ".tmp-old"
-    index.parent.mkdir(parents=True)
-    for file in (old, young, index):
-        file.touch()
-    two_days_ago = time.time() - 48 * 3600
-    for file in (old, index, path):
-        os.utime(file, (two_days_ago, two_days_ago))
-    assert ShardStore(tmp_path).remove_stale_temporaries() == 2
-    assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == sorted([path, young])
+@pytest.mark.parametrize("content", ["", "{", "3", "null"])
+def test_a_damaged_marker_marks_nothing_and_is_replaced(tmp_path, content):
+    name = write(tmp_path)
+    (tmp_path / f"{name}{DAMAGED_SUFFIX}").write_text(content)
+    assert read_marker(open_folder(tmp_path), name + DAMAGED_SUFFIX) == []
+    mark_damaged(str(tmp_path), name, "b")
+    assert read_marker(open_folder(tmp_path), name + DAMAGED_SUFFIX) == ["b"]
 
 
-def test_temporaries_are_looked_for_where_shards_are_written_and_nowhere_else(tmp_path):
-    """A cache folder may lie in a large shared one, or have been put where somebody else keeps such names."""
-    ours = [tmp_path / folder / ".tmp-x" for folder in (".", f"latents/{BUCKET}", "text", "datasets/cats-1")]
-    theirs = [tmp_path / folder / ".tmp-x" for folder in ("other", f"latents/{BUCKET}/deep", "datasets", "text/deep")]
-    for file in (*ours, *theirs):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        os.utime(file, (1, 1))
-    assert ShardStore(tmp_path).remove_stale_temporaries() == 4
-    assert [file.exists() for file in (*ours, *theirs)] == [False] * 4 + [True] * 4
+# ---- headers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_header_may_be_long(tmp_path):
+    """64 captions' counts and keys fit into the first read; thousands do not."""
+    keys = [f"{number:032x}" for number in range(3000)]
+    write_shard(open_folder(tmp_path), "text/x.safetensors", keys, {"prompt_embeds": torch.zeros(3000, 1)}, {})
+    remote = RemoteFolder(tmp_path)
+    header = read_header(remote, "text/x.safetensors", (tmp_path / "text/x.safetensors").stat().st_size)
+    assert json.loads(header["__metadata__"]["sdxl_ray.keys"]) == keys
+    assert remote.calls == {"read_range": 2}
+
+
+def test_a_usual_header_is_one_request(tmp_path):
+    name, remote = write(tmp_path, num_tokens="[1, 2, 3]"), RemoteFolder(tmp_path)
+    header = read_header(remote, name, (tmp_path / name).stat().st_size)
+    assert header["__metadata__"]["sdxl_ray.num_tokens"] == "[1, 2, 3]"
+    assert remote.calls == {"read_range": 1}
+
+
+# ---- shards of a bucket ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A cache in a bucket."""
+    folder = RemoteFolder(tmp_path / "bucket")
+    monkeypatch.setattr(shards, "open_folder", lambda path: folder)
+    return folder
+
+
+def read_remote(remote, tmp_path, **settings):
+    return ShardReader(remote.path, local_path=str(tmp_path / "copies"), **settings)
+
+
+def test_a_shard_of_a_bucket_is_fetched_once_for_all_readers_of_a_machine(remote, tmp_path):
+    name = write(tmp_path / "bucket")
+    for _ in range(2):
+        reader = read_remote(remote, tmp_path)
+        assert [same_bits(reader.read(name, key)["mean"], tensors()["mean"][row]) for row, key in enumerate("abc")] == [
+            True
+        ] * 3
+    assert remote.reads == [name]
+
+
+def test_a_shard_of_a_bucket_that_is_gone(remote, tmp_path):
+    with pytest.raises(CacheError) as error:
+        read_remote(remote, tmp_path).read("text/x.safetensors", "a")
+    assert str(error.value).startswith(f"{remote.path}/text/x.safetensors: cannot be read (")
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut"])
+def test_a_copy_that_was_damaged_on_this_disk_is_fetched_again(remote, tmp_path, damage):
+    """Else a sound entry would be marked as damaged, in the bucket, for everybody."""
+    name = write(tmp_path / "bucket")
+    read_remote(remote, tmp_path).read(name, "a")
+    (copy,) = (tmp_path / "copies").rglob("*.safetensors")
+    if damage == "bit":
+        flip_a_bit(copy, "std")
+    else:
+        copy.write_bytes(copy.read_bytes()[:-4])
+    reader = read_remote(remote, tmp_path)
+    assert same_bits(reader.read(name, "c")["std"], tensors()["std"][2])
+    assert same_bits(reader.read(name, "a")["std"], tensors()["std"][0])
+    assert remote.reads == [name] * 2
+
+
+def test_a_shard_that_is_damaged_in_the_bucket_is_fetched_again_only_once(remote, tmp_path):
+    name = write(tmp_path / "bucket")
+    flip_a_bit(tmp_path / "bucket" / name, "std")
+    reader = read_remote(remote, tmp_path)
+    for _ in range(3):
+        with pytest.raises(DamagedEntry):
+            reader.read(name, "c")
+    assert len(remote.reads) == 2
+    write(tmp_path / "bucket")  # what `sdxl-ray cache --verify` does
+    assert same_bits(read_remote(remote, tmp_path).read(name, "c")["std"], tensors()["std"][2])
 
 
 # ---- full disks ------------------------------------------------------------------------------------------------------
@@ -271,7 +347,7 @@ def test_temporaries_are_looked_for_where_shards_are_written_and_nowhere_else(tm
     ],
 )
 def test_a_disk_that_refuses_is_named_and_no_temporary_stays(tmp_path, monkeypatch, number, reason):
-    kept = write(tmp_path, ("x",))
+    kept = tmp_path / write(tmp_path, ("x",))
     write_bytes = Path.write_bytes
 
     def refuse(path, content):
@@ -289,7 +365,7 @@ def test_a_disk_that_refuses_is_named_and_no_temporary_stays(tmp_path, monkeypat
 
 
 def test_a_failed_write_leaves_the_shard_that_was_there(tmp_path, monkeypatch):
-    path = write(tmp_path)
+    path = tmp_path / write(tmp_path)
     before = path.read_bytes()
     monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(StorageError, match="no space left on the device"):
@@ -305,6 +381,8 @@ LATENT = {
     "resized_hw": (64, 130),
     "crop_top_left": (0, 1),
     "vae_fingerprint": "cd" * 8,
+    "flip": False,
+    "mask_hash": "",
 }
 
 
@@ -316,6 +394,8 @@ LATENT = {
         ("resized_hw", (65, 130)),
         ("crop_top_left", (0, 2)),
         ("vae_fingerprint", "ce" * 8),
+        ("flip", True),
+        ("mask_hash", "alpha"),
     ],
 )
 def test_a_latent_key_depends_on_all_that_the_latent_depends_on(part, other):
@@ -323,16 +403,25 @@ def test_a_latent_key_depends_on_all_that_the_latent_depends_on(part, other):
     assert latent_key(**LATENT | {part: other}) != latent_key(**LATENT)
 
 
-def test_a_text_key_depends_on_caption_and_encoders():
+def test_a_text_key_depends_on_caption_encoders_and_length():
     keys = {
         text_key("a cat", "1"),
         text_key("a dog", "1"),
         text_key("a cat", "2"),
         text_key("", "1"),
         text_key("a cat ", "1"),
+        text_key("a cat", "1", 2),
+        text_key("a cat", "1", 3),
     }
-    assert len(keys) == 5
-    assert text_key("猫", "1") == text_key("猫", "1")
+    assert len(keys) == 7
+    assert text_key("猫", "1") == text_key("猫", "1", 1)
+
+
+def test_keys_are_of_the_length_that_the_store_keeps(monkeypatch):
+    before = latent_key(**LATENT), text_key("a cat", "1")
+    assert [len(bytes.fromhex(key)) for key in before] == [shards.KEY_BYTES] * 2
+    monkeypatch.setattr(shards, "FORMAT_VERSION", "3")
+    assert not {latent_key(**LATENT), text_key("a cat", "1")} & set(before)
 
 
 def test_a_shard_is_named_by_its_keys_in_order():
@@ -340,56 +429,3 @@ def test_a_shard_is_named_by_its_keys_in_order():
     assert len(names) == 5
     assert all(name.startswith(f"latents/{BUCKET}/") and name.endswith(".safetensors") for name in names)
     assert shard_name("text", ["a"]).startswith("text/")
-
-
-# ---- the index -------------------------------------------------------------------------------------------------------
-
-
-def sample(number, **changes):
-    made = EncodedSample(
-        sample_id=f"id-{number}",
-        path=f"/images/猫 {number}.jpg",
-        image_hash="ab" * 32,
-        original_hw=(100 + number, 200),
-        crop_top_left=(0, number),
-        target_hw=(64, 128),
-        captions=("a cat", "two\nlines"),
-        latent_key=f"latent-{number}",
-        text_keys=("text-0", f"text-{number}"),
-        repeats=3,
-    )
-    return dataclasses.replace(made, **changes)
-
-
-@pytest.mark.parametrize(
-    "samples", [[sample(1), sample(0), sample(2)], [sample(0, captions=("a cat",), text_keys=("text-0",))]]
-)
-def test_the_index_gives_back_samples_and_locations(tmp_path, samples):
-    keys = {sample.latent_key for sample in samples} | {key for sample in samples for key in sample.text_keys}
-    locations = {key: Location(f"shards/{key}", row) for row, key in enumerate(sorted(keys))}
-    path = tmp_path / "datasets" / "cats=1" / "index.parquet"
-    write_index(path, samples, locations | {"unused": Location("x", 9)})
-    assert read_index(path) == (samples, locations)
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_the_index_is_a_plain_table(tmp_path):
-    import pyarrow.parquet as pq
-
-    locations = {key: Location("x", 1) for key in ("latent-0", "text-0")}
-    write_index(tmp_path / "index.parquet", [sample(0)], locations)
-    (row,) = pq.read_table(tmp_path / "index.parquet").to_pylist()
-    assert (row["bucket"], row["original_height"], row["latent_row"]) == ("64x128", 100, 1)
-    assert row["captions"] == ["a cat", "two\nlines"]
-
-
-def test_no_index_and_a_damaged_one(tmp_path):
-    path = tmp_path / "index.parquet"
-    with pytest.raises(CacheError) as error:
-        read_index(path)
-    assert str(error.value) == f"{path}: no index. Run `sdxl-ray cache` with this config first."
-    path.write_bytes(b"PAR1 and so on")
-    with pytest.raises(CacheError) as error:
-        read_index(path)
-    assert str(error.value).startswith(f"{path}: is damaged (")
-    assert str(error.value).endswith("Run `sdxl-ray cache`: the index is written anew.")

@@ -2,15 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_ray.config.load import (
-    config_from_dict,
-    dump_config,
-    known_keys,
-    load_config,
-    locate_keys,
-    resolve_paths,
-    with_overrides,
-)
+from sdxl_ray.config.load import config_from_dict, dump_config, load_config, resolve_paths, with_overrides
 from sdxl_ray.errors import ConfigError
 
 
@@ -80,7 +72,12 @@ def test_a_config_reads_what_it_writes(write):
     config = config_from_dict(
         {
             "run": {"name": 'a "quoted" name'},
-            "dataset": {"captions": ["filename"], "trigger_word": "ohwx \\ 猫"},
+            "dataset": {
+                "captions": ["filename"],
+                "trigger_word": "ohwx \\ 猫",
+                "resolution": [512, 1024],
+                "caption_replace": [[r"\bcat\b", 'a "dog"'], ["\\s+", ""]],
+            },
             "train": {"duration": "3 epochs"},
             "lr_schedule": {"warmup": "33.333333333 %"},
             "optimizer": {"learning_rate": 1 / 3},
@@ -120,8 +117,9 @@ duration = "2000"
         [
             "cat.toml: 6 problems:",
             "  cat.toml:2: run.seed = -1: must be at least 0",
-            '  cat.toml:5: dataset.resolution = "1024": must be a whole number (pixels)',
-            "  cat.toml:6: dataset.crop = \"centre\": must be one of 'center', 'random'. Did you mean \"center\"?",
+            '  cat.toml:5: dataset.resolution = "1024": must be a number, or a list of numbers such as [512, 1024]',
+            "  cat.toml:6: dataset.crop = \"centre\": must be one of 'center', 'random', 'top_left', 'top_right', "
+            "'bottom_left', 'bottom_right', 'focus'. Did you mean \"center\"?",
             "  on the command line: adapter.dropout = 1.5: must be below 1",
             "  cat.toml:9: adapter.rnak: unknown key. Did you mean adapter.rank?",
             '  cat.toml:12: train.duration = "2000": needs a number and its unit, such as "2000 steps" or "10 epochs"',
@@ -191,22 +189,6 @@ def test_several_contradictions_are_reported_at_once(write):
         "  cat.toml:2: dataset.resolution: 1000 is not a multiple of dataset.bucket_step = 64",
         "  cat.toml:5: eval.every: must be at least 1 step or 1 epoch",
     ]
-
-
-@pytest.mark.parametrize(
-    ("text", "key", "line"),
-    [
-        ("\n[run]\n# seed = 1\nseed = 2", "run.seed", 4),
-        ("run . seed = 2", "run.seed", 1),
-        ('[run]\n"seed" = 2', "run.seed", 2),
-        ("  [ run ]  # note\n  seed=2", "run.seed", 2),
-        ("[sweep.parameters]\n'adapter.rank' = 1", "sweep.parameters.adapter.rank", 2),
-        ('[sweep.parameters."adapter.rank"]\ngrid = [1]', "sweep.parameters.adapter.rank", 1),
-        ("[sweep]\nnum_trials = 1\n[sweep.parameters]\na = [\n [1, 2],\n [3, 4]\n]\nb = 1", "sweep.parameters.b", 8),
-    ],
-)
-def test_lines_of_keys(text, key, line):
-    assert locate_keys(text)[key] == line
 
 
 # ---- overrides -------------------------------------------------------------------------------------------------------
@@ -309,7 +291,7 @@ def test_relative_paths_start_at_the_current_folder(write, tmp_path):
     config = load_config(write('run.output = "out"\ndataset.path = "cats"\nmodel.path = "models/sdxl"'))
     assert config.run.output == str(tmp_path / "out")
     assert config.cache.path == str(tmp_path / "cache")
-    assert config.dataset.path == str(tmp_path / "cats")
+    assert config.dataset[0].path == str(tmp_path / "cats")
     assert config.model.path == str(tmp_path / "models" / "sdxl")
 
 
@@ -327,7 +309,7 @@ def test_hub_ids_and_builtins_are_no_paths(write, model):
 
 
 def test_the_builtin_photographs_are_a_folder_of_images(write):
-    folder = Path(load_config(write('dataset.path = "builtin:photographs"')).dataset.path)
+    folder = Path(load_config(write('dataset.path = "builtin:photographs"')).dataset[0].path)
     assert any(folder.glob("*.jpg"))
 
 
@@ -345,12 +327,243 @@ def test_in_a_ray_job_results_go_where_ray_does_not_delete_them(tmp_path, monkey
         monkeypatch.setenv("SDXL_RAY_HOME", home)
     config = config_from_dict({"dataset": {"path": "images"}})
     assert (config.run.output, config.cache.path) == (f"{expected}/runs", f"{expected}/cache")
-    assert config.dataset.path == str(job / "images")  # what was sent along with the job
+    assert config.dataset[0].path == str(job / "images")  # what was sent along with the job
     assert resolve_paths(config) == config
 
 
-def test_known_keys_are_leaves():
-    keys = known_keys()
-    assert {"run.name", "sweep.parameters", "train.duration"} <= set(keys)
-    assert len(keys) == len(set(keys))
-    assert all(key.count(".") == 1 for key in keys)
+# ---- several datasets ------------------------------------------------------------------------------------------------
+
+DATASETS = """\
+[[dataset]]
+path = "images/cats"
+
+[[dataset]]
+name = "portraits"
+path = "s3://bucket/people/{000..099}.tar"
+repeats = 2
+resolution = 512
+
+[train]
+micro_batch_size = 1
+
+[[dataset]]
+path = "tables/*.parquet"
+role = "eval"
+"""
+
+
+def test_each_table_is_a_dataset(write, tmp_path):
+    config = load_config(write(DATASETS))
+    assert [(dataset.name, dataset.path, dataset.repeats) for dataset in config.datasets] == [
+        ("cats", str(tmp_path / "images/cats"), 1),
+        ("portraits", "s3://bucket/people/{000..099}.tar", 2),
+        ("tables", str(tmp_path / "tables/*.parquet"), 1),
+    ]
+    assert load_config(write(dump_config(config))) == config
+    assert "\n[[dataset]]\n" in dump_config(config)
+
+
+def test_problems_say_which_dataset_and_which_line(write):
+    path = write(
+        """\
+[[dataset]]
+path = "cats"
+repeats = 0
+
+[[dataset]]
+name = "portraits"
+resolutoin = 512
+path = "people"
+
+[train]
+micro_batch_size = 0
+
+[[dataset]]
+path = "../images/*.tar"
+resolution = [512, "1024"]
+captions = [1]
+start = 500
+caption_replace = [["cat"]]
+
+[[dataset]]
+[dataset.caption]
+x = 1
+"""
+    )
+    assert problems_of(path) == "\n".join(
+        [
+            "cat.toml: 8 problems:",
+            "  cat.toml:3: dataset 1 (cats): dataset.repeats = 0: must be at least 1",
+            "  cat.toml:7: dataset 2 (portraits): dataset.resolutoin: unknown key. Did you mean dataset.resolution?",
+            '  cat.toml:17: dataset 3 (images): dataset.start = 500: needs a number and its unit, such as "2000 '
+            'steps" or "10 epochs"',
+            "  cat.toml:16: dataset 3 (images): dataset.captions = 1: must be text in quotes",
+            "  cat.toml:18: dataset 3 (images): dataset.caption_replace: must be a list of pairs: [['pattern', "
+            "'replacement']]",
+            '  cat.toml:15: dataset 3 (images): dataset.resolution = "1024": must be a number, without quotes',
+            "  cat.toml:21: dataset 4 (images-2): dataset.caption: unknown key. Did you mean dataset.captions?",
+            "  cat.toml:11: train.micro_batch_size = 0: must be at least 1",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[dataset]\nrepeats = 0", "cat.toml:2: dataset.repeats = 0: must be at least 1"),
+        ("[[dataset]]\nrepeats = 0", "cat.toml:2: dataset.repeats = 0: must be at least 1"),
+        ("dataset.repeats = 0", "cat.toml:1: dataset.repeats = 0: must be at least 1"),
+        ("dataset = [{ repeats = 0 }]", "cat.toml:1: dataset.repeats = 0: must be at least 1"),
+        ("dataset = 5", "cat.toml:1: dataset = 5: must be a section: [[dataset]]"),
+        ("dataset = [5]", "cat.toml:1: dataset = 5: must be a section: [[dataset]]"),
+        ("dataset = []", "cat.toml:1: dataset: must not be empty"),
+        (
+            "[[dataset]]\n[[dataset]]\nresolution = 100",
+            "cat.toml:3: dataset 2 (images-2): dataset.resolution: 100 is not a multiple of dataset.bucket_step = 64",
+        ),
+    ],
+)
+def test_places_of_dataset_settings(write, text, expected):
+    assert problems_of(write(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "repeats"),
+    [
+        (["dataset.repeats=5"], [5, 5, 5]),
+        (["dataset.cats.repeats=5"], [5, 2, 1]),
+        (["dataset.portraits.repeats=5"], [1, 5, 1]),
+        (['dataset."portraits".repeats=5'], [1, 5, 1]),
+        (["dataset.2.repeats=5"], [1, 5, 1]),
+        (["dataset.repeats=5", "dataset.1.repeats=6"], [6, 5, 5]),
+        (["dataset.1.path=elsewhere", "dataset.cats.repeats=5"], [5, 2, 1]),  # names are the file's
+        (['dataset=[{ path = "dogs" }]', "dataset.dogs.repeats=5"], [5]),
+    ],
+)
+def test_overrides_of_all_datasets_and_of_one(write, overrides, repeats):
+    text = DATASETS.replace('role = "eval"', "")
+    config = load_config(write(text), overrides)
+    assert [dataset.repeats for dataset in config.dataset] == repeats
+
+
+@pytest.mark.parametrize("text", ["", "[dataset]\nflip = true", "[[dataset]]\nflip = true", "dataset.flip = true"])
+def test_overrides_where_there_is_one_dataset(write, tmp_path, text):
+    for key in ("dataset.path", "dataset.1.path", "dataset.images.path"):
+        (dataset,) = load_config(write(text), [f"{key}=dogs", "dataset.name=42"]).dataset
+        assert (dataset.path, dataset.name, dataset.flip) == (str(tmp_path / "dogs"), "42", bool(text))
+
+
+def test_a_name_with_a_point_or_of_digits_is_a_name(write):
+    config = load_config(
+        write('[[dataset]]\nname = "2"\n[[dataset]]\nname = "cats.v2"'),
+        ["dataset.2.repeats=5", "dataset.cats.v2.repeats=6"],
+    )
+    assert [dataset.repeats for dataset in config.dataset] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "dataset.path=elsewhere",
+            "dataset.path: which of the 3 datasets? Write dataset.cats.path, or dataset.1.path.",
+        ),
+        ("dataset.name=x", "dataset.name: which of the 3 datasets? Write dataset.cats.name, or dataset.1.name."),
+        (
+            "dataset.portrait.repeats=2",
+            'dataset.portrait.repeats: no dataset is called "portrait". Did you mean "portraits"? There are 1 to 3: '
+            "cats, portraits, tables",
+        ),
+        (
+            "dataset.4.repeats=2",
+            'dataset.4.repeats: no dataset is called "4". There are 1 to 3: cats, portraits, tables',
+        ),
+        ("dataset.flip=2", "dataset.flip = 2: must be true or false"),  # once, although wrong for three
+        ("dataset.cats.flip=2", "dataset.cats.flip = 2: must be true or false"),
+        ("dataset.flap=2", "dataset.flap: unknown key. Did you mean dataset.flip?"),
+        ("dataset.cats.flap=2", "dataset.cats.flap: unknown key. Did you mean dataset.flip?"),
+        (
+            "dataset.3.weight=2",
+            'dataset.3.weight: is set, but dataset.role = "eval": the eval loss always takes each '
+            "image once. Remove dataset.weight.",
+        ),
+        ("dataset=5", "dataset = 5: must be a section: [[dataset]]"),
+    ],
+)
+def test_wrong_overrides_of_datasets(write, override, expected):
+    assert problems_of(write(DATASETS), [override]) == f"on the command line: {expected}"
+
+
+def test_an_override_that_is_wrong_for_some_datasets_says_for_which(write):
+    assert problems_of(write(DATASETS), ["dataset.repeats=3"]) == (
+        'on the command line: dataset 3 (tables): dataset.repeats: is set, but dataset.role = "eval": the eval loss '
+        "always takes each image once. Remove dataset.repeats."
+    )
+
+
+def test_an_override_of_no_section(write):
+    assert "on the command line: dataset.repeats: dataset is a value, not a section" in problems_of(
+        write("dataset = 5"), ["dataset.repeats=2"]
+    )
+
+
+def test_with_overrides_of_datasets():
+    config = config_from_dict({"dataset": [{"path": "cats"}, {"path": "dogs", "repeats": 2}]})
+    changed = with_overrides(config, {"dataset.flip": True, "dataset.dogs.repeats": 3, "dataset.1.weight": 0.5})
+    assert [(dataset.flip, dataset.repeats, dataset.weight) for dataset in changed.dataset] == [
+        (True, 1, 0.5),
+        (True, 3, 1.0),
+    ]
+    assert [dataset.name for dataset in changed.dataset] == ["cats", "dogs"]
+
+
+def test_a_name_that_nobody_gave_goes_with_the_path():
+    config = config_from_dict({"dataset": {"path": "cats"}})
+    assert with_overrides(config, {"dataset.path": "/data/dogs"}).dataset[0].name == "dogs"
+    config = config_from_dict({"dataset": {"path": "cats", "name": "mine"}})
+    assert with_overrides(config, {"dataset.path": "/data/dogs"}).dataset[0].name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"dataset.path": "x"},
+            "dataset.path: which of the 2 datasets? Write dataset.cats.path, or dataset.1.path.",
+        ),
+        (
+            {"dataset.birds.flip": True},
+            'dataset.birds.flip: no dataset is called "birds". There are 1 to 2: cats, dogs',
+        ),
+        ({"dataset.cats.flap": True}, "dataset.cats.flap: unknown key. Did you mean dataset.flip?"),
+        ({"dataset.dogs.repeats": 0}, "dataset 2 (dogs): dataset.repeats: must be at least 1"),
+        (
+            {"dataset.dogs.resolution": 1000},
+            "dataset 2 (dogs): dataset.resolution: 1000 is not a multiple of dataset.bucket_step = 64",
+        ),
+    ],
+)
+def test_wrong_with_overrides_of_datasets(changes, text):
+    with pytest.raises(ConfigError) as error:
+        with_overrides(config_from_dict({"dataset": [{"path": "cats"}, {"path": "dogs"}]}), changes)
+    assert str(error.value) == text
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://bucket/cats", "gs://bucket/*.tar", "hf://org/name", "file:///data/{a,b}.tar", "abfs://c@a/x"]
+)
+def test_cloud_addresses_stay_as_they_are(write, path):
+    assert load_config(write(f'dataset.path = "{path}"')).dataset[0].path == path
+    assert load_config(write('cache.path = "s3://bucket/cache"')).cache.path == "s3://bucket/cache"
+
+
+@pytest.mark.parametrize("pattern", ["data/*.tar", "data/{00000..00099}.tar", "data/**/[ab]?.parquet"])
+def test_patterns_become_absolute_and_stay_patterns(write, tmp_path, monkeypatch, pattern):
+    monkeypatch.setenv("HOME", "/home/cat")
+    assert load_config(write(f'dataset.path = "{pattern}"')).dataset[0].path == f"{tmp_path}/{pattern}"
+    assert load_config(write(f'dataset.path = "~/{pattern}"')).dataset[0].path == f"/home/cat/{pattern}"
+
+
+def test_the_place_for_copies_of_shards_is_expanded(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/cat")
+    assert load_config(write("")).cache.local_path == "/home/cat/.cache/sdxl-ray/shards"

@@ -1,8 +1,9 @@
 import pytest
 from pydantic import ValidationError
 
+from sdxl_ray.config.contradictions import contradictions
 from sdxl_ray.config.load import config_from_dict
-from sdxl_ray.config.schema import Config, contradictions
+from sdxl_ray.config.schema import Config
 from sdxl_ray.errors import ConfigError
 
 
@@ -25,66 +26,46 @@ def test_the_global_batch_counts_workers_and_accumulation():
     assert config.global_batch_size == 60
 
 
-@pytest.mark.parametrize(
-    ("raw", "key", "text"),
-    [
-        (
-            {"dataset": {"captions": ["textfile", "json"]}},
-            "dataset.captions",
-            '"json" is not a source; known: textfile, filename, instance_prompt',
-        ),
-        (
-            {"dataset": {"captions": ["instance_prompt"]}},
-            "dataset.instance_prompt",
-            'is empty, but dataset.captions has "instance_prompt". Write the prompt.',
-        ),
-        (
-            {"dataset": {"instance_prompt": "a cat"}},
-            "dataset.instance_prompt",
-            'is set, but dataset.captions never uses it. Add "instance_prompt" to dataset.captions.',
-        ),
-        (
-            {"dataset": {"resolution": 1000}},
-            "dataset.resolution",
-            "1000 is not a multiple of dataset.bucket_step = 64",
-        ),
-        (
-            {"lr_schedule": {"warmup": "11 steps"}, "train": {"duration": "10 steps"}},
-            "lr_schedule.warmup",
-            '"11 steps" is longer than train.duration = "10 steps"',
-        ),
-        ({"train": {"duration": "0 steps"}}, "train.duration", "must be at least 1 step or 1 epoch"),
-        ({"eval": {"every": "0 epochs"}}, "eval.every", "must be at least 1 step or 1 epoch"),
-        ({"validation": {"every": "0 steps"}}, "validation.every", "must be at least 1 step or 1 epoch"),
-        ({"checkpoint": {"every": "0 steps"}}, "checkpoint.every", "must be at least 1 step or 1 epoch"),
-        (
-            {"eval": {"holdout": 0.0}, "sweep": {"parameters": {"adapter.rank": {"grid": [4, 8]}}}},
-            "eval.holdout",
-            "is 0, but sweep.metric needs an eval loss. Set eval.holdout = 0.05, say.",
-        ),
-    ],
-)
-def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
-    with pytest.raises(ConfigError) as error:
-        config_from_dict(raw)
-    assert str(error.value) == f"given: {key}: {text}"
+def test_one_table_is_a_list_of_one():
+    for given in ({"path": "cats"}, [{"path": "cats"}]):
+        assert [dataset.path for dataset in Config.model_validate({"dataset": given}).dataset] == ["cats"]
+
+
+def test_datasets_are_those_that_are_not_left_out():
+    config = config_from_dict({"dataset": [{"path": "cats"}, {"path": "dogs", "disabled": True}, {"path": "birds"}]})
+    assert [dataset.name for dataset in config.dataset] == ["cats", "dogs", "birds"]
+    assert [dataset.name for dataset in config.datasets] == ["cats", "birds"]
 
 
 @pytest.mark.parametrize(
-    "raw",
+    ("given", "edges"),
     [
-        {"lr_schedule": {"warmup": "10 steps"}, "train": {"duration": "10 steps"}},
-        {
-            "lr_schedule": {"warmup": "11 steps"},
-            "train": {"duration": "10 epochs"},
-        },  # not comparable before the data is known
-        {"dataset": {"captions": ["textfile", "instance_prompt"], "instance_prompt": "a cat"}},
-        {"dataset": {"resolution": 1000, "bucket_step": 8}},
-        {"eval": {"holdout": 0.0}},
+        ({}, [1024.0]),
+        ({"resolution": 768}, [768.0]),
+        ({"resolution": [512, 1024]}, [512.0, 1024.0]),
+        ({"resolution": [0.25, 1], "resolution_unit": "megapixels"}, [512.0, 1024.0]),
+        ({"resolution": 0.5, "resolution_unit": "megapixels"}, [pytest.approx(724.077, abs=1e-3)]),
+        ({"resolution": 640, "resolution_unit": "shorter_side"}, [640.0]),
+        ({"resolution": [512, 768], "buckets": ["square"]}, [512.0, 768.0]),
+        ({"buckets": ["512x512", "2048x512"]}, [1024.0]),
     ],
 )
-def test_what_only_looks_like_a_contradiction(raw):
-    assert contradictions(config_from_dict(raw)) == []
+def test_edges_of_the_square_bucket(given, edges):
+    (dataset,) = config_from_dict({"dataset": given}).dataset
+    assert list(dataset.edges) == edges
+
+
+def test_the_largest_edge_is_of_the_datasets_that_take_part():
+    sizes = [{"resolution": [512, 768]}, {"resolution": 0.5, "resolution_unit": "megapixels"}, {"disabled": True}]
+    datasets = [{"path": str(number), **size} for number, size in enumerate(sizes)]
+    assert config_from_dict({"dataset": datasets}).largest_edge == 768
+    assert config_from_dict({"dataset": datasets[1:]}).largest_edge == 724
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "a\0b"])
+def test_a_dataset_has_a_plain_name(name):
+    with pytest.raises(ConfigError, match=r'must be a name, without "/"; where the images lie is dataset\.path'):
+        config_from_dict({"dataset": {"name": name}})
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "..", ".", "a\\b", "a\0b"])
@@ -100,13 +81,21 @@ def test_a_run_name_may_be_any_one_folder(name):
     assert config_from_dict({"run": {"name": name}}).run.name == name
 
 
+@pytest.mark.parametrize(("section", "key"), [("run", "output"), ("model", "path")])
+def test_cloud_addresses_are_refused_where_they_are_not_read(section, key):
+    with pytest.raises(ConfigError) as error:
+        config_from_dict({section: {key: "s3://bucket/folder"}})
+    assert str(error.value) == (
+        f'given: {section}.{key} = "s3://bucket/folder": a cloud address cannot be used here; give a folder that all '
+        "machines see"
+    )
+
+
 @pytest.mark.parametrize(
     ("section", "key"), [("run", "output"), ("cache", "path"), ("dataset", "path"), ("model", "path")]
 )
-def test_cloud_addresses_and_empty_paths_are_refused(section, key):
-    with pytest.raises(ConfigError, match="cloud addresses are not read yet; give a folder that all machines see"):
-        config_from_dict({section: {key: "s3://bucket/folder"}})
-    with pytest.raises(ConfigError, match=f'{section}.{key} = "": must not be empty'):
+def test_empty_paths_are_refused(section, key):
+    with pytest.raises(ConfigError, match=f'given: {section}.{key} = "": must not be empty'):
         config_from_dict({section: {key: ""}})
 
 
@@ -165,12 +154,12 @@ def test_every_value_of_a_sweep_is_tried_on_the_schema(key, space, text):
     assert f"given: sweep.parameters.{key}: {text}" in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["run.seed", "model.dtype", "dataset.crop", "cache.vae_dtype", "cluster.accelerator"])
+@pytest.mark.parametrize(
+    "key", ["run.seed", "model.dtype", "dataset.crop", "dataset.cats.crop", "cache.vae_dtype", "cluster.accelerator"]
+)
 def test_what_the_trials_share_cannot_vary(key):
-    section, name = key.split(".")
-    default = getattr(getattr(Config(), section), name)
-    assert "cannot vary between trials, which share the model, the cache and the cluster" in sweep_error(
-        {key: {"grid": [default]}}
+    assert sweep_error({key: {"grid": [0]}}) == (
+        f"given: sweep.parameters.{key}: cannot vary between trials, which share the model, the cache and the cluster"
     )
 
 

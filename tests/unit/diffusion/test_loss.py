@@ -1,5 +1,6 @@
 """Our loss is the one of diffusers' train_text_to_image_lora_sdxl.py, for the same weights, noise and timesteps."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -98,7 +99,9 @@ def test_mean_loss_is_the_diffusers_scripts(tiny_model, unet, schedule, batch, p
 def test_a_samples_loss_does_not_depend_on_its_batch(unet, schedule, batch):
     together = ours(unet, batch, Epsilon(schedule))
     for row in range(len(batch)):
-        tensors = {name: getattr(batch, name)[row : row + 1] for name in batch.__slots__ if name != "sample_ids"}
+        tensors = {
+            name: getattr(batch, name)[row : row + 1] for name in batch.__slots__ if name not in ("sample_ids", "masks")
+        }
         alone = ours(unet, Batch(sample_ids=(batch.sample_ids[row],), **tensors), Epsilon(schedule))
         torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=0)
 
@@ -132,3 +135,70 @@ def test_a_bf16_prediction_is_compared_in_float32(schedule, batch):
     )
     expected = ((prediction.double() - batch.noise.double()) ** 2).flatten(1).mean(1)
     torch.testing.assert_close(losses, expected.float())
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def loss_and_gradient(batch, objective):
+    """The losses, and how they change with each pixel of the prediction."""
+    prediction = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    losses = diffusion_loss(lambda *_: prediction, batch, objective, timesteps=batch.timesteps, noise=batch.noise)
+    (gradient,) = torch.autograd.grad(losses.sum(), prediction)
+    return losses, gradient
+
+
+def with_masks(batch, masks):
+    return dataclasses.replace(batch, masks=masks)
+
+
+@pytest.mark.parametrize("objective_class", [Epsilon, VPrediction])
+def test_a_mask_of_ones_is_no_mask(schedule, batch, objective_class):
+    """To the bit."""
+    objective = objective_class(schedule, min_snr(5.0, "epsilon"))
+    losses, gradient = loss_and_gradient(batch, objective)
+    masked = with_masks(batch, torch.ones(len(batch), 1, 8, 6))
+    for found, expected in zip(loss_and_gradient(masked, objective), (losses, gradient), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_what_is_masked_out_has_no_gradient_and_the_rest_keeps_its_own(schedule, batch):
+    masks = (torch.rand(len(batch), 1, 8, 6, generator=torch.Generator().manual_seed(2)) < 0.5).float()
+    assert 0 < masks.mean() < 1
+    _, plain = loss_and_gradient(batch, Epsilon(schedule))
+    _, gradient = loss_and_gradient(with_masks(batch, masks), Epsilon(schedule))
+    everywhere = masks.expand_as(gradient)
+    assert (gradient[everywhere == 0] == 0).all()
+    assert torch.equal(gradient[everywhere == 1], plain[everywhere == 1])
+
+
+def test_a_grey_mask_counts_in_part(schedule, batch):
+    masks = torch.full((len(batch), 1, 8, 6), 0.25)
+    plain, _ = loss_and_gradient(batch, Epsilon(schedule))
+    masked, _ = loss_and_gradient(with_masks(batch, masks), Epsilon(schedule))
+    torch.testing.assert_close(masked, 0.25 * plain)
+
+
+def test_a_sample_that_is_masked_out_whole_has_no_loss(schedule, batch):
+    masks = torch.ones(len(batch), 1, 8, 6)
+    masks[1] = 0
+    plain, _ = loss_and_gradient(batch, Epsilon(schedule))
+    masked, _ = loss_and_gradient(with_masks(batch, masks), Epsilon(schedule))
+    assert masked[1] == 0
+    assert torch.equal(masked[[0, 2, 3, 4]], plain[[0, 2, 3, 4]])
+
+
+def test_a_mask_changes_the_u_nets_gradient_through_the_loss_only(unet, schedule, batch):
+    """The U-Net sees the whole image: what is masked out is not hidden from it."""
+    seen = []
+
+    def denoise(noisy_latents, *rest):
+        seen.append(noisy_latents)
+        return predict(unet, noisy_latents, *rest)
+
+    half = torch.ones(len(batch), 1, 8, 6)
+    half[..., :3] = 0
+    with torch.no_grad():
+        for each in (batch, with_masks(batch, half)):
+            diffusion_loss(denoise, each, Epsilon(schedule), timesteps=batch.timesteps, noise=batch.noise)
+    assert torch.equal(seen[0], seen[1])

@@ -1,9 +1,11 @@
 """The header: both conventions, strings only, nothing of the machine."""
 
+import dataclasses
 import json
 
 import pytest
 
+from sdxl_ray.export import metadata as metadata_module
 from sdxl_ray.export.formats import AdapterSpec
 from sdxl_ray.export.metadata import DatasetFacts, TrainingFacts, build_metadata, public_name, tag_frequency
 
@@ -21,7 +23,9 @@ FACTS = TrainingFacts(
             "/data/someone/cats",
             40,
             repeats=5,
-            captions=("Sks Tabby, sitting", "sks tabby, a long sentence about the cat of my neighbour"),
+            tags=tag_frequency(
+                [["Sks Tabby, sitting"], ["sks tabby, a long sentence about the cat of my neighbour", "sks  tabby"]]
+            ),
         ),
     ),
     buckets={(1024, 1024): 30, (832, 1216): 10},
@@ -67,6 +71,23 @@ def test_kohya_keys():
     assert json.loads(metadata["ss_tag_frequency"]) == {"cats": {"sks tabby": 2, "sitting": 1}}
 
 
+def test_several_datasets_and_regularization():
+    datasets = (
+        DatasetFacts("cats", 40, 5, tags={"cat": 40}),
+        DatasetFacts("cats-2", 10, tags={"kitten": 3}),
+        DatasetFacts("photographs", 100, 2, tags={"photo": 100}, regularization=True),
+    )
+    metadata = build_metadata(dataclasses.replace(FACTS, datasets=datasets), SPEC)
+    assert (metadata["ss_num_train_images"], metadata["ss_num_reg_images"]) == ("210", "200")
+    assert json.loads(metadata["ss_dataset_dirs"]) == {
+        "cats": {"n_repeats": 5, "img_count": 40},
+        "cats-2": {"n_repeats": 1, "img_count": 10},
+    }
+    assert json.loads(metadata["ss_reg_dataset_dirs"]) == {"photographs": {"n_repeats": 2, "img_count": 100}}
+    assert json.loads(metadata["ss_tag_frequency"]) == {"cats": {"cat": 40}, "cats-2": {"kitten": 3}}
+    assert "ss_reg_dataset_dirs" not in build_metadata(FACTS, SPEC)
+
+
 def test_modelspec_keys():
     metadata = build_metadata(FACTS, SPEC)
     expected = {
@@ -105,4 +126,21 @@ def test_public_name(model, public):
 
 
 def test_tags_are_counted_as_kohya_does():
-    assert tag_frequency(["Cat, sitting ,", "cat", ""]) == {"cat": 2, "sitting": 1}
+    assert tag_frequency([["Cat, sitting ,"], ["cat"], [""]]) == {"cat": 2, "sitting": 1}
+
+
+def test_a_tag_counts_once_in_an_image():
+    """Of its variants, each has the same tags in another order."""
+    assert tag_frequency([["cat, red", "red, cat", "cat"], ["red"]]) == {"red": 2, "cat": 1}
+
+
+def test_rare_tags_give_way_where_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(metadata_module, "_MAX_COUNTED", 10)
+    images = [[f"cat, tag {number}"] for number in range(100)]
+    counted = tag_frequency(images)
+    assert next(iter(counted.items())) == ("cat", 100)
+    assert len(counted) <= 10
+
+
+def test_the_header_stays_small():
+    assert len(tag_frequency([[f"tag {number}"] for number in range(2000)])) == 1000

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from sdxl_ray.sdxl.text import encode_prompts
+from sdxl_ray.sdxl.components import load_text_encoders
+from sdxl_ray.sdxl.text import cut, encode_prompts
 
 CAPTIONS = [
     "a photo of a tabby cat, sitting on a wooden table!",
@@ -56,3 +58,108 @@ def test_embeddings_can_go_into_a_backward_pass(encoders):
     weight = torch.ones(64, requires_grad=True)
     (embeds * weight).sum().backward()
     torch.testing.assert_close(weight.grad, embeds.sum(dim=(0, 1)))
+
+
+# ---- long captions ---------------------------------------------------------------------------------------------------
+
+LONG = "a red roof of an old stone house on a hill near the sea under blue clouds " * 12  # 204 tokens, no comma
+
+
+def test_three_chunks_are_three_encodings_one_after_another(encoders):
+    embeds, pooled, num_tokens = encode_prompts(encoders, [LONG, CAPTIONS[0]], num_chunks=3)
+    assert embeds.shape == (2, 3 * 77, 64)
+    assert pooled.shape == (2, 32)
+    words = LONG.split()  # a token each
+    assert num_tokens[0] == len(words) + 2 == 206
+    pieces = [" ".join(words[start : start + 75]) for start in (0, 75, 150)]
+    for row, parts in enumerate([pieces, [CAPTIONS[0], "", ""]]):
+        expected, expected_pooled, _ = encode_prompts(encoders, parts)
+        torch.testing.assert_close(embeds[row], expected.flatten(0, 1))
+        torch.testing.assert_close(pooled[row], expected_pooled[0])
+
+
+def test_the_first_chunk_of_a_long_caption_is_what_one_chunk_reads(encoders):
+    one, pooled_one, count_one = encode_prompts(encoders, [LONG])
+    two, pooled_two, count_two = encode_prompts(encoders, [LONG], num_chunks=2)
+    torch.testing.assert_close(two[:, :77], one)
+    torch.testing.assert_close(pooled_two, pooled_one)
+    assert count_one == count_two
+
+
+def test_a_long_caption_encodes_alike_in_any_company(encoders):
+    alone, pooled_alone, _ = encode_prompts(encoders, [CAPTIONS[0]], num_chunks=2)
+    together, pooled_together, _ = encode_prompts(encoders, [LONG, CAPTIONS[0], ""], num_chunks=2)
+    torch.testing.assert_close(together[1], alone[0])
+    torch.testing.assert_close(pooled_together[1], pooled_alone[0])
+
+
+COMMA = 0
+
+
+def sizes(tokens, num_chunks=3):
+    pieces = cut(tokens, num_chunks, 75, COMMA)
+    assert len(pieces) == num_chunks
+    assert [token for piece in pieces for token in piece] == tokens[: 75 * num_chunks]
+    return [len(piece) for piece in pieces]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "commas", "expected"),
+    [
+        (0, [], [0, 0, 0]),
+        (75, [], [75, 0, 0]),
+        (76, [], [75, 1, 0]),
+        (200, [], [75, 75, 50]),
+        (300, [], [75, 75, 75]),  # the rest is not read
+        (100, [60], [61, 39, 0]),  # the tag after the comma stays whole
+        (100, [55], [56, 44, 0]),  # 20 tokens before the end
+        (100, [54], [75, 25, 0]),  # 21 before
+        (100, [60, 70], [71, 29, 0]),
+        (100, [60, 75], [75, 25, 0]),  # the piece ends where its tag does
+        (200, [60, 130], [61, 70, 69]),  # the second piece would end at 136
+        (225, [60], [75, 75, 75]),  # fits only without the rule
+        (75, [60], [75, 0, 0]),
+    ],
+)
+def test_where_a_caption_is_cut(num_tokens, commas, expected):
+    tokens = [COMMA if at in commas else 1 + at for at in range(num_tokens)]
+    assert sizes(tokens) == expected
+
+
+def test_one_chunk_is_cut_at_75_tokens_whatever_the_commas():
+    assert sizes([COMMA] * 100, num_chunks=1) == [75]
+    assert sizes([1 + at for at in range(60)] + [COMMA] + [1] * 30, num_chunks=1) == [75]
+
+
+def test_tags_stay_whole_in_both_encoders(encoders):
+    """The real comma of both tokenizers is found: 37 tags of two words and a comma are 110 tokens."""
+    tags = ", ".join(["red roof"] * 37)
+    embeds, _, (num_tokens,) = encode_prompts(encoders, [tags], num_chunks=2)
+    assert num_tokens == 110 + 2
+    # 25 tags with their commas are exactly 75; with two words before them the cut is after the 24th comma
+    shifted, _, _ = encode_prompts(encoders, [f"a stone {tags}"], num_chunks=2)
+    first, second = ", ".join(["a stone red roof"] + ["red roof"] * 23) + ",", ", ".join(["red roof"] * 13)
+    expected, _, _ = encode_prompts(encoders, [first, second])
+    torch.testing.assert_close(shifted[0], expected.flatten(0, 1))
+    expected, _, _ = encode_prompts(encoders, [", ".join(["red roof"] * 25) + ",", ", ".join(["red roof"] * 12)])
+    torch.testing.assert_close(embeds[0], expected.flatten(0, 1))
+
+
+def test_the_pooled_vector_ignores_added_tokens(tiny_model):
+    """Trap: transformers pools at the highest id, which is an added token's (textual inversion) and not the end's."""
+    encoders = load_text_encoders(tiny_model, dtype=torch.float32)
+    for tokenizer, encoder in (
+        (encoders.tokenizer, encoders.text_encoder),
+        (encoders.tokenizer_2, encoders.text_encoder_2),
+    ):
+        tokenizer.add_tokens("<cat>")
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        weights = encoder.get_input_embeddings().weight
+        with torch.no_grad():
+            weights[-1] = weights[tokenizer.convert_tokens_to_ids("cat</w>")]  # means what "cat" does
+    for num_chunks in (1, 2):
+        for with_token, without in (("a <cat> on a roof", "a cat on a roof"), (f"<cat> {LONG}", f"cat {LONG}")):
+            embeds, pooled, _ = encode_prompts(encoders, [with_token], num_chunks)
+            expected, expected_pooled, _ = encode_prompts(encoders, [without], num_chunks)
+            torch.testing.assert_close(embeds, expected)
+            torch.testing.assert_close(pooled, expected_pooled)

@@ -3,8 +3,8 @@ import itertools
 import pytest
 import torch
 
-from sdxl_ray.sdxl.tiling import OVERLAP, TILE, decode_in_tiles, tile_starts
-from sdxl_ray.sdxl.vae import decode_latents
+from sdxl_ray.sdxl.tiling import OVERLAP, TILE, decode_in_tiles, encode_in_tiles, tile_starts
+from sdxl_ray.sdxl.vae import decode_latents, encode_posterior
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 80, 104, 112, 128, 129, 192, 256, 1000])
@@ -62,3 +62,45 @@ def test_tiles_where_the_whole_does_not_fit_and_only_there(vae, monkeypatch):
 def test_no_room_for_a_tile_either(vae, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         decode_with_little_memory(vae, torch.zeros(1, 4, 80, 80), monkeypatch, largest=100)
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height_width", [(128, 128), (80, 192), (104, 152), (40, 30)])
+def test_an_encoder_that_sees_one_cell_at_a_time_gives_the_whole_latent(height_width):
+    pixel_values = torch.randn(
+        2, 3, *(8 * length for length in height_width), generator=torch.Generator().manual_seed(0)
+    )
+    seen = []
+
+    def encode(part):
+        seen.append(tuple(part.shape[-2:]))
+        return torch.nn.functional.avg_pool2d(part, 8)
+
+    tiled = encode_in_tiles(encode, pixel_values)
+    torch.testing.assert_close(tiled, encode(pixel_values), rtol=1e-6, atol=1e-6)
+    assert set(seen[:-1]) == {tuple(8 * min(TILE, length) for length in height_width)}
+
+
+def test_a_latent_from_tiles_is_near_the_whole_ones(vae):
+    """A picture with the same statistics everywhere, so that a tile's group norms are nearly the image's.
+
+    A tile in a wrong place would differ by more than a whole standard deviation.
+    """
+    generator = torch.Generator().manual_seed(0)
+    small = torch.rand(1, 3, 40, 48, generator=generator) * 2 - 1
+    pixel_values = torch.nn.functional.interpolate(small, scale_factor=8, mode="bilinear")
+    mean, std = encode_posterior(vae, pixel_values)
+    tiled_mean, tiled_std = encode_posterior(vae, pixel_values, tile=24)
+    assert tiled_mean.shape == mean.shape == (1, 4, 40, 48)
+    assert (tiled_mean - mean).abs().mean() < 0.2 * mean.std()
+    assert (tiled_std - std).abs().mean() < 0.2 * std.mean()
+
+
+def test_one_tile_is_the_whole_image(vae):
+    pixel_values = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for whole, tiled in zip(
+        encode_posterior(vae, pixel_values), encode_posterior(vae, pixel_values, tile=12), strict=True
+    ):
+        torch.testing.assert_close(tiled, whole)

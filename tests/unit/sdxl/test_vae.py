@@ -38,9 +38,10 @@ def test_non_finite_rows_are_named(vae, pixel_values):
     broken = torch.cat([pixel_values, pixel_values])
     broken[1, 0, 3, 3] = torch.nan
     broken[3] = torch.inf
-    with pytest.raises(NonFiniteLatents, match=r"non-finite latents for images \[1, 3\] of the batch") as error:
-        encode_posterior(vae, broken)
-    assert error.value.indices == [1, 3]
+    for tile in (0, 4):
+        with pytest.raises(NonFiniteLatents, match=r"non-finite latents for images \[1, 3\] of the batch") as error:
+            encode_posterior(vae, broken, tile=tile)
+        assert error.value.indices == [1, 3]
 
 
 def test_fp16_overflow_is_an_error_not_zeros(tiny_model, pixel_values):

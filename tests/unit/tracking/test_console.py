@@ -54,7 +54,10 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds_and_at_the_end(
     for done in range(1, 41):
         clock["s"] = uptime + done
         console.progress("images", done, 40)
-    assert capsys.readouterr().out == "images: 12/40\nimages: 23/40\nimages: 34/40\nimages: 40/40\n"
+    assert capsys.readouterr().out == (
+        "images: 12/40  (1.0/s, 28s left)\nimages: 23/40  (1.0/s, 17s left)\n"
+        "images: 34/40  (1.0/s, 6s left)\nimages: 40/40  (1.0/s)\n"
+    )
 
 
 def test_stages_have_their_own_clock(clock, capsys):
@@ -65,7 +68,7 @@ def test_stages_have_their_own_clock(clock, capsys):
     clock["s"] = 11
     console.progress("text", 2, 9)
     console.progress("images", 2, 9)
-    assert capsys.readouterr().out == "text: 2/9\n"
+    assert capsys.readouterr().out == "text: 2/9  (0.1/s, 1m17s left)\n"
 
 
 def test_on_a_terminal_progress_is_a_bar_that_goes_away(tmp_path, monkeypatch, capsys):

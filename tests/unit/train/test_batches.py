@@ -1,5 +1,8 @@
 import dataclasses
+import json
+import shutil
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,17 +10,25 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_ray.cache.buckets import assign_bucket, make_buckets
+from sdxl_ray.cache.captions import CaptionRules, decorate, draw_variant
 from sdxl_ray.cache.encode import LatentEncoder, TextEncoder
 from sdxl_ray.cache.images import load_pixels
+from sdxl_ray.cache.live import LiveEntries
+from sdxl_ray.cache.shards import ShardReader, write_shard
+from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.config.load import with_overrides
-from sdxl_ray.diffusion.randomness import keyed_normal
-from sdxl_ray.records import ImageRecord
+from sdxl_ray.diffusion.randomness import keyed_generator, keyed_normal
 from sdxl_ray.sdxl.components import load_unet
 from sdxl_ray.sdxl.vae import sample_latents
+from sdxl_ray.storage import open_folder
 from sdxl_ray.train.batches import BatchBuilder, prefetch
 from sdxl_ray.train.data import load_data
+from sdxl_ray.train.entries import CacheEntries
 from sdxl_ray.train.plan import DataOrder, MicroBatch
+from sdxl_ray.train.setup import build_entries
+from tests.tiny import cache_without_ray, tiny_config, write_images
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +37,57 @@ def data(tiny_cache):
     return load_data(with_overrides(config, {"eval.holdout": 0.0}), index_path)
 
 
-def make_builder(data, *, caption_dropout=0.3, seed=7):
+@pytest.fixture(scope="module")
+def place():
+    return {"device": CPU, "batch_size": 1, "revision": "", "variant": ""}
+
+
+def no_report(text):
+    raise AssertionError(text)
+
+
+def make_entries(data, config=None, *, report=no_report):
+    if config is not None:
+        return build_entries(config, data, device=CPU, report=report)
+    return CacheEntries(
+        data.reader, live=SimpleNamespace(), repair=SimpleNamespace(latents=no_report), rules={}, report=report
+    )
+
+
+def make_builder(data, *, entries=None, caption_dropout=0.3, seed=7, **settings):
     return BatchBuilder(
-        data.train, data.locations, data.reader, seed=seed, num_timesteps=1000, caption_dropout=caption_dropout
+        data.train,
+        entries or make_entries(data),
+        seed=seed,
+        num_timesteps=1000,
+        caption_dropout=caption_dropout,
+        **settings,
     )
 
 
 def micro_batches(data, epoch, *, micro_batch_size=4, repeats=2):
-    buckets = [sample.bucket for sample in data.train]
-    return DataOrder(buckets, [repeats] * len(buckets), micro_batch_size=micro_batch_size, seed=7).epoch(epoch)
+    buckets, _ = data.train.codes("bucket")
+    order = DataOrder(buckets, [repeats] * len(buckets), micro_batch_size=micro_batch_size, seed=7)
+    return list(order.epoch(epoch))
+
+
+def entry_of(data, sample):
+    return data.reader.read(sample.latent_shards[0], sample.latent_keys[0])
+
+
+def texts_of(data, sample):
+    return [data.reader.read(*place) for place in zip(sample.text_shards, sample.text_keys, strict=True)]
+
+
+def assert_same(found, expected):
+    """Two batches, to the bit."""
+    assert found.sample_ids == expected.sample_ids
+    for name in found.__slots__:
+        mine, other = getattr(found, name), getattr(expected, name)
+        if isinstance(mine, torch.Tensor):
+            assert mine.dtype == other.dtype and torch.equal(mine, other), name
+        else:
+            assert mine == other, name
 
 
 def one(data, row, *, epoch=0, repeat=0):
@@ -52,7 +105,7 @@ def rows_of_epoch(data, epoch, micro_batch_size, builder=None):
             found[key] = {
                 name: getattr(batch, name)[place].float().numpy().tobytes()
                 for name in batch.__slots__
-                if name != "sample_ids"
+                if name not in ("sample_ids", "masks")
             }
     return found
 
@@ -98,7 +151,7 @@ def test_two_samples_of_a_batch_have_different_noise_and_timesteps(data):
 def test_every_caption_of_an_image_is_used(data):
     row = next(row for row, sample in enumerate(data.train) if len(sample.captions) == 2)
     builder = make_builder(data, caption_dropout=0.0)
-    first, second = (data.reader.read(data.locations[key])["prompt_embeds"] for key in data.train[row].text_keys)
+    first, second = (text["prompt_embeds"] for text in texts_of(data, data.train[row]))
     assert not torch.equal(first, second)
     seen = [builder.training(one(data, row, epoch=epoch)).prompt_embeds[0] for epoch in range(20)]
     num_first = sum(torch.equal(embeds, first) for embeds in seen)
@@ -123,7 +176,7 @@ def test_no_caption_dropout_is_the_cached_embeddings(data):
     builder = make_builder(data, caption_dropout=0.0)
     for row, sample in enumerate(data.train):
         batch = builder.training(one(data, row))
-        cached = [data.reader.read(data.locations[key]) for key in sample.text_keys]
+        cached = texts_of(data, sample)
         assert any(
             torch.equal(batch.prompt_embeds[0], text["prompt_embeds"])
             and torch.equal(batch.pooled_prompt_embeds[0], text["pooled_prompt_embeds"])
@@ -144,23 +197,13 @@ def test_caption_dropout_drops_its_share(data):
 # ---- cached = online -------------------------------------------------------------------------------------------------
 
 
-def record_of(sample, config):
-    """The image as stage 1 sees it, from its file."""
-    with Image.open(sample.path) as image:
-        original_hw = (image.height, image.width)
-    record = ImageRecord(sample.path, sample.image_hash, original_hw, sample.captions)
-    return assign_bucket(record, make_buckets(config.dataset.resolution, config.dataset.bucket_step), "center")
-
-
-def test_a_cached_batch_is_what_encoding_on_the_spot_gives(data, tiny_cache, tiny_model):
+def test_a_cached_batch_is_what_encoding_on_the_spot_gives(data, tiny_model, place):
     """To the bit, in the cache's bf16, before the same draw from the posterior."""
-    config, _ = tiny_cache
-    place = {"device": torch.device("cpu"), "batch_size": 1, "revision": "", "variant": ""}
     images, text = LatentEncoder(tiny_model, dtype="fp32", **place), TextEncoder(tiny_model, **place)
     builder = make_builder(data, caption_dropout=0.0)
     for row, sample in enumerate(data.train):
         batch = builder.training(one(data, row, epoch=3))
-        posterior = images.encode([load_pixels(record_of(sample, config))], [sample.path])
+        posterior = images.encode([load_pixels(sample.image_record())], [sample.path])
         noise = keyed_normal(posterior["mean"].shape[1:], 7, 3, 0, sample.sample_id, "posterior")
         latents = sample_latents(posterior["mean"].float(), posterior["std"].float(), noise[None])
         assert batch.latents.dtype == torch.float32
@@ -186,10 +229,9 @@ def find_crop(resized, crop):
     return best
 
 
-def test_time_ids_are_the_real_crop_in_diffusers_order(data, tiny_cache, tiny_model):
+def test_time_ids_are_the_real_crop_in_diffusers_order(data, tiny_model):
     from diffusers import StableDiffusionXLPipeline
 
-    config, _ = tiny_cache
     unet = load_unet(tiny_model, dtype=torch.float32)
     builder = make_builder(data)
     offsets = set()
@@ -201,9 +243,9 @@ def test_time_ids_are_the_real_crop_in_diffusers_order(data, tiny_cache, tiny_mo
             SimpleNamespace(unet=unet), original_hw, crop_top_left, target_hw, torch.float32, 32
         )
         assert torch.equal(time_ids[None], expected)
-        assert tuple(time_ids.tolist()) == sample.micro_conditioning.as_time_ids()
+        assert tuple(time_ids.tolist()) == sample.micro_conditioning().as_time_ids()
         # the pixels at that offset of the resized image are what was encoded
-        record = record_of(sample, config)
+        record = sample.image_record()
         with Image.open(sample.path) as image:
             assert original_hw == (image.height, image.width)
             resized = np.asarray(image.resize(record.resized_hw[::-1], Image.Resampling.LANCZOS)).astype(int)
@@ -214,7 +256,7 @@ def test_time_ids_are_the_real_crop_in_diffusers_order(data, tiny_cache, tiny_mo
 
 def test_time_ids_keep_sizes_that_bf16_would_round(data):
     sample = dataclasses.replace(data.train[0], original_hw=(1365, 1023))
-    builder = BatchBuilder([sample], data.locations, data.reader, seed=0, num_timesteps=1000, caption_dropout=0.0)
+    builder = BatchBuilder([sample], make_entries(data), seed=0, num_timesteps=1000, caption_dropout=0.0)
     assert builder.training(one(data, 0)).add_time_ids[0, :2].tolist() == [1365.0, 1023.0]
 
 
@@ -225,8 +267,8 @@ def test_evaluation_is_fixed_noise_levels_of_the_posterior_mean(data):
     batch = make_builder(data).evaluation(2, 4)
     sample = data.train[2]
     assert batch.timesteps.tolist() == [125, 375, 625, 875]
-    mean = data.reader.read(data.locations[sample.latent_key])["mean"].float()
-    text = data.reader.read(data.locations[sample.text_keys[0]])
+    mean = entry_of(data, sample)["mean"].float()
+    text = texts_of(data, sample)[0]
     for place in range(4):
         assert torch.equal(batch.latents[place], mean)
         assert torch.equal(batch.prompt_embeds[place], text["prompt_embeds"])
@@ -236,10 +278,253 @@ def test_evaluation_is_fixed_noise_levels_of_the_posterior_mean(data):
 def test_evaluation_does_not_depend_on_the_runs_seed_or_dropout(data):
     """So that trials of a sweep can be compared."""
     first = make_builder(data, seed=1, caption_dropout=1.0).evaluation(0, 4)
-    second = make_builder(data, seed=2, caption_dropout=0.0).evaluation(0, 4)
-    for name in first.__slots__:
-        if name != "sample_ids":
-            assert torch.equal(getattr(first, name), getattr(second, name))
+    second = make_builder(data, seed=2, caption_dropout=0.0, weights={data.train[0].dataset: 7.0}).evaluation(0, 4)
+    assert_same(first, second)
+    assert first.weights.tolist() == [1.0] * 4
+
+
+# ---- datasets: weights, crops, masks ---------------------------------------------------------------------------------
+
+
+class FakeEntries:
+    """Entries that say which crop and caption they are of; some with masks, some damaged."""
+
+    def __init__(self, masks=None, damaged=()):
+        self.masks, self.damaged, self.asked = masks or {}, damaged, []
+
+    def latents(self, sample, variant):
+        self.asked.append((sample.sample_id, variant))
+        if sample.sample_id in self.damaged:
+            return None
+        height, width = sample.target_hw[0] // 8, sample.target_hw[1] // 8
+        entry = {"mean": torch.full((4, height, width), float(variant)), "std": torch.ones(4, height, width)}
+        mask = self.masks.get(sample.sample_id)
+        return entry if mask is None else {**entry, "mask": mask}
+
+    def text(self, sample, caption, draw):
+        return {"prompt_embeds": torch.ones(77, 8), "pooled_prompt_embeds": torch.ones(4)}
+
+
+def fake_builder(data, entries, samples=None, **settings):
+    samples = samples or [dataclasses.replace(data.train[0], sample_id=name, target_hw=(64, 64)) for name in "abcd"]
+    return BatchBuilder(samples, entries, seed=0, num_timesteps=1000, caption_dropout=0.0, **settings)
+
+
+FOUR = MicroBatch(number=0, epoch=0, rows=(0, 1, 2, 3), repeats=(0, 0, 0, 0))
+
+
+def test_a_datasets_weight_is_the_weight_of_its_samples_and_changes_nothing_else(data):
+    names = ["cats", "dogs", "cats", "birds"]
+    samples = [dataclasses.replace(data.train[0], dataset=name, sample_id=str(row)) for row, name in enumerate(names)]
+    plain = fake_builder(data, FakeEntries(), samples).training(FOUR)
+    weighted = fake_builder(data, FakeEntries(), samples, weights={"cats": 0.5, "dogs": 2.0}).training(FOUR)
+    assert plain.weights.tolist() == [1, 1, 1, 1]
+    assert weighted.weights.tolist() == [0.5, 2, 0.5, 1]
+    assert weighted.weights.dtype == torch.float32
+    assert_same(dataclasses.replace(weighted, weights=plain.weights), plain)
+
+
+@pytest.mark.parametrize(("crop_epochs", "expected"), [(1, [0, 1, 2, 0, 1, 2, 0]), (2, [0, 0, 1, 1, 2, 2, 0])])
+def test_crops_take_turns_and_the_time_ids_are_the_crops_own(data, crop_epochs, expected):
+    crops = ((0, 0), (0, 8), (0, 3))
+    sample = dataclasses.replace(data.train[0], crops=crops)
+    entries = FakeEntries()
+    builder = fake_builder(data, entries, [sample], crop_epochs={sample.dataset: crop_epochs})
+    for epoch, variant in enumerate(expected):
+        batch = builder.training(one(data, 0, epoch=epoch, repeat=1))
+        assert entries.asked[-1] == (sample.sample_id, variant)
+        assert tuple(batch.add_time_ids[0, 2:4].tolist()) == crops[variant]
+    builder.evaluation(0, 2)
+    assert entries.asked[-1] == (sample.sample_id, 0)
+
+
+def test_masks_are_shares_and_samples_without_one_count_fully(data):
+    mask = torch.arange(64, dtype=torch.uint8).reshape(8, 8)
+    batch = fake_builder(data, FakeEntries({"b": mask})).training(FOUR)
+    assert batch.masks.shape == (4, 1, 8, 8) and batch.masks.dtype == torch.float32
+    assert torch.equal(batch.masks[1, 0], mask.float() / 255)
+    assert (batch.masks[[0, 2, 3]] == 1).all()
+    plain = fake_builder(data, FakeEntries()).training(FOUR)
+    assert plain.masks is None
+    assert_same(dataclasses.replace(batch, masks=None), plain)
+
+
+def test_evaluation_has_the_mask_too(data):
+    mask = torch.full((8, 8), 255, dtype=torch.uint8)
+    builder = fake_builder(data, FakeEntries({"b": mask}))
+    assert torch.equal(builder.evaluation(1, 3).masks, torch.ones(3, 1, 8, 8))
+    assert builder.evaluation(0, 3).masks is None
+
+
+# ---- damaged images --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damaged", ["b", "ad", "abcd"])
+def test_a_damaged_image_counts_nothing_and_changes_no_other(data, damaged):
+    whole = fake_builder(data, FakeEntries()).training(FOUR)
+    batch = fake_builder(data, FakeEntries(damaged=damaged)).training(FOUR)
+    assert batch.sample_ids == whole.sample_ids
+    for row, name in enumerate("abcd"):
+        assert batch.weights[row] == (name not in damaged)
+        for field in ("noise", "timesteps", "prompt_embeds", "pooled_prompt_embeds", "add_time_ids"):
+            assert torch.equal(getattr(batch, field)[row], getattr(whole, field)[row])
+        if name in damaged:
+            assert (batch.latents[row] == 0).all()
+        else:
+            assert torch.equal(batch.latents[row], whole.latents[row])
+
+
+def test_a_damaged_held_out_image_counts_nothing(data):
+    batch = fake_builder(data, FakeEntries(damaged="b")).evaluation(1, 3)
+    assert batch.weights.tolist() == [0, 0, 0]
+    assert (batch.latents == 0).all() and batch.noise.any()
+
+
+@pytest.fixture
+def damaged_cache(tiny_cache, tmp_path):
+    """(data, sample): a copy of the tiny cache in which the sample's latent has a flipped bit."""
+    config, index_path = tiny_cache
+    copy = shutil.copytree(config.cache.path, tmp_path / "cache")
+    config = with_overrides(config, {"eval.holdout": 0.0, "cache.path": str(copy)})
+    data = load_data(config, index_path)
+    return config, data
+
+
+def flip_a_bit(cache, shard, key, name):
+    """In the first byte of one tensor of one entry."""
+    from safetensors import safe_open
+
+    path = Path(cache) / shard
+    content = bytearray(path.read_bytes())
+    with safe_open(path, "pt") as file:
+        row = json.loads(file.metadata()["sdxl_ray.keys"]).index(key)
+        num_rows = len(json.loads(file.metadata()["sdxl_ray.keys"]))
+    length = int.from_bytes(content[:8], "little")
+    start, end = json.loads(content[8 : 8 + length])[name]["data_offsets"]
+    content[8 + length + start + (end - start) // num_rows * row] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_a_damaged_entry_is_encoded_anew_and_noted(tiny_cache, data, damaged_cache, kind):
+    """Training goes on with equal numbers, and the next `sdxl-ray cache` replaces the entry."""
+    config, copy = damaged_cache
+    sample = copy.train[0]
+    shards, keys = (
+        (sample.latent_shards, sample.latent_keys) if kind == "latents" else (sample.text_shards, sample.text_keys)
+    )
+    flip_a_bit(config.cache.path, shards[0], keys[0], "mean" if kind == "latents" else "pooled_prompt_embeds")
+    told = []
+    builder = make_builder(copy, entries=make_entries(copy, config, report=told.append))
+    expected = make_builder(data)
+    for epoch in range(6):
+        assert_same(builder.training(one(copy, 0, epoch=epoch)), expected.training(one(data, 0, epoch=epoch)))
+    (line,) = told
+    assert keys[0] in line and "damaged" in line and line.endswith("For this run it is encoded anew.")
+    assert ShardStore(config.cache.path).shard_of(keys[0]) is None
+    assert ShardStore(tiny_cache[0].cache.path).shard_of(keys[0]) == shards[0]
+
+
+def test_damage_that_cannot_be_noted_does_not_stop_the_run(damaged_cache, monkeypatch):
+    config, copy = damaged_cache
+    sample = copy.train[0]
+    flip_a_bit(config.cache.path, sample.latent_shards[0], sample.latent_keys[0], "std")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("sdxl_ray.cache.shards.mark_damaged", refuse)
+    told = []
+    make_builder(copy, entries=make_entries(copy, config, report=told.append)).training(one(copy, 0))
+    assert len(told) == 2 and "could not be noted in the cache" in told[1]
+
+
+def test_an_entry_that_its_shard_lacks_is_a_damaged_image(tmp_path, data):
+    """With cache.mode = "ondemand", an image turns out damaged when it is encoded, beside training."""
+    write_shard(open_folder(str(tmp_path)), "latents/64x64/s.safetensors", [], {"mean": torch.zeros(0, 4, 8, 8)}, {})
+    sample = dataclasses.replace(data.train[0], latent_shards=("latents/64x64/s.safetensors",))
+    told = []
+    entries = make_entries(dataclasses.replace(data, reader=ShardReader(tmp_path)), report=told.append)
+    assert entries.latents(sample, 0) is None and entries.latents(sample, 0) is None
+    assert told == [f"{sample.path}: could not be encoded; it does not count in training"]
+
+
+# ---- modes of the cache: the same batches ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory, tiny_model):
+    """Settings of a data set with mirrored images, masks and several crops, by mode: (config, data)."""
+    folder = tmp_path_factory.mktemp("varied")
+    write_images(folder / "images")
+    for number in range(0, 13, 3):
+        with Image.open(folder / "images" / f"{number:02d}.png") as image:
+            mask = Image.linear_gradient("L").resize(image.size)
+        mask.save(folder / "images" / f"{number:02d}-mask.png")
+    section = {
+        "path": str(folder / "images"), "name": "images", "resolution": 64, "bucket_step": 16, "flip": True,
+        "crop": "random", "crop_variants": 2, "mask": "file", "trigger_word": "ohwx",
+    }  # fmt: skip
+
+    def make(mode, text="cached", **more):
+        config = tiny_config(folder, tiny_model, eval__holdout=0.0, cache__mode=mode, cache__text=text)
+        config = type(config).model_validate({**config.model_dump(mode="json"), "dataset": [{**section, **more}]})
+        return config, load_data(config, cache_without_ray(config))
+
+    return make
+
+
+def batches_of(config, data, **settings):
+    builder = make_builder(data, entries=make_entries(data, config), caption_dropout=0.3, **settings)
+    return [builder.training(micro_batch) for epoch in range(2) for micro_batch in micro_batches(data, epoch)], [
+        builder.evaluation(row, 2) for row in range(0, len(data.train), 5)
+    ]
+
+
+def test_batches_are_the_same_in_all_modes(varied):
+    """Cached, encoded by the worker each time, and captions encoded while training: equal to the bit."""
+    on_disk = varied("disk")
+    assert not set(on_disk[1].train[0].latent_shards) & {""}
+    expected = batches_of(*on_disk)
+    assert any(batch.masks is not None for batch in expected[0])
+    assert any(sample.flip for sample in on_disk[1].train) and len(on_disk[1].train[0].crops) == 2
+    for mode, text in (("off", "cached"), ("disk", "online"), ("off", "online")):
+        config, data = varied(mode, text)
+        # no shard is read where it says so
+        assert ("" in (data.train[0].latent_shards or ("",))) == (mode == "off")
+        assert ("" in (data.train[0].text_shards or ("",))) == (text == "online")
+        found = batches_of(config, data)
+        for kind in range(2):
+            assert len(found[kind]) == len(expected[kind])
+            for batch, same in zip(found[kind], expected[kind], strict=True):
+                assert_same(batch, same)
+
+
+def test_captions_are_varied_while_training_and_not_in_the_evaluation(varied, tiny_model, place):
+    config, data = varied("disk", "online", shuffle_tags=True, tag_dropout=0.5, caption_prefix="photo: ")
+    sample = dataclasses.replace(data.train[0], captions=("red, green, blue, large, small",))
+    text = TextEncoder(tiny_model, **place)
+    builder = BatchBuilder(
+        [sample], make_entries(data, config), seed=7, num_timesteps=1000, caption_dropout=0.0
+    )  # fmt: skip
+    rules = CaptionRules.of(config.datasets[0])
+    seen = set()
+    for epoch in range(6):
+        draw = keyed_generator(7, epoch, 0, sample.sample_id, "caption_variant")
+        caption = draw_variant(sample.captions[0], rules, draw)
+        seen.add(caption)
+        batch = builder.training(one(data, 0, epoch=epoch))
+        assert torch.equal(batch.prompt_embeds, text.encode([caption])[0]["prompt_embeds"])
+    assert len(seen) > 2
+    expected = text.encode([decorate(sample.captions[0], rules)])[0]["prompt_embeds"]
+    assert torch.equal(builder.evaluation(0, 1).prompt_embeds, expected)
+    assert decorate(sample.captions[0], rules) == "photo: ohwx, red, green, blue, large, small"
+
+
+def test_without_encoders_none_is_loaded(data, tiny_cache, monkeypatch):
+    monkeypatch.setattr(LiveEntries, "_images", no_report)
+    monkeypatch.setattr(LiveEntries, "_texts", no_report)
+    make_builder(data, entries=make_entries(data, tiny_cache[0])).training(one(data, 0))
 
 
 # ---- prefetching -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import torch
 
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.diffusion.loss import diffusion_loss
+from sdxl_ray.errors import TrainingError
 from sdxl_ray.train.eval_loss import RANGES, stable_eval_loss
 from tests.tiny import make_training, run_workers
 
@@ -85,6 +86,50 @@ def test_how_the_loss_of_training_is_made_does_not_matter(config, index_path, ch
     """Else trials could not be compared. (A new adapter is zero, whatever the seed.)"""
     values = make_training(config, index_path).evaluate()
     assert make_training(with_overrides(config, changes), index_path).evaluate() == values
+
+
+# ---- damaged images and masks ----------------------------------------------------------------------------------------
+
+
+def batches_of(training):
+    return [training.eval_builder.evaluation(row, 4) for row in range(len(training.data.held_out))]
+
+
+def loss_of(training, batches):
+    return stable_eval_loss(training.state, lambda: batches, training.eval_objective)
+
+
+def test_damaged_images_are_left_out_of_the_mean(training):
+    batches = batches_of(training)
+    damaged = dataclasses.replace(
+        batches[0], weights=torch.zeros(4), latents=torch.zeros_like(batches[0].latents), sample_ids=("x",) * 4
+    )
+    assert loss_of(training, [damaged, *batches[1:]]) == loss_of(training, batches[1:])
+    assert loss_of(training, batches) != loss_of(training, batches[1:])
+
+
+def test_only_damaged_images_are_an_error(training):
+    damaged = [dataclasses.replace(batch, weights=torch.zeros(4)) for batch in batches_of(training)]
+    with pytest.raises(TrainingError, match="no held-out image can be decoded"):
+        loss_of(training, damaged)
+    assert training.state.unet.training
+
+
+def test_what_is_masked_out_is_not_evaluated(training):
+    batches = batches_of(training)
+    ones = [dataclasses.replace(each, masks=torch.ones_like(each.latents[:, :1])) for each in batches]
+    half = [dataclasses.replace(each, masks=torch.full_like(each.latents[:, :1], 0.5)) for each in batches]
+    assert loss_of(training, ones) == loss_of(training, batches)
+    assert loss_of(training, half)["eval/loss"] == pytest.approx(0.5 * loss_of(training, batches)["eval/loss"])
+
+
+def test_weights_of_datasets_do_not_matter(config, index_path):
+    data = config.model_dump(mode="json")
+    data["dataset"][0]["weight"] = 7.0
+    heavy = type(config).model_validate(data)
+    training = make_training(heavy, index_path)
+    assert set(training.builder.weights.values()) == {7.0}
+    assert training.evaluate() == make_training(config, index_path).evaluate()
 
 
 def _evaluate(workers, config, index_path):

@@ -1,13 +1,18 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_ray.config.load import with_overrides
-from sdxl_ray.train.finish import export_run, sample_images
+from sdxl_ray.cache.index import Index
+from sdxl_ray.config.load import config_from_dict, with_overrides
+from sdxl_ray.export.metadata import DatasetFacts
+from sdxl_ray.records import EncodedSample
+from sdxl_ray.train.data import Samples
+from sdxl_ray.train.finish import dataset_facts, export_run, sample_images
 from tests.tiny import make_training, train
 
 
@@ -73,3 +78,64 @@ def test_the_model_card_shows_the_images_that_were_drawn(config, tmp_path):
     found = [(image.path.name, image.prompt) for image in sample_images(config, tmp_path)]
     assert found == [("00_a_red_house.png", "a red house"), ("02_trees.png", "trees")]
     assert sample_images(config, None) == []
+
+
+def encoded(dataset, image, captions, *, flip=False, edge=512):
+    return EncodedSample(
+        sample_id=f"{dataset}-{image}-{flip}-{edge}",
+        dataset=dataset,
+        path=f"{image}.jpg",
+        address="",
+        image_hash=f"{image:064x}",
+        verify=True,
+        original_hw=(600, 600),
+        target_hw=(edge, edge),
+        resized_hw=(edge, edge),
+        crops=((0, 0),),
+        flip=flip,
+        mask="",
+        captions=tuple(captions),
+        latent_keys=("k",),
+        latent_shards=("s",),
+        text_keys=tuple("k" for _ in captions),
+        text_shards=tuple("s" for _ in captions),
+    )
+
+
+def test_facts_of_several_datasets_count_each_image_once():
+    """However many samples it makes, and of those that are trained on only."""
+    config = config_from_dict(
+        {
+            "dataset": [
+                {"path": "cats", "repeats": 3, "flip": True},
+                {"path": "photographs", "role": "regularization"},
+                {"path": "dogs"},
+                {"path": "birds", "disabled": True},
+                {"path": "eval", "role": "eval"},
+            ]
+        }
+    )
+    samples = [
+        encoded("cats", number, [f"cat, number {number}", "the cat sits on the red sofa"], flip=flip, edge=edge)
+        for flip in (False, True)
+        for edge in (512, 768)
+        for number in range(2)
+    ]
+    samples += [encoded("photographs", number, ["a photo"]) for number in range(10, 13)]
+    samples += [encoded("dogs", 20, ["dog"]), encoded("eval", 30, ["bird"])]
+    index = Index.of(samples)
+    trained_on = np.array([row for row, sample in enumerate(samples) if sample.dataset in ("cats", "photographs")])
+    assert dataset_facts(config, Samples(index, trained_on[::-1])) == (
+        DatasetFacts("cats", 2, 3, {"cat": 2, "number 0": 1, "number 1": 1}),
+        DatasetFacts("photographs", 3, 1, {"a photo": 3}, regularization=True),
+    )
+
+
+def test_the_largest_size_and_the_first_trigger_word_reach_the_header(config, index_path, tmp_path):
+    config = with_overrides(config, {"dataset.trigger_word": "ohwx"})
+    files, _ = export(config, index_path, tmp_path)
+    with safe_open(files[0].path, "pt") as opened:
+        header = opened.metadata()
+    assert header["ss_resolution"] == "(64, 64)"
+    assert header["modelspec.trigger_phrase"] == "ohwx"
+    assert json.loads(header["ss_dataset_dirs"]).keys() == {"images"}

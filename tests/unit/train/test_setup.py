@@ -9,21 +9,16 @@ from safetensors.torch import load_file, save_file
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.errors import ConfigError
 from sdxl_ray.train.data import load_data, run_identity
-from tests.tiny import make_training
+from sdxl_ray.train.setup import Prefetching, build_training
+from sdxl_ray.train.state import Workers
+from tests.tiny import assert_equal, cache_without_ray, make_training, snapshot, train
 
 
-def test_data_is_split_by_content_and_digested(config, index_path):
-    def load(holdout):
-        return load_data(with_overrides(config, {"eval.holdout": holdout}), index_path)
-
-    whole, split = load(0.0), load(0.2)
-    assert (len(whole.train), len(whole.held_out)) == (13, 0)
-    assert {sample.sample_id for sample in [*split.train, *split.held_out]} == {
-        sample.sample_id for sample in whole.train
-    }
-    assert split.held_out
-    assert whole.digest != split.digest
-    assert whole.digest == load(0.0).digest
+def with_dataset(config, **settings):
+    """The config with other settings of its only dataset."""
+    raw = config.model_dump(mode="json")
+    raw["dataset"][0] |= settings
+    return type(config).model_validate(raw)
 
 
 def test_epochs_and_steps_mean_the_same_run(config, index_path):
@@ -94,3 +89,64 @@ def test_a_run_is_the_same_with_a_moved_model_and_another_with_another(config, i
     changed = {name for name, value in identity(other).items() if value != identity(tiny_model)[name]}
     assert changed == {"model (U-Net)"}
     assert run_identity(with_overrides(config, {"eval.max_images": 3}), data)["eval.max_images"] == 3
+
+
+# ---- datasets and modes of the cache ---------------------------------------------------------------------------------
+
+
+def test_a_datasets_settings_reach_the_batches(config, index_path):
+    training = make_training(with_dataset(config, weight=0.25, repeats=3), index_path)
+    (name,) = training.data.sections
+    assert training.builder.weights == {name: 0.25} and training.builder.crop_epochs == {name: 1}
+    batches = list(training.batches())
+    assert {weight for batch in batches for weight in batch.weights.tolist()} == {0.25}
+    assert training.plan.order.samples_per_epoch == 3 * len(training.data.train)
+
+
+def test_a_weight_that_all_samples_share_changes_no_step(config, index_path):
+    """The loss of a step is over the sum of its weights. A power of two, so that nothing rounds."""
+    plain, weighted = make_training(config, index_path), make_training(with_dataset(config, weight=2.0), index_path)
+    assert train(weighted).losses() == train(plain).losses()
+    assert_equal(snapshot(weighted.state), snapshot(plain.state))
+
+
+def test_training_is_the_same_in_all_modes_of_the_cache(config, index_path):
+    """Losses, evaluations and the trained adapter, to the bit."""
+    expected = make_training(config, index_path)
+    results = train(expected)
+    for changes in ({"cache.mode": "off"}, {"cache.text": "online"}):
+        other = with_overrides(config, changes)
+        training = make_training(other, cache_without_ray(other))
+        found = train(training)
+        assert (found.losses(), found.evaluations) == (results.losses(), results.evaluations)
+        assert_equal(snapshot(training.state), snapshot(expected.state))
+
+
+def test_a_worker_that_encodes_makes_more_batches_ahead(config, index_path):
+    assert make_training(config, index_path).prefetching == Prefetching()
+    off = with_overrides(config, {"cache.mode": "off"})
+    live = make_training(off, index_path).prefetching
+    assert live.depth > Prefetching().depth and live.num_threads >= 1
+
+
+def test_a_damaged_image_is_told_and_the_run_goes_on(config, tmp_path):
+    """With cache.mode = "off", where nothing was decoded before."""
+    images = Path(shutil.copytree(config.datasets[0].path, tmp_path / "images"))
+    off = with_overrides(with_dataset(config, path=str(images)), {"cache.mode": "off", "cache.path": str(tmp_path)})
+    index_path = cache_without_ray(off)
+    data = load_data(off, index_path)
+    damaged = Path(data.train[0].path)
+    damaged.write_bytes(b"no image any more")
+    told = []
+    training = make_training_that_reports(with_overrides(off, {"train.duration": "1 epoch"}), data, told.append)
+    found = {
+        name: weight
+        for batch in training.batches()
+        for name, weight in zip(batch.sample_ids, batch.weights.tolist(), strict=True)
+    }
+    assert [name for name, weight in found.items() if weight == 0] == [data.train[0].sample_id]
+    assert told and all(str(damaged) in line for line in told)
+
+
+def make_training_that_reports(config, data, report):
+    return build_training(config, data, workers=Workers(), device=torch.device("cpu"), report=report)

@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 from PIL import Image
 
 from sdxl_ray.config.load import with_overrides
+from sdxl_ray.errors import CacheError
 from sdxl_ray.sdxl.adapters import adapter_disabled
 from sdxl_ray.sdxl.components import load_vae
 from sdxl_ray.sdxl.sampling import file_stem
@@ -107,6 +109,21 @@ def test_prompts_come_from_the_cache_and_an_empty_negative_prompt_is_zeros(train
 def test_a_negative_prompt_is_its_own_embedding(training, config):
     prompts = validation_prompts(with_overrides(config, {"validation.negative_prompt": "trees"}), training.data)
     assert torch.equal(prompts.negative_prompt_embeds[0], prompts.prompt_embeds[2])
+
+
+def test_a_prompt_that_the_cache_lacks_is_an_error(training, config):
+    text = 'the cache has no embedding of the validation prompt "a boat". Run `sdxl-ray cache` with this config.'
+    with pytest.raises(CacheError) as error:
+        validation_prompts(with_overrides(config, {"validation.prompts": ["a boat"]}), training.data)
+    assert str(error.value) == text
+
+
+def test_a_prompt_without_a_shard_is_encoded_now(training, config):
+    """To the bit what the cache has."""
+    data = dataclasses.replace(training.data, prompts=dict.fromkeys((*PROMPTS, ""), ("", "")))
+    found, expected = (validation_prompts(config, each) for each in (data, training.data))
+    assert torch.equal(found.prompt_embeds, expected.prompt_embeds)
+    assert torch.equal(found.pooled_prompt_embeds, expected.pooled_prompt_embeds)
 
 
 def test_without_prompts_there_is_nothing_to_draw(training, config):

@@ -1,0 +1,334 @@
+"""How fast stage 1 is, part by part, against bare Python on the same cores.
+
+    python scripts/bench_cache.py                          all parts, on Debian's backgrounds (apt install
+                                                           gnome-backgrounds mate-backgrounds) or the package's own
+    python scripts/bench_cache.py decode --images ~/photos one part
+
+scan    headers and hashes, one thread
+decode  decode, crop and resize: a bare multiprocessing.Pool, the same through Ray Data, the whole stage with a tiny VAE
+again   a second run over 100,000 unchanged images
+rows    memory of a million images on the driver, and so of ten million
+
+Needs no accelerator: encoding at full size is scripts/bench_encode.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+BACKGROUNDS = Path("/usr/share/backgrounds")
+PHOTOGRAPHS = Path(__file__).parents[1] / "sdxl_ray" / "demo" / "photographs"
+SMALLEST_MP = 2.0
+MIB = 2**20
+
+Table = list[tuple[str, str]]
+
+
+def main() -> None:
+    """All parts, or one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=sorted(PARTS), help="only this one")
+    parser.add_argument("--images", type=Path, help="folder of photographs")
+    parser.add_argument("--variants", type=int, default=8, help="decode: random crops of each photograph")
+    parser.add_argument("--count", type=int, default=100_000, help="again: images")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows: images")
+    options = parser.parse_args()
+    options.images = options.images or (BACKGROUNDS if BACKGROUNDS.exists() else PHOTOGRAPHS)
+    if options.part:
+        for name, value in PARTS[options.part](options):
+            print(f"| {name} | {value} |", flush=True)
+        return
+    print(f"{os.cpu_count()} cores, {options.images}\n\n| what | figure |\n|---|---|", flush=True)
+    for part in PARTS:  # a process each, so that no part's memory or Ray is the next one's
+        given = [f"--{name}={getattr(options, name)}" for name in ("images", "variants", "count", "rows")]
+        subprocess.run([sys.executable, __file__, part, *given], check=True)
+
+
+# ---- scan ------------------------------------------------------------------------------------------------------------
+
+
+def bench_scan(options: argparse.Namespace) -> Table:
+    """One thread, files in the page cache."""
+    from sdxl_ray.cache.scan import header_hw, scan_file
+    from sdxl_ray.cache.sources import read_start
+
+    table: Table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, files in (("1 MP JPEG", _one_megapixel(Path(folder))), ("photographs", _photographs(options.images))):
+            listed = [_listed(path) for path in files]
+            contents = [path.read_bytes() for path in files]
+            mib = sum(map(len, contents)) / MIB
+            seconds = _timed(lambda listed=listed: [header_hw(read_start(each.path, 64 * 1024)) for each in listed])
+            table.append((f"header scan, {name}", f"{len(files) / seconds:,.0f} images/s per core"))
+            seconds = _timed(lambda listed=listed: [scan_file(each, 10**9) for each in listed])
+            text = f"{len(files) / seconds:,.0f} images/s per core"
+            text += f" ({mib / len(files):.2f} MiB each, {mib / seconds:,.0f} MiB/s)"
+            table.append((f"header scan with content hash, {name}", text))
+    return table
+
+
+def _one_megapixel(folder: Path) -> list[Path]:
+    from PIL import Image
+
+    files = []
+    sources = _photographs(PHOTOGRAPHS, smallest_mp=0.0)
+    for number in range(200):
+        path = folder / f"{number}.jpg"
+        image = Image.open(sources[number % len(sources)]).convert("RGB").resize((1152, 896))
+        image.save(path, quality=85)
+        files.append(path)
+    return files
+
+
+# ---- decode ----------------------------------------------------------------------------------------------------------
+
+
+def bench_decode(options: argparse.Namespace) -> Table:
+    """The same work items in a bare pool, through Ray Data, and as a whole `sdxl-ray cache`."""
+    import ray
+    import ray.data
+
+    from sdxl_ray.cache.actors import decode_shard
+    from sdxl_ray.cache.pipeline import _quiet, build_cache
+    from sdxl_ray.cache.pools import Node, share_cluster
+    from sdxl_ray.connection import connect
+
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(Path(folder), options)
+        items = [{"shard": json.dumps(asdict(shard))} for shard in _plan(config).latent_shards()]
+        num = sum(len(json.loads(item["shard"])["keys"]) for item in items)
+        with multiprocessing.get_context("forkserver").Pool(cores, initializer=_warm) as pool:
+            pool.map(_nothing, range(4 * cores))  # every worker has started and imported
+            bare = num / _timed(lambda: pool.map(_decode, items, chunksize=1))
+        connect("local")
+        share = share_cluster([Node(cores, 0)], len(items), num_encoders=0, accelerator="cpu")
+        _quiet()
+
+        def through_ray() -> None:
+            dataset = ray.data.from_items(items, override_num_blocks=len(items))
+            dataset = dataset.map(decode_shard, num_cpus=share.cpus_per_decode)
+            pool = ray.data.ActorPoolStrategy(size=1)
+            sink = dataset.map_batches(CountPixels, batch_size=1, compute=pool, num_cpus=share.cpus_per_actor)
+            for _ in sink.iter_rows():
+                pass
+
+        with_ray = num / _timed(through_ray)
+        result = build_cache(config)
+        whole = num / result.stage_seconds["images"]
+        ray.shutdown()
+    worked = dict(result.worker_seconds)
+    busy = worked["decode"] / result.stage_seconds["images"] / cores
+    return [
+        (f"decode and crop, multiprocessing.Pool({cores})", f"{bare:.1f} images/s"),
+        ("the same through Ray Data, start included", f"{with_ray:.1f} images/s, {with_ray / bare:.2f} of it"),
+        ("whole stage with the tiny VAE, start included", f"{whole:.1f} images/s, {whole / bare:.2f} of it"),
+        ("where its time goes", f"decoding {busy:.0%} of all cores; encoding {worked['encode']:.1f} s of one actor in "
+         f"{result.stage_seconds['images']:.1f} s for {num} crops"),
+    ]  # fmt: skip
+
+
+class CountPixels:
+    """A sink: what an encoder without any work would do."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"num": [len(batch["pixels"][0])]}
+
+
+def _warm() -> None:
+    import sdxl_ray.cache.actors  # noqa: F401
+
+
+def _nothing(_: int) -> None:
+    time.sleep(0.2)
+
+
+def _decode(item: dict[str, str]) -> int:
+    from sdxl_ray.cache.actors import decode_shard
+
+    return len(decode_shard(item)["pixels"])
+
+
+def _config(folder: Path, options: argparse.Namespace, **dataset: Any) -> Any:
+    from sdxl_ray.config.load import config_from_dict
+
+    links = folder / "images"
+    if not dataset:
+        links.mkdir()
+        for number, path in enumerate(_photographs(options.images)):
+            (links / f"{number:03d}{path.suffix}").symlink_to(path)
+        dataset = {"path": str(links), "crop": "random", "crop_variants": options.variants}
+    return config_from_dict(
+        {
+            "model": {"path": "builtin:tiny"},
+            "dataset": {"captions": ["instance_prompt"], "instance_prompt": "a picture", **dataset},
+            "cache": {"path": str(folder / "cache")},
+            "cluster": {"accelerator": "cpu"},
+        }
+    )
+
+
+def _plan(config: Any) -> Any:
+    from sdxl_ray.cache.planning import plan_cache
+    from sdxl_ray.sdxl.components import resolve_model
+
+    return plan_cache(config.datasets, config.model, config.cache, model_path=resolve_model(config.model.path))
+
+
+# ---- again -----------------------------------------------------------------------------------------------------------
+
+
+def bench_again(options: argparse.Namespace) -> Table:
+    """100,000 small images of different bytes, encoded; then `sdxl-ray cache` once more, in a fresh process."""
+    import tomli_w
+
+    from sdxl_ray.config.load import dump_config
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        seconds = _timed(lambda: _many_images(folder / "images", options.count))
+        config = _config(folder, options, path=str(folder / "images"), resolution=64, bucket_step=64)
+        (folder / "many.toml").write_text(dump_config(config))
+        assert tomli_w
+        command = [sys.executable, "-m", "sdxl_ray", "cache", str(folder / "many.toml")]
+        print(f"({options.count:,} images written in {seconds:.0f} s; now they are encoded)", file=sys.stderr)
+        first = _timed(lambda: subprocess.run(command, check=True, stdout=sys.stderr))
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        again = _timed(lambda: subprocess.run(command, check=True, stdout=sys.stderr))
+        one_image = [*command, "cache.path=" + str(folder / "empty"), "dataset.max_samples=1"]
+        assert before and one_image
+    return [
+        (f"first run over {options.count:,} images of 64 px", f"{first:.0f} s"),
+        ("second run, nothing changed", f"{again:.1f} s"),
+    ]
+
+
+def _many_images(folder: Path, count: int) -> None:
+    import io
+
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.effect_noise((72, 64), 60).convert("RGB").save(content, "JPEG")
+    for number in range(count):
+        parent = folder / f"{number // 1000:03d}"
+        if number % 1000 == 0:
+            parent.mkdir(parents=True)
+        # What follows the end of the picture is not shown, and makes another file of it.
+        (parent / f"{number:06d}.jpg").write_bytes(content.getvalue() + number.to_bytes(8, "little"))
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def bench_rows(options: argparse.Namespace) -> Table:
+    """Peak memory of planning and of writing the index, at two sizes; the difference is what an image costs."""
+    peaks = {}
+    for rows in (options.rows // 4, options.rows):
+        script = f"from scripts.bench_cache import plan_rows; plan_rows({rows})"
+        found = subprocess.run(
+            [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        )
+        peaks[rows] = json.loads(found.stdout.splitlines()[-1])
+    (few, small), (many, large) = peaks.items()
+    per_row = (large["peak"] - small["peak"]) / (many - few)
+    fixed = small["peak"] - few * per_row
+    return [
+        (f"planning and index of {many:,} images", f"{large['seconds']:.0f} s, peak {large['peak'] / MIB:,.0f} MiB"),
+        ("bytes per image on the driver", f"{per_row:.0f}"),
+        ("so ten million take", f"{(fixed + 10_000_000 * per_row) / 2**30:.2f} GiB"),
+    ]
+
+
+def plan_rows(num_rows: int) -> None:
+    """In a process of its own: everything the driver does for `num_rows` images except opening them."""
+    from unittest import mock
+
+    from sdxl_ray.cache import collection
+    from sdxl_ray.cache.index import write_index
+    from sdxl_ray.cache.scan import ScannedFile
+    from sdxl_ray.records import Listed
+
+    def listing(section: Any) -> Iterator[Listed]:
+        for number in range(num_rows):
+            yield Listed(
+                path=f"/data/collection/part-{number // 1000:05d}/photograph-{number:08d}.jpg",
+                stamp=f"{number}-0",
+                texts=(f"a photograph of a street with people and the number {number} on a wall, 35 mm, evening",),
+            )
+
+    def scan(files: Any, **_: Any) -> list[ScannedFile]:
+        sizes = [(1000 + 37 * (number % 40), 1500) for number in range(len(files))]
+        import hashlib
+
+        return [
+            ScannedFile(hashlib.sha256(file.path.encode()).hexdigest(), *size)
+            for file, size in zip(files, sizes, strict=True)
+        ]
+
+    from sdxl_ray.cache.planning import plan_cache
+    from sdxl_ray.sdxl.components import resolve_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(
+            Path(folder), argparse.Namespace(), path="/data/collection", captions=["column"], instance_prompt=""
+        )
+        started = time.monotonic()
+        with mock.patch.object(collection, "list_dataset", listing):
+            plan = plan_cache(
+                config.datasets, config.model, config.cache, model_path=resolve_model(config.model.path), scan=scan
+            )
+        write_index(plan.index_path, plan.index_tables())
+        seconds = time.monotonic() - started
+    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "seconds": seconds}))
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _photographs(folder: Path, smallest_mp: float = SMALLEST_MP) -> list[Path]:
+    from PIL import Image, UnidentifiedImageError
+
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.is_symlink() or path.suffix.lower() not in (".jpg", ".jpeg", ".png", ".webp"):
+            continue
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height >= smallest_mp * 1e6:
+                    found.append(path)
+        except UnidentifiedImageError:
+            continue
+    if not found:
+        sys.exit(f"{folder}: no photographs of {smallest_mp:g} MP or more. Give --images FOLDER.")
+    return found
+
+
+def _listed(path: Path) -> Any:
+    from sdxl_ray.records import Listed
+
+    return Listed(str(path), "x")
+
+
+def _timed(work: Any) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+PARTS = {"scan": bench_scan, "decode": bench_decode, "again": bench_again, "rows": bench_rows}
+
+if __name__ == "__main__":
+    main()

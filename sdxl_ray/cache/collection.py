@@ -1,0 +1,330 @@
+"""Every image of every dataset as one row of columns: its place in a bucket, its captions, the keys of its tensors.
+
+    list ─▶ scan ─▶ captions ─▶ buckets ─▶ keys        in pieces of 100,000 images
+
+Only a piece at a time is Python objects. The columns take about 280 bytes a row, so that ten million rows fit on a
+driver with a few GiB.
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sdxl_ray.cache.buckets import Geometry, Placement, Unfit, place_all
+from sdxl_ray.cache.captions import CaptionRules, decorate, expand_variants, no_captions_error, read_captions
+from sdxl_ray.cache.memo import Memo
+from sdxl_ray.cache.scan import ScannedFile, scan_images
+from sdxl_ray.cache.shards import KEY_BYTES, latent_key, text_key
+from sdxl_ray.cache.sources import list_dataset
+from sdxl_ray.records import ImageRecord, Listed, bucket_key, parse_bucket_key
+
+if TYPE_CHECKING:
+    from sdxl_ray.config.schema import DatasetSection
+
+PIECE = 100_000  # images at a time
+ID_BYTES = 12
+
+Scan = Callable[..., list[ScannedFile]]
+
+_NAMES = pa.dictionary(pa.int32(), pa.string())
+SCHEMA = pa.schema(
+    [
+        ("dataset", _NAMES),
+        ("identity", pa.binary(ID_BYTES)),
+        ("path", pa.string()),
+        ("address", pa.string()),
+        ("image_hash", pa.binary(32)),
+        ("verify", pa.bool_()),
+        ("bucket", _NAMES),
+        ("original_height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("resized_height", pa.int32()),
+        ("resized_width", pa.int32()),
+        ("crop_tops", pa.list_(pa.int32())),  # as SDXL is told
+        ("crop_lefts", pa.list_(pa.int32())),
+        ("flip", pa.bool_()),
+        ("mask", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("latent_keys", pa.list_(pa.binary(KEY_BYTES))),
+        ("text_keys", pa.list_(pa.binary(KEY_BYTES))),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An image that is left out: unreadable, or `by_choice` of the settings (too small, too wide)."""
+
+    path: str
+    reason: str
+    dataset: str = ""
+    by_choice: bool = False
+
+
+@dataclass
+class Collection:
+    """What was found."""
+
+    table: pa.Table = field(default_factory=SCHEMA.empty_table)
+    num_images: dict[str, int] = field(default_factory=dict)  # of each dataset, before anything was skipped
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Drop every row but those (booleans)."""
+        self.table = self.table.filter(pa.array(rows))
+
+    def keys(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """(keys of all rows one after another, 'S16'; how many each row has) of "latent_keys" or "text_keys"."""
+        chunks = self.table.column(column).chunks
+        values = [fixed_bytes(chunk.flatten(), KEY_BYTES) for chunk in chunks]
+        counts = [pc.list_value_length(chunk).to_numpy() for chunk in chunks]
+        empty = np.empty(0, f"S{KEY_BYTES}")
+        return np.concatenate([empty, *values]), np.concatenate([np.empty(0, np.int32), *counts])
+
+    def rows(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """As dictionaries. Each piece of the table is asked for its own rows: `take` would first copy all pieces."""
+        batches = self.table.to_batches()
+        starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        found = []
+        for row in rows:
+            piece = int(np.searchsorted(starts, row, side="right")) - 1
+            found += batches[piece].slice(row - int(starts[piece]), 1).to_pylist()
+        return found
+
+    def records(self, rows: Sequence[int], variants: Sequence[int]) -> list[ImageRecord]:
+        """What is needed to decode these rows' images, each in one of its crops."""
+        taken = self.rows(rows)
+        records = []
+        for row, variant in zip(taken, variants, strict=True):
+            bucket_hw, resized_hw = parse_bucket_key(row["bucket"]), (row["resized_height"], row["resized_width"])
+            top, left = row["crop_tops"][variant], row["crop_lefts"][variant]
+            records.append(
+                ImageRecord(
+                    path=row["path"],
+                    image_hash=row["image_hash"].hex(),
+                    original_hw=(row["original_height"], row["original_width"]),
+                    bucket_hw=bucket_hw,
+                    resized_hw=resized_hw,
+                    crop_top_left=(top, resized_hw[1] - bucket_hw[1] - left if row["flip"] else left),
+                    address=row["address"],
+                    flip=row["flip"],
+                    mask=row["mask"],
+                    verify=row["verify"],
+                )
+            )
+        return records
+
+
+def fixed_bytes(values: pa.Array, width: int) -> np.ndarray:
+    """A FixedSizeBinaryArray as NumPy bytes, without a copy."""
+    if not len(values):
+        return np.empty(0, f"S{width}")
+    start = values.offset * width
+    return np.frombuffer(values.buffers()[1], np.uint8)[start : start + len(values) * width].view(f"S{width}")
+
+
+def hex_strings(values: np.ndarray) -> pa.Array:
+    """Keys as text."""
+    width = 2 * values.dtype.itemsize
+    offsets = np.arange(len(values) + 1, dtype=np.int64) * width
+    text = binascii.hexlify(values.tobytes())
+    return pa.LargeStringArray.from_buffers(len(values), pa.py_buffer(offsets.tobytes()), pa.py_buffer(text))
+
+
+def collect(
+    datasets: Iterable[DatasetSection],
+    memo: Memo,
+    *,
+    vae: str,
+    text: str,
+    num_chunks: int,
+    text_online: bool,
+    scan: Scan = scan_images,
+) -> Collection:
+    """List, scan and place every image.
+
+    Args:
+        vae, text: fingerprints.
+        text_online: captions are varied and encoded while training: no keys for them.
+        scan: how new files are scanned; the pipeline passes one that shows progress, and uses Ray for many.
+
+    Raises:
+        DatasetError: no images; ambiguous or missing captions.
+    """
+    collection = Collection()
+    tables = []
+    for section in datasets:
+        rules, geometries = CaptionRules.of(section), Geometry.of(section)
+        without, num_without = [], 0
+        num_images = 0
+        for files in _pieces(list_dataset(section)):
+            num_images += len(files)
+            scanned = _scan(files, section, memo, scan)
+            rows = _Rows(section.name, vae, text, num_chunks, text_online)
+            captions, reasons = read_captions(files, rules)
+            masks = _mask_hashes(files, section, memo, scan)
+            for at, (file, found) in enumerate(zip(files, scanned, strict=True)):
+                problem = found.problem or reasons.get(at, "") or masks.get(file.mask_file, ("", ""))[1]
+                if problem:
+                    collection.skipped.append(Skipped(file.path, problem, section.name))
+                    continue
+                if not captions[at]:
+                    num_without += 1
+                    without += [file] if num_without <= 10 else []
+                    continue
+                placements = place_all((found.height, found.width), found.image_hash, geometries, file.focus_yx)
+                if isinstance(placements, Unfit):
+                    collection.skipped.append(Skipped(file.path, placements.reason, section.name, by_choice=True))
+                    continue
+                mask, mask_hash = "", ""
+                if section.mask == "alpha":
+                    mask = mask_hash = "alpha"
+                elif file.mask_file:
+                    mask, mask_hash = file.mask_file, masks[file.mask_file][0]
+                for placement, flip in itertools.product(placements, (False, True) if section.flip else (False,)):
+                    rows.add(
+                        file, found, placement, flip, mask, mask_hash, captions[at], rules, _trusted(file, section)
+                    )
+            tables.append(rows.table())
+        if num_without:
+            raise no_captions_error(without, num_without, num_images, rules)
+        collection.num_images[section.name] = num_images
+        memo.write()
+    collection.table = pa.concat_tables([SCHEMA.empty_table(), *tables]).unify_dictionaries()
+    return collection
+
+
+def _pieces(files: Iterator[Listed]) -> Iterator[list[Listed]]:
+    while piece := list(itertools.islice(files, PIECE)):
+        yield piece
+
+
+def _trusted(file: Listed, section: DatasetSection) -> bool:
+    """Whether the listing identifies the image, so that it need not be read."""
+    return section.identify_by == "listing" or (section.identify_by == "auto" and file.original_hw is not None)
+
+
+def _scan(files: Sequence[Listed], section: DatasetSection, memo: Memo, scan: Scan) -> list[ScannedFile]:
+    trusted = [_trusted(file, section) for file in files]
+    known = memo.find(files, trusted, section.max_pixels)
+    unknown = [at for at, found in enumerate(known) if found is None]
+    new = [files[at] for at in unknown]
+    scanned = scan(new, max_pixels=section.max_pixels, by_listing=[trusted[at] for at in unknown]) if new else []
+    memo.add(new, [trusted[at] for at in unknown], scanned)
+    fresh = dict(zip(unknown, scanned, strict=True))
+    return [found or fresh[at] for at, found in enumerate(known)]
+
+
+def _mask_hashes(
+    files: Sequence[Listed], section: DatasetSection, memo: Memo, scan: Scan
+) -> dict[str, tuple[str, str]]:
+    """(hash, problem) of each mask file."""
+    masks = [Listed(path=file.mask_file, stamp=_mask_stamp(file)) for file in files if file.mask_file]
+    if not masks:
+        return {}
+    scanned = _scan(masks, section.model_copy(update={"identify_by": "content"}), memo, scan)
+    return {
+        mask.path: (found.image_hash, f"its mask {mask.path}: {found.problem}" if found.problem else "")
+        for mask, found in zip(masks, scanned, strict=True)
+    }
+
+
+def _mask_stamp(file: Listed) -> str:
+    """A mask's own size and date where it is a local file; in a container, the image's."""
+    try:
+        status = os.stat(file.mask_file)  # noqa: PTH116  (for every image)
+    except (OSError, ValueError):
+        return file.stamp
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+class _Rows:
+    """A piece of the table under construction."""
+
+    def __init__(self, dataset: str, vae: str, text: str, num_chunks: int, text_online: bool) -> None:
+        self.dataset, self.vae, self.text = dataset, vae, text
+        self.num_chunks, self.text_online = num_chunks, text_online
+        self.columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names if name != "dataset"}
+
+    def add(
+        self,
+        file: Listed,
+        found: ScannedFile,
+        placement: Placement,
+        flip: bool,
+        mask: str,
+        mask_hash: str,
+        captions: tuple[str, ...],
+        rules: CaptionRules,
+        trusted: bool,
+    ) -> None:
+        records = [
+            ImageRecord(
+                path=file.path,
+                image_hash=found.image_hash,
+                original_hw=(found.height, found.width),
+                bucket_hw=placement.bucket_hw,
+                resized_hw=placement.resized_hw,
+                crop_top_left=crop,
+                flip=flip,
+            )
+            for crop in placement.crops
+        ]
+        latents = [
+            latent_key(
+                record.image_hash,
+                record.bucket_hw,
+                record.resized_hw,
+                record.crop_top_left,
+                self.vae,
+                flip=flip,
+                mask_hash=mask_hash,
+            )
+            for record in records
+        ]
+        told = [record.micro_conditioning.crop_top_left for record in records]
+        variants = captions if self.text_online else expand_variants(captions, rules, found.image_hash)
+        identity = hashlib.sha256(
+            repr((latents, [decorate(caption, rules) for caption in captions])).encode()
+        ).digest()[:ID_BYTES]
+        values = {
+            "identity": identity,
+            "path": file.path,
+            "address": file.address,
+            "image_hash": bytes.fromhex(found.image_hash),
+            "verify": not trusted,
+            "bucket": bucket_key(placement.bucket_hw),
+            "original_height": found.height,
+            "original_width": found.width,
+            "resized_height": placement.resized_hw[0],
+            "resized_width": placement.resized_hw[1],
+            "crop_tops": [top for top, _ in told],
+            "crop_lefts": [left for _, left in told],
+            "flip": flip,
+            "mask": mask,
+            "captions": list(variants),
+            "latent_keys": [bytes.fromhex(key) for key in latents],
+            "text_keys": []
+            if self.text_online
+            else [bytes.fromhex(text_key(caption, self.text, self.num_chunks)) for caption in variants],
+        }
+        for name, value in values.items():
+            self.columns[name].append(value)
+
+    def table(self) -> pa.Table:
+        num_rows = len(self.columns["path"])
+        columns = {"dataset": [self.dataset] * num_rows, **self.columns}
+        return pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)

@@ -1,0 +1,196 @@
+"""index.parquet: one row per sample, plain columns. Open it with pandas or DuckDB.
+
+In memory it stays columns: a million samples as Python objects would take two gigabytes in every worker. A row becomes
+an `EncodedSample` when it is asked for.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sdxl_ray.errors import CacheError
+from sdxl_ray.records import EncodedSample, bucket_key, parse_bucket_key
+from sdxl_ray.storage import open_folder, read_bytes
+
+FILE_NAME = "index.parquet"
+_NAMES = pa.dictionary(pa.int32(), pa.string())  # few different values
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("dataset", _NAMES),
+        ("path", pa.string()),
+        ("address", pa.string()),
+        ("image_hash", pa.string()),
+        ("verify", pa.bool_()),
+        ("bucket", _NAMES),
+        ("original_height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("resized_height", pa.int32()),
+        ("resized_width", pa.int32()),
+        ("crop_tops", pa.list_(pa.int32())),
+        ("crop_lefts", pa.list_(pa.int32())),
+        ("flip", pa.bool_()),
+        ("mask", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("latent_keys", pa.list_(pa.string())),
+        ("latent_shards", pa.list_(_NAMES)),
+        ("text_keys", pa.list_(pa.string())),
+        ("text_shards", pa.list_(_NAMES)),
+    ]
+)
+
+
+def write_index(path: str, tables: Iterable[pa.Table]) -> None:
+    """One file from pieces of `SCHEMA`, whole or as it was before.
+
+    Raises:
+        StorageError: the disk is full or read-only, or the bucket refuses.
+    """
+    content = io.BytesIO()
+    plain = pa.schema([pa.field(field.name, _without_dictionaries(field.type)) for field in SCHEMA])
+    with pq.ParquetWriter(content, plain, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table.cast(plain))
+    folder, _, name = path.rpartition("/")
+    open_folder(folder).write(name, content.getvalue())
+
+
+def _without_dictionaries(kind: pa.DataType) -> pa.DataType:
+    """Parquet keeps its own dictionaries; nested ones of Arrow's cannot be written."""
+    if pa.types.is_list(kind):
+        return pa.list_(_without_dictionaries(kind.value_type))
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+class Index:
+    """The rows of index.parquet."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table.combine_chunks()
+        self._columns = [column.chunk(0) if column.num_chunks == 1 else column for column in self.table.columns]
+        self._names = self.table.schema.names
+
+    @classmethod
+    def read(cls, path: str | Path) -> Index:
+        """The samples of a finished `sdxl-ray cache`.
+
+        Raises:
+            CacheError: the index is not there or damaged.
+            StorageError: the bucket cannot be reached.
+        """
+        dictionaries = ["dataset", "bucket", "latent_shards.list.element", "text_shards.list.element"]
+        try:
+            content = io.BytesIO(read_bytes(str(path)))
+            table = pq.read_table(content, read_dictionary=dictionaries)
+        except FileNotFoundError:
+            raise CacheError(f"{path}: no index. Run `sdxl-ray cache` with this config first.") from None
+        except (pa.ArrowException, OSError) as error:
+            text = f"{path}: is damaged ({' '.join(str(error).split())})."
+            raise CacheError(f"{text} Run `sdxl-ray cache`: the index is written anew.") from None
+        missing = ", ".join(name for name in SCHEMA.names if name not in table.schema.names)
+        if missing:
+            text = f"{path}: is of another version of sdxl-ray, it lacks {missing}."
+            raise CacheError(f"{text} Run `sdxl-ray cache`: the index is written anew.")
+        return cls(table)
+
+    @classmethod
+    def of(cls, samples: Iterable[EncodedSample]) -> Index:
+        """For tests and notebooks."""
+        rows = [
+            {
+                **{name: getattr(sample, name) for name in _SAME_NAME},
+                "bucket": bucket_key(sample.target_hw),
+                "original_height": sample.original_hw[0],
+                "original_width": sample.original_hw[1],
+                "resized_height": sample.resized_hw[0],
+                "resized_width": sample.resized_hw[1],
+                "crop_tops": [top for top, _ in sample.crops],
+                "crop_lefts": [left for _, left in sample.crops],
+            }
+            for sample in samples
+        ]
+        return cls(pa.Table.from_pylist(rows, pa.schema([(f.name, _without_dictionaries(f.type)) for f in SCHEMA])))
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, row: int) -> EncodedSample:
+        values: dict[str, Any] = {
+            name: column[row].as_py() for name, column in zip(self._names, self._columns, strict=True)
+        }
+        return EncodedSample(
+            sample_id=values["sample_id"],
+            dataset=values["dataset"],
+            path=values["path"],
+            address=values["address"],
+            image_hash=values["image_hash"],
+            verify=values["verify"],
+            original_hw=(values["original_height"], values["original_width"]),
+            target_hw=parse_bucket_key(values["bucket"]),
+            resized_hw=(values["resized_height"], values["resized_width"]),
+            crops=tuple(zip(values["crop_tops"], values["crop_lefts"], strict=True)),
+            flip=values["flip"],
+            mask=values["mask"],
+            captions=tuple(values["captions"]),
+            latent_keys=tuple(values["latent_keys"]),
+            latent_shards=tuple(values["latent_shards"]),
+            text_keys=tuple(values["text_keys"]),
+            text_shards=tuple(values["text_shards"]),
+        )
+
+    def codes(self, column: str) -> tuple[np.ndarray, list[str]]:
+        """(int32 code of each row, the sorted values that the codes stand for) of a column such as "bucket"."""
+        values = self.table.column(column)
+        if not pa.types.is_dictionary(values.type):
+            values = values.dictionary_encode()
+        encoded = values.combine_chunks()
+        if isinstance(encoded, pa.ChunkedArray):
+            encoded = pa.concat_arrays(encoded.unify_dictionaries().chunks) if encoded.num_chunks else None
+        if encoded is None or not len(encoded):
+            return np.empty(0, np.int32), []
+        names = encoded.dictionary.to_pylist()
+        order = np.argsort(names, kind="stable")
+        rank = np.empty(len(names), np.int32)
+        rank[order] = np.arange(len(names), dtype=np.int32)
+        return rank[encoded.indices.to_numpy(zero_copy_only=False)], [names[number] for number in order]
+
+    def sample_ids(self) -> np.ndarray:
+        """As bytes strings of one length ('S..')."""
+        return _as_bytes(self.table.column("sample_id"))
+
+    def image_hashes(self) -> np.ndarray:
+        """'S64'"""
+        return _as_bytes(self.table.column("image_hash"))
+
+    def flags(self, column: str) -> np.ndarray:
+        """A column of booleans, such as "flip"."""
+        return np.asarray(self.table.column(column).to_numpy(), dtype=bool)
+
+
+_SAME_NAME = (
+    "sample_id", "dataset", "path", "address", "image_hash", "verify", "flip", "mask", "captions", "latent_keys",
+    "latent_shards", "text_keys", "text_shards",
+)  # fmt: skip
+
+
+def _as_bytes(column: pa.ChunkedArray) -> np.ndarray:
+    """Strings without Python objects: padded to one length, then seen as NumPy bytes."""
+    if not len(column):
+        return np.empty(0, "S1")
+    width = pc.max(pc.binary_length(column)).as_py() or 1
+    padded = pc.ascii_rpad(column, width, padding="\0").combine_chunks()
+    chunks = padded.chunks if isinstance(padded, pa.ChunkedArray) else [padded]
+    return np.concatenate([_fixed_width(chunk, width) for chunk in chunks])
+
+
+def _fixed_width(chunk: pa.Array, width: int) -> np.ndarray:
+    start = chunk.offset * width
+    return np.frombuffer(chunk.buffers()[2], np.uint8)[start : start + len(chunk) * width].view(f"S{width}")

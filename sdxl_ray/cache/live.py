@@ -1,0 +1,140 @@
+"""What a shard would hold, encoded when it is asked for: one image or caption at a time, so that the bits depend on
+nothing else. For cache.mode = "off", for cache.text = "online", and for entries that turned out damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from sdxl_ray.cache.encode import LatentEncoder, TextEncoder, loading
+from sdxl_ray.cache.images import UnreadableImage, load_mask, load_pixels
+from sdxl_ray.errors import CacheError
+from sdxl_ray.records import EncodedSample
+
+_CAPTIONS_KEPT = 128  # 40 MB
+
+
+class LiveEntries:
+    """The VAE and the text encoders on one device, for threads to share: they decode side by side and encode in turn.
+
+    Nothing is loaded before it is needed; see `load`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str,
+        variant: str,
+        vae_dtype: str,
+        caption_chunks: int,
+        device: torch.device,
+        report: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            report: told in one line about each image that cannot be decoded.
+        """
+        self.device = device
+        self.report = report
+        self._make_latent_encoder = lambda: LatentEncoder(
+            model, dtype=vae_dtype, device=device, batch_size=1, revision=revision, variant=variant
+        )
+        self._make_text_encoder = lambda: TextEncoder(
+            model, device=device, batch_size=1, revision=revision, variant=variant, num_chunks=caption_chunks
+        )
+        self._latent_encoder: LatentEncoder | None = None
+        self._text_encoder: TextEncoder | None = None
+        self._unreadable: set[str] = set()
+        self._told_of_tiles = False
+        self._lock = threading.Lock()
+        # Beside training and not behind it: on the stream of training, every result would wait for the running step.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.text = functools.lru_cache(maxsize=_CAPTIONS_KEPT)(self._text)
+
+    def load(self, *, images: bool, text: bool) -> None:
+        """Load the encoders now, so that a device without room for them is known before the first step.
+
+        Raises:
+            CacheError: the device has too little free memory.
+            ModelError: the model has no such part.
+        """
+        with self._lock:
+            if images:
+                self._images()
+            if text:
+                self._texts()
+
+    def latents(self, sample: EncodedSample, variant: int) -> dict[str, torch.Tensor] | None:
+        """ "mean", "std" (4, h, w) bf16, and "mask" (h, w) uint8 where the sample has one; None: it cannot be decoded.
+
+        Raises:
+            CacheError: this machine cannot read the image's file.
+        """
+        record = sample.image_record(variant)
+        try:
+            pixels = load_pixels(record)
+            mask = torch.from_numpy(np.array(load_mask(record))) if record.mask else None
+        except UnreadableImage as error:
+            with self._lock:
+                is_known = record.path in self._unreadable
+                self._unreadable.add(record.path)
+            if not is_known:
+                self.report(f"{record.path}: {error}; it does not count in training")
+            return None
+        except OSError as error:
+            raise CacheError(
+                f"{record.path}: cannot be read on this machine ({error}), and its encoded form is not in the cache. "
+                'Make the images visible to all machines that train; or set cache.mode = "disk" and encode them where '
+                "they are."
+            ) from None
+        with self._encoding():
+            encoder = self._images()
+            encoded = encoder.encode([pixels], [record.path])
+            in_tiles = bool(encoder.tiled) and not self._told_of_tiles
+            self._told_of_tiles |= in_tiles
+            encoder.tiled.clear()
+        if in_tiles:
+            self.report(
+                f"{record.path}: encoded in tiles, since {self.device} has no room for it whole; perhaps others too. "
+                "Their latents differ a little from those of the cache"
+            )
+        entry = {name: tensor[0] for name, tensor in encoded.items()}
+        return entry if mask is None else {**entry, "mask": mask}
+
+    def _text(self, caption: str) -> dict[str, torch.Tensor]:
+        """ "prompt_embeds" (77, 2048), 77 for each chunk, and "pooled_prompt_embeds" (1280,), bf16."""
+        with self._encoding():
+            encoded, _ = self._texts().encode([caption])
+        return {name: tensor[0] for name, tensor in encoded.items()}
+
+    # ---- inside the lock
+
+    @contextlib.contextmanager
+    def _encoding(self) -> Iterator[None]:
+        with self._lock, torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            yield
+
+    def _images(self) -> LatentEncoder:
+        if self._latent_encoder is None:
+            with loading("the VAE", self.device):
+                self._latent_encoder = self._make_latent_encoder()
+            self._wait_for_weights()
+        return self._latent_encoder
+
+    def _texts(self) -> TextEncoder:
+        if self._text_encoder is None:
+            with loading("the text encoders", self.device):
+                self._text_encoder = self._make_text_encoder()
+            self._wait_for_weights()
+        return self._text_encoder
+
+    def _wait_for_weights(self) -> None:
+        """They are copied on whichever stream loads them, and used on ours."""
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)

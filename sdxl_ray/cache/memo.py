@@ -1,0 +1,150 @@
+"""What earlier scans found, so that a second run over unchanged files only lists them.
+
+Remembered by (path, stamp); 60 bytes for each image. A memo is never needed for correctness: a damaged one is as good
+as none, and of two jobs that write one at once the later wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import time
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sdxl_ray.cache.scan import CANNOT_BE_READ, TOO_LARGE, ScannedFile
+from sdxl_ray.records import Listed
+from sdxl_ray.storage import Folder
+
+FILE_NAME = "scan.parquet"
+_SCHEMA = pa.schema(
+    [
+        ("identity", pa.binary(16)),
+        ("image_hash", pa.binary()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("problem", pa.dictionary(pa.int32(), pa.string())),
+    ]
+)
+
+
+class Memo:
+    """The memo of a cache folder."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self._table = _read(folder)  # sorted by identity
+        self._new: list[pa.Table] = []
+        self._written = time.monotonic()
+
+    def find(self, files: Sequence[Listed], by_listing: Sequence[bool], max_pixels: int) -> list[ScannedFile | None]:
+        """What is known of each file; None where it has to be looked at.
+
+        Looked at again: what was refused for its size, since the limit may have changed, and what could not be read,
+        since a network drive may be back.
+        """
+        identities = _identities(files, by_listing)
+        known = _column(self._table)
+        if not len(known):
+            return [None] * len(files)
+        places = np.minimum(np.searchsorted(known, identities), len(known) - 1)
+        hits = np.flatnonzero(known[places] == identities)
+        found: list[ScannedFile | None] = [None] * len(files)
+        rows = self._table.take(pa.array(places[hits])).to_pylist()
+        for place, row in zip(hits.tolist(), rows, strict=True):
+            file = ScannedFile(row["image_hash"].hex(), row["height"], row["width"], row["problem"])
+            fits = file.height * file.width <= max_pixels
+            if fits and TOO_LARGE not in file.problem and not file.problem.startswith(CANNOT_BE_READ):
+                found[place] = file
+        return found
+
+    def add(self, files: Sequence[Listed], by_listing: Sequence[bool], scanned: Sequence[ScannedFile]) -> None:
+        """Remember; on disk now and then, so that a killed scan of a large collection has not been for nothing."""
+        if not files:
+            return
+        self._new.append(_table(_identities(files, by_listing), scanned))
+        if time.monotonic() - self._written > 60:
+            self.write()
+
+    def write(self) -> None:
+        """Replace the file in one move.
+
+        Raises:
+            StorageError: the disk is full or read-only.
+        """
+        if self._new:
+            table = pa.concat_tables([*reversed(self._new), self._table]).unify_dictionaries()  # the later first
+            self._table, self._new = _sorted(table), []
+            content = io.BytesIO()
+            pq.write_table(self._table, content, compression="zstd")
+            self.folder.write(FILE_NAME, content.getvalue())
+        self._written = time.monotonic()
+
+    def mark(self, problems: dict[str, str]) -> None:
+        """Remember what turned out about images with these hashes: not tried again until they change."""
+        hashes = _column(self._table, "image_hash", 32)
+        bad = np.array([bytes.fromhex(image_hash) for image_hash in problems], "S32")
+        rows = np.flatnonzero(np.isin(hashes, bad))
+        taken = self._table.take(pa.array(rows))
+        found = [ScannedFile(row["image_hash"].hex(), row["height"], row["width"]) for row in taken.to_pylist()]
+        marked = [dataclasses.replace(file, problem=problems[file.image_hash]) for file in found]
+        self._new.append(_table(_column(taken), marked))
+        self.write()
+
+
+def _sorted(table: pa.Table) -> pa.Table:
+    """By identity; of several rows for one the first stays."""
+    _, first = np.unique(_column(table), return_index=True)
+    return table.take(pa.array(first)).combine_chunks()
+
+
+def _identities(files: Sequence[Listed], by_listing: Sequence[bool]) -> np.ndarray:
+    names = (
+        f"{file.address or file.path}\0{file.stamp}\0{trusted:d}"
+        for file, trusted in zip(files, by_listing, strict=True)
+    )
+    digests = (hashlib.blake2b(name.encode(), digest_size=16).digest() for name in names)
+    return np.frombuffer(b"".join(digests), "S16")
+
+
+def _table(identities: np.ndarray, scanned: Sequence[ScannedFile]) -> pa.Table:
+    columns = [
+        pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(16), len(identities), [None, pa.py_buffer(identities.tobytes())]
+        ),
+        pa.array([bytes.fromhex(file.image_hash) for file in scanned], pa.binary()),
+        pa.array([file.height for file in scanned], pa.int32()),
+        pa.array([file.width for file in scanned], pa.int32()),
+        pa.array([file.problem for file in scanned], pa.string()).dictionary_encode(),
+    ]
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def _column(table: pa.Table, name: str = "identity", width: int = 16) -> np.ndarray:
+    """Fixed-width bytes as NumPy; shorter ones (a missing hash) padded with zeros."""
+    column = table.column(name)
+    if pa.types.is_fixed_size_binary(column.type):
+        parts = [
+            np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width : (chunk.offset + len(chunk)) * width]
+            for chunk in column.chunks
+            if len(chunk)
+        ]
+        return np.concatenate([np.empty(0, np.uint8), *parts]).view(f"S{width}")
+    return np.array(column.to_pylist(), f"S{width}") if len(column) else np.empty(0, f"S{width}")
+
+
+def _read(folder: Folder) -> pa.Table:
+    if not folder.exists(FILE_NAME):
+        return _SCHEMA.empty_table()
+    try:
+        table = pq.read_table(io.BytesIO(folder.read(FILE_NAME)), read_dictionary=["problem"])
+        return _sorted(table.select(_SCHEMA.names).cast(_SCHEMA))
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(f"{folder.path}/{FILE_NAME}: {reason}; the images are scanned again", stacklevel=2)
+        return _SCHEMA.empty_table()

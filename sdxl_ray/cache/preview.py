@@ -1,0 +1,196 @@
+"""What the model will see, as one HTML page: the crops of each bucket, what is cut away, the captions, what is skipped."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sdxl_ray.cache.images import UnreadableImage, load_mask, load_pixels
+from sdxl_ray.errors import storage_errors
+from sdxl_ray.records import EncodedSample
+
+SAMPLES_PER_BUCKET = 24
+SKIPPED_SHOWN = 500
+_CAPTIONS_SHOWN = 5
+_THUMBNAIL_AREA = 224 * 224  # pixels: those of all shapes look equally large
+_DARKENED = 0.3  # how bright what is cut away remains
+
+_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
+body { margin: 1.5rem auto; padding: 0 1rem; max-width: 110rem; }
+h2 { margin: 2rem 0 .5rem; border-bottom: 1px solid #8886; }
+h2 small, .note { font-weight: normal; opacity: .75; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1.2rem; padding: 0; }
+.samples > li { list-style: none; border: 1px solid #8884; border-radius: .5rem; padding: .7rem; }
+figure { display: flex; flex-wrap: wrap; gap: .4rem; margin: 0 0 .5rem; align-items: flex-start; }
+img { max-width: 100%; height: auto; border-radius: .2rem; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .7rem; margin: .5rem 0 0; font-size: .85rem; }
+dt { opacity: .7; } dd { margin: 0; overflow-wrap: anywhere; }
+.captions { margin: 0; padding-left: 1.2rem; overflow-wrap: anywhere; white-space: pre-line; }
+.problem { color: light-dark(#a40000, #ff9b8a); }
+table { border-collapse: collapse; } caption { text-align: left; }
+th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #8883; overflow-wrap: anywhere; }
+"""
+
+
+def write_contact_sheet(
+    path: Path,
+    *,
+    title: str,
+    counts: Mapping[str, int],
+    shown: Mapping[str, Sequence[EncodedSample]],
+    skipped: Sequence[tuple[str, str]],
+    num_skipped: int,
+) -> None:
+    """Write the page to `path`. It needs no other file, no network and no JavaScript.
+
+    Args:
+        counts: samples of each bucket ("1024x832", height first), in the order in which they are to appear.
+        shown: some of each bucket's samples; the first `SAMPLES_PER_BUCKET` are drawn.
+        skipped: (path, reason) of images that are left out; the first `SKIPPED_SHOWN` are listed.
+        num_skipped: how many there are in all.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    doing = "writing the contact sheet"
+    with storage_errors(doing, path, "Free some space, or give another path."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(_page(title, counts, shown, skipped, num_skipped))
+
+
+def _page(
+    title: str,
+    counts: Mapping[str, int],
+    shown: Mapping[str, Sequence[EncodedSample]],
+    skipped: Sequence[tuple[str, str]],
+    num_skipped: int,
+) -> Iterator[str]:
+    """The page in pieces: with a thousand thumbnails it has some 30 MB."""
+    heading = html.escape(title)
+    yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{heading}</title>\n'
+    yield f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n'
+    buckets = "bucket" if len(counts) == 1 else "buckets"
+    yield f"<body>\n<header>\n<h1>{heading}</h1>\n<p>{_samples(sum(counts.values()))} in {len(counts)} {buckets}, "
+    yield f"{num_skipped:,} images skipped. On the left what the model sees; on the right the whole image, with what is "
+    yield "cut away darkened. Sizes are width x height.</p>\n</header>\n<main>\n"
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding frees the GIL
+        for bucket, count in counts.items():
+            samples = list(shown.get(bucket, ()))[:SAMPLES_PER_BUCKET]
+            height, _, width = bucket.partition("x")
+            of_all = f", {len(samples)} of them shown" if len(samples) < count else ""
+            name = f"{width} x {height}"
+            yield f'<section aria-label="Bucket {name}">\n<h2>{name} <small>{_samples(count)}{of_all}</small></h2>\n'
+            yield '<ul class="samples">\n'
+            yield from threads.map(_card, samples)
+            yield "</ul>\n</section>\n"
+    yield from _skipped_table(skipped[:SKIPPED_SHOWN], num_skipped)
+    yield "</main>\n</body>\n</html>\n"
+
+
+def _samples(count: int) -> str:
+    return f"{count:,} {'sample' if count == 1 else 'samples'}"
+
+
+def _card(sample: EncodedSample) -> str:
+    """One sample as a list item."""
+    name = html.escape(Path(sample.path).name)
+    try:
+        pictures = _pictures(sample, name)
+    except (UnreadableImage, OSError) as error:
+        pictures = f'<p class="problem">{html.escape(str(error))}</p>'
+    captions = "".join(f"<li>{html.escape(caption) or '(empty)'}</li>" for caption in sample.captions[:_CAPTIONS_SHOWN])
+    if len(sample.captions) > _CAPTIONS_SHOWN:
+        captions += f'<li class="note">and {len(sample.captions) - _CAPTIONS_SHOWN} more</li>'
+    rows = "".join(f"<dt>{term}</dt><dd>{html.escape(value)}</dd>" for term, value in _facts(sample).items())
+    return f'<li>\n{pictures}<ul class="captions">{captions}</ul>\n<dl>{rows}</dl>\n</li>\n'
+
+
+def _facts(sample: EncodedSample) -> dict[str, str]:
+    (top, left), (height, width) = sample.crops[0], sample.original_hw
+    facts = {
+        "Image": f"{width} x {height}, resized to {sample.resized_hw[1]} x {sample.resized_hw[0]}",
+        "Crop": f"{left} from the left, {top} from the top",
+        "Dataset": sample.dataset,
+        "File": sample.path,
+    }
+    if len(sample.crops) > 1:
+        facts["Crop"] += f"; the first of {len(sample.crops)}"
+    if sample.flip:
+        facts["Image"] += ", mirrored"
+    return facts
+
+
+def _pictures(sample: EncodedSample, name: str) -> str:
+    """The first crop, the whole image and, where there is one, the mask; `name` is escaped."""
+    record = sample.image_record()
+    pictures = [("as the model sees it", _thumbnail(load_pixels(record))), ("whole, crop bright", _whole_image(sample))]
+    if sample.mask:
+        pictures.append(("mask, white counts", _thumbnail(load_mask(record))))
+    tags = (
+        f'<img src="{_data_uri(picture)}" width="{picture.width}" height="{picture.height}" loading="lazy" '
+        f'alt="{name}, {what}" title="{what}">'
+        for what, picture in pictures
+    )
+    return f"<figure>{''.join(tags)}</figure>\n"
+
+
+def _whole_image(sample: EncodedSample) -> Image.Image:
+    """A thumbnail of the whole image, mirrored if the sample is, with what is cut away darkened."""
+    small_hw = _thumbnail_hw(sample.resized_hw)
+    whole = dataclasses.replace(
+        sample.image_record(), resized_hw=small_hw, bucket_hw=small_hw, crop_top_left=(0, 0), verify=False
+    )
+    pixels = load_pixels(whole)
+    (top, bottom), (left, right) = (
+        (round(offset * small / resized), round((offset + edge) * small / resized))
+        for offset, edge, small, resized in zip(
+            sample.crops[0], sample.target_hw, small_hw, sample.resized_hw, strict=True
+        )
+    )
+    darkened = (pixels * _DARKENED).astype(np.uint8)
+    darkened[top:bottom, left:right] = pixels[top:bottom, left:right]
+    return Image.fromarray(darkened)
+
+
+def _thumbnail(pixels: np.ndarray) -> Image.Image:
+    """Of (height, width[, 3]) uint8."""
+    height, width = _thumbnail_hw(pixels.shape[:2])
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _thumbnail_hw(hw: Sequence[int]) -> tuple[int, int]:
+    """At most three times as long as wide to the eye's area, so that a strip stays a strip but is not a line."""
+    scale = math.sqrt(_THUMBNAIL_AREA / (hw[0] * hw[1]))
+    longest = 2 * math.sqrt(_THUMBNAIL_AREA)
+    scale = min(scale, longest / max(hw))
+    return max(1, round(hw[0] * scale)), max(1, round(hw[1] * scale))
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _skipped_table(skipped: Sequence[tuple[str, str]], num_skipped: int) -> Iterator[str]:
+    if not num_skipped:
+        return
+    more = f" The first {len(skipped):,} are listed." if len(skipped) < num_skipped else ""
+    yield f'<section aria-label="Skipped images">\n<h2>Skipped <small>{num_skipped:,} images</small></h2>\n'
+    yield f"<table>\n<caption>Images that are left out, and why.{more}</caption>\n"
+    yield '<thead><tr><th scope="col">Image</th><th scope="col">Why</th></tr></thead>\n<tbody>\n'
+    for path, reason in skipped:
+        yield f"<tr><td>{html.escape(path)}</td><td>{html.escape(reason)}</td></tr>\n"
+    yield "</tbody>\n</table>\n</section>\n"

@@ -1,0 +1,164 @@
+"""What all sources need: names that can be printed, stamps, patterns of files, and words for what is wrong."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from sdxl_ray import storage
+from sdxl_ray.errors import DatasetError
+from sdxl_ray.storage import FileEntry
+
+if TYPE_CHECKING:
+    from sdxl_ray.config.schema import DatasetSection
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jfif", ".heic", ".heif", ".jxl"}
+)
+TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".arrow", ".feather")
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+MISSING = "missing"  # the stamp of a file that is not there: it is reported when it is opened
+_THREADS = 16  # most of the time they wait for a network
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def setting_of(section: DatasetSection) -> str:
+    """How errors call the setting: dataset.path of cats."""
+    return f"dataset.path of {section.name}" if section.name else "dataset.path"
+
+
+def printable(name: str) -> str:
+    """The name with bytes that are not UTF-8 escaped; they would stop the terminal, Parquet and CSV."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def is_image(name: str) -> bool:
+    """By its suffix."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122  (a Path per file doubles the time)
+
+
+def stamp_of(entry: FileEntry) -> str:
+    """Of a listed file."""
+    return f"{entry.size}-{entry.mtime_ns}"
+
+
+def local_stamps(paths: Sequence[str], missing: str = MISSING) -> Iterator[str]:
+    """Size and date of each file. In threads: on a network drive each takes a millisecond of waiting."""
+
+    def look(piece: Sequence[str]) -> list[str]:
+        return [_stamp(path, missing) for path in piece]
+
+    for found in ahead(look, [paths[start : start + 256] for start in range(0, len(paths), 256)]):
+        yield from found
+
+
+def _stamp(path: str, missing: str) -> str:
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):
+        return missing
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def ahead(function: Callable[[_Item], _Result], items: Iterable[_Item], num: int = _THREADS) -> Iterator[_Result]:
+    """`map` that works on up to `num` items at once, in their order; no more results than that wait in memory."""
+    waiting = iter(items)
+    first = list(itertools.islice(waiting, 2))
+    if len(first) < 2:
+        yield from map(function, first)
+        return
+    with ThreadPoolExecutor(num) as threads:
+        pending: list[Future[_Result]] = []
+        try:
+            for item in itertools.chain(first, waiting):
+                pending.append(threads.submit(function, item))
+                if len(pending) >= num:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+# ---- patterns --------------------------------------------------------------------------------------------------------
+
+_PATTERN = re.compile(r"[*?\[{]")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+
+
+def is_pattern(path: str) -> bool:
+    """Whether it stands for several files; a folder that is really called "[2024] cats" does not."""
+    if not storage.is_uri(path):
+        return _PATTERN.search(path) is not None and not os.path.lexists(path)
+    return _PATTERN.search(re.sub(r"\?\w+=[^/]*", "", path)) is not None  # without the options of an address
+
+
+def expand_braces(path: str) -> list[str]:
+    """`{000..002}` and `{cats,dogs}`, as the shell does."""
+    found = _RANGE.search(path)
+    if found:
+        first, last = int(found[1]), int(found[2])
+        width = len(found[1]) if found[1].startswith("0") else 0
+        step = 1 if last >= first else -1
+        choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    else:
+        found = _CHOICE.search(path)
+        if not found:
+            return [path]
+        choices = found[1].split(",")
+    head, tail = path[: found.start()], path[found.end() :]
+    return [full for choice in choices for full in expand_braces(head + choice + tail)]
+
+
+def find_files(section: DatasetSection) -> list[tuple[str, FileEntry]]:
+    """(path, entry) of the files that a pattern or the name of one file stands for, sorted by path.
+
+    Raises:
+        DatasetError: a file that is named does not exist, or a pattern fits none.
+    """
+    found: dict[str, FileEntry] = {}
+    for path in expand_braces(section.path) if is_pattern(section.path) else [section.path]:
+        matches = _glob(path) if is_pattern(path) else [(path, storage.status(path))]
+        here = {name: entry for name, entry in matches if entry is not None}
+        if not here:
+            raise DatasetError(
+                f"{setting_of(section)}: {path} does not exist."
+                if not is_pattern(path)
+                else f"{setting_of(section)}: no file fits {path}. Check the folder and the pattern."
+            )
+        found.update(here)
+    return sorted(found.items())
+
+
+def _glob(pattern: str) -> list[tuple[str, FileEntry | None]]:
+    if not storage.is_uri(pattern):
+        return [(path, storage.status(path)) for path in glob.glob(pattern, recursive=True)]  # noqa: PTH207
+    folder = pattern[: pattern.index("://") + 3] + re.split(r"[*\[{]|\?(?!\w+=)", pattern.partition("://")[2])[0]
+    folder = folder.rpartition("/")[0]
+    fits = _as_expression(pattern.removeprefix(folder + "/"))
+    return [
+        (storage.join(folder, entry.name), entry)
+        for entry in storage.open_folder(folder).list()
+        if fits.fullmatch(entry.name)
+    ]
+
+
+def _as_expression(pattern: str) -> re.Pattern[str]:
+    """As `glob` reads it: `*` and `?` stay within a folder, `**` does not."""
+    signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern)
+    return re.compile(
+        "".join(
+            signs.get(part) or (part.replace("[!", "[^", 1) if re.fullmatch(r"\[.+\]", part) else re.escape(part))
+            for part in parts
+        ),
+        re.DOTALL,
+    )

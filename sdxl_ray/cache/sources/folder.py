@@ -1,0 +1,252 @@
+"""A folder of image files, searched recursively, each with its caption file and its mask.
+
+One listing of each folder finds all three; nothing is opened, and no name is asked for on its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdxl_ray import storage
+from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, is_image, local_stamps, printable, setting_of, stamp_of
+from sdxl_ray.errors import DatasetError
+from sdxl_ray.records import Listed
+from sdxl_ray.storage import FileEntry
+
+if TYPE_CHECKING:
+    from sdxl_ray.config.schema import DatasetSection
+
+_AHEAD = 16  # folders of a store that are listed at once
+_NOWHERE = "0-0"  # the stamp of a link that leads nowhere: it is reported when it is opened
+
+
+@dataclass
+class _Level:
+    """One folder's content, as far as it matters. Names as the folder has them."""
+
+    folder: str
+    folders: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    captions: dict[str, str] = field(default_factory=dict)  # caption file -> the image that has taken it
+    masks: set[str] = field(default_factory=set)
+    stamps: dict[str, str] = field(default_factory=dict)  # of a store, whose listing has them; else asked for later
+
+
+class _Rules:
+    """Which file is what."""
+
+    def __init__(self, section: DatasetSection) -> None:
+        extension = section.caption_extension
+        self.extension = extension if extension.startswith(".") else f".{extension}"
+        self.captions = "textfile" in section.captions
+        self.mask_suffix = section.mask_suffix if section.mask == "file" else ""
+
+    def sort_in(self, level: _Level, name: str) -> bool:
+        """Whether it is an image, a mask or a caption file, and is now in the level."""
+        if self.mask_suffix and name.endswith(self.mask_suffix):
+            level.masks.add(name)
+        elif is_image(name):
+            level.images.append(name)
+        elif self.captions and name.endswith(self.extension):
+            level.captions[name] = ""
+        else:
+            return False
+        return True
+
+
+def list_folder(section: DatasetSection, root: str) -> Iterator[Listed]:
+    """Every image below `root`, sorted by path; hidden files and folders are left out.
+
+    Links are followed; a folder reached twice, as in a loop of links, is read once. A file whose name is not UTF-8 is
+    listed under an escaped name (`caf\\xe9.jpg`), which then "cannot be read": such a name fits in no index.
+
+    Raises:
+        DatasetError: the folder does not exist, is a file, or holds no image; a folder cannot be looked into; or a
+            caption file could belong to several images.
+        StorageError: a store refuses.
+    """
+    rules = _Rules(section)
+    local = storage.local_path(root)
+    if local is None:
+        yield from _pair(section, rules, _cloud_levels(root, rules), f"{root} or its subfolders")
+        return
+    if not local.exists():
+        raise DatasetError(
+            f"{setting_of(section)}: {root} does not exist. Set it to the folder that holds your images."
+        )
+    if not local.is_dir():
+        raise DatasetError(f"{setting_of(section)}: {root} is a file, expected a folder of images.")
+    levels = _local_levels(section, os.fspath(local), rules)
+    yield from _pair(section, rules, levels, f"{root} or its subfolders")
+
+
+def list_entries(section: DatasetSection, root: str, entries: Iterable[FileEntry]) -> Iterator[Listed]:
+    """The images among files of `root` that are listed already."""
+    rules = _Rules(section)
+    levels: dict[str, _Level] = {}
+    for entry in entries:
+        folder, _, name = entry.name.rpartition("/")
+        level = levels.setdefault(folder, _Level(storage.join(root, folder) if folder else root))
+        if rules.sort_in(level, name):
+            level.stamps[name] = stamp_of(entry)
+    yield from _pair(section, rules, (levels[folder] for folder in sorted(levels)), root)
+
+
+def _pair(section: DatasetSection, rules: _Rules, levels: Iterable[_Level], where: str) -> Iterator[Listed]:
+    """Each image with its caption file and mask; captions that could belong to several images are collected first."""
+    shared: list[tuple[str, list[str]]] = []
+    found = False
+    for level in levels:
+        level.images.sort()
+        claims = _claims(level, rules)
+        for file, images in claims.items():
+            shared.append((printable(storage.join(level.folder, file)), [printable(image) for image in images]))
+        found = found or bool(level.images)
+        if not shared:  # else only the rest of the listing is wanted, for the error
+            yield from _listed(level, rules)
+    if shared:
+        raise DatasetError(_shared_text(shared, rules))
+    if not found:
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise DatasetError(f"{setting_of(section)}: no images in {where}. Looked for {kinds}")
+
+
+def _caption_of(image: str, level: _Level, rules: _Rules) -> str:
+    """`cat.jpg.txt` if it exists, else `cat.txt` if it exists."""
+    for name in (image + rules.extension, os.path.splitext(image)[0] + rules.extension):  # noqa: PTH122
+        if name in level.captions:
+            return name
+    return ""
+
+
+def _claims(level: _Level, rules: _Rules) -> dict[str, list[str]]:
+    """The caption files that several images could mean."""
+    shared: dict[str, list[str]] = {}
+    if not level.captions:
+        return shared
+    for image in level.images:
+        caption = _caption_of(image, level, rules)
+        if not caption:
+            continue
+        first = level.captions[caption]
+        if first:
+            shared.setdefault(caption, [first]).append(image)
+        else:
+            level.captions[caption] = image
+    return shared
+
+
+def _listed(level: _Level, rules: _Rules) -> Iterator[Listed]:
+    def address(name: str) -> str:
+        return printable(storage.join(level.folder, name)) if name else ""
+
+    if level.stamps:
+        stamps: Iterable[str] = (level.stamps[image] for image in level.images)
+    else:
+        stamps = _stamps_in_pieces(level)
+    for image, stamp in zip(level.images, stamps, strict=True):
+        mask = os.path.splitext(image)[0] + rules.mask_suffix if rules.mask_suffix else ""  # noqa: PTH122
+        yield Listed(
+            path=address(image),
+            stamp=stamp,
+            text_file=address(_caption_of(image, level, rules)),
+            mask_file=address(mask if mask in level.masks else ""),
+        )
+
+
+def _stamps_in_pieces(level: _Level, piece: int = 8192) -> Iterator[str]:
+    for start in range(0, len(level.images), piece):
+        names = level.images[start : start + piece]
+        yield from local_stamps([storage.join(level.folder, name) for name in names], _NOWHERE)
+
+
+def _shared_text(shared: list[tuple[str, list[str]]], rules: _Rules) -> str:
+    shown = "\n".join(f"  {file} could belong to {' or '.join(images)}" for file, images in shared[:10])
+    more = f"\n  and {len(shared) - 10} more" if len(shared) > 10 else ""
+    return (
+        f"{len(shared)} caption files could belong to several images:\n{shown}{more}\n"
+        f'Name each after its whole image file ("cat.jpg{rules.extension}"), or remove the second image.'
+    )
+
+
+# ---- listing ---------------------------------------------------------------------------------------------------------
+
+
+def _local_levels(section: DatasetSection, root: str, rules: _Rules) -> Iterator[_Level]:
+    seen: set[tuple[int, int]] = set()
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        level = _Level(folder)
+        try:
+            status = Path(folder).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    _sort_in(level, rules, entry)
+        except FileNotFoundError:  # deleted while we look
+            continue
+        except OSError as error:
+            raise DatasetError(
+                f"{setting_of(section)}: the folder {printable(folder)} cannot be read: {error.strerror}. "
+                "Allow it, or move it out of dataset.path."
+            ) from None
+        pending += [storage.join(folder, name) for name in sorted(level.folders, reverse=True)]
+        yield level
+
+
+def _sort_in(level: _Level, rules: _Rules, entry: os.DirEntry[str]) -> None:
+    if entry.name.startswith("."):
+        return
+    with contextlib.suppress(OSError):  # a link to itself: listed below if it is called like an image
+        if entry.is_dir():
+            level.folders.append(entry.name)
+            if rules.captions and entry.name.endswith(rules.extension):
+                level.captions[entry.name] = ""  # its image is skipped, with the reason, and not without a caption
+            return
+    is_known = rules.sort_in(level, entry.name)
+    # A link counts as caption or mask if it leads somewhere, as for `os.path.exists`.
+    if is_known and entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
+        level.captions.pop(entry.name, None)
+        level.masks.discard(entry.name)
+
+
+def _cloud_levels(root: str, rules: _Rules) -> Iterator[_Level]:
+    """The next folders are listed while one is worked on: each listing waits for the network."""
+
+    def look(folder: str) -> _Level:
+        level = _Level(folder)
+        folders, files = storage.list_level(folder)
+        level.folders = [name for name in folders if not name.startswith(".")]
+        for file in files:
+            if not file.name.startswith(".") and rules.sort_in(level, file.name):
+                level.stamps[file.name] = stamp_of(file)
+        return level
+
+    yield from _walk_ahead(root, look)
+
+
+def _walk_ahead(root: str, look: Callable[[str], _Level]) -> Iterator[_Level]:
+    pending: deque[str] = deque([root])
+    begun: dict[str, Future[_Level]] = {}
+    with ThreadPoolExecutor(_AHEAD) as threads:
+        try:
+            while pending:
+                for _, folder in zip(range(_AHEAD), pending, strict=False):
+                    if folder not in begun:
+                        begun[folder] = threads.submit(look, folder)
+                level = begun.pop(pending.popleft()).result()
+                pending.extendleft(storage.join(level.folder, name) for name in sorted(level.folders, reverse=True))
+                yield level
+        finally:
+            for future in begun.values():
+                future.cancel()

@@ -1,0 +1,321 @@
+"""What a dataset's path holds: images, tar files or tables; and the layouts of Hugging Face.
+
+a pattern or a file                   data/*.tar, data/{000..099}.tar, captions.csv
+a folder                              images; or, where it holds no image, tar files or tables
+metadata.csv, metadata.jsonl          beside images: a table of their captions, with a column file_name
+save_to_disk of Hugging Face          state.json with data-00000-of-00001.arrow; splits where dataset_dict.json is
+a dataset of the Hub, or its clone    train-00000-of-00002.parquet, data/train/..., train/...; README.md beside them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdxl_ray import storage
+from sdxl_ray.cache.sources.files import (
+    PACKED_TARS,
+    TABLE_SUFFIXES,
+    find_files,
+    is_image,
+    is_pattern,
+    setting_of,
+)
+from sdxl_ray.cache.sources.splits import in_split, no_split, of_split
+from sdxl_ray.errors import DatasetError
+from sdxl_ray.storage import FileEntry
+
+if TYPE_CHECKING:
+    from sdxl_ray.config.schema import DatasetSection
+
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_TARS = (".tar", *PACKED_TARS)
+_Files = list[tuple[str, FileEntry]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`kind`: folder, webdataset or table. A folder is its `root`, with `entries` where they are listed already."""
+
+    kind: str
+    root: str
+    files: Sequence[tuple[str, FileEntry]] = ()
+    entries: Sequence[FileEntry] | None = None
+
+
+def find_layout(section: DatasetSection) -> Layout:
+    """Look just as far as it takes to tell.
+
+    Raises:
+        DatasetError: nothing there, nothing that is understood, or another format than dataset.format.
+        ConfigError, StorageError: as `storage` raises them.
+    """
+    path = section.path
+    storage.check_address(path)
+    if path.startswith("hf://"):
+        return _of_hub(section)
+    if is_pattern(path):
+        return _of_files(section, find_files(section))
+    local = storage.local_path(path)
+    if storage.status(path) is not None and (local is None or not local.is_dir()):
+        return _of_files(section, find_files(section))
+    if section.format == "folder":
+        return Layout("folder", path)
+    return _of_folder(section, path)
+
+
+def _of_files(section: DatasetSection, files: _Files) -> Layout:
+    kinds = {_kind_of(path) for path, _ in files}
+    first = files[0][0]
+    if len(files) == 1 and kinds & {"", "folder"} and not is_pattern(section.path):
+        raise DatasetError(f"{setting_of(section)}: {first} is a file, expected a folder of images.")
+    if len(kinds) > 1 or kinds & {"", "folder"}:
+        raise DatasetError(
+            f"{setting_of(section)}: {section.path} fits files such as {first}, expected only .tar files, or only "
+            f"tables ({' '.join(TABLE_SUFFIXES)}). For images, give their folder."
+        )
+    return Layout(_agreed(section, kinds.pop()), _root_of(section.path), files)
+
+
+def _kind_of(name: str) -> str:
+    lower = name.lower()
+    if lower.endswith(_TARS):
+        return "webdataset"
+    if lower.endswith(TABLE_SUFFIXES):
+        return "table"
+    return "folder" if is_image(name) else ""
+
+
+def _agreed(section: DatasetSection, kind: str) -> str:
+    if section.format not in ("auto", kind):
+        raise DatasetError(
+            f'{setting_of(section)}: {section.path} is a {kind}, and dataset.format = "{section.format}". '
+            'Set it to "auto", or correct the path.'
+        )
+    return kind
+
+
+def _root_of(path: str) -> str:
+    """The folder that names are relative to."""
+    return re.split(r"[*?\[{]", path)[0].rpartition("/")[0] if is_pattern(path) else path.rpartition("/")[0]
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _of_folder(section: DatasetSection, root: str) -> Layout:
+    saved = _saved_to_disk(section, root)
+    if saved is not None:
+        return saved
+    is_clone = storage.status(storage.join(root, "README.md")) is not None
+    metadata = _metadata(section, root)
+    if metadata is not None and section.format in ("auto", "table"):
+        return Layout("table", root, [metadata])
+    kinds, files = _look_around(section, root)
+    if "folder" in kinds and section.format == "auto":
+        return Layout("folder", _split_folder(section, root) if is_clone else root)
+    if kinds == {"webdataset", "table"} and section.format == "auto":
+        raise DatasetError(
+            f"{setting_of(section)}: {root} holds tar files and tables. Set dataset.format, or give a pattern such as "
+            f"{storage.join(root, '*.tar')}."
+        )
+    wanted = section.format if section.format != "auto" else next(iter(kinds), "folder")
+    if wanted == "folder":
+        return Layout("folder", root)
+    chosen = [entry for entry in files if _kind_of(entry.name) == wanted]
+    if is_clone:
+        chosen = of_split(section, chosen)
+    if not chosen:
+        raise DatasetError(f'{setting_of(section)}: {root} holds no files for dataset.format = "{wanted}".')
+    return Layout(wanted, root, [(storage.join(root, entry.name), entry) for entry in chosen])
+
+
+def _look_around(section: DatasetSection, root: str) -> tuple[set[str], list[FileEntry]]:
+    """(kinds of files that there are, tar files and tables). Ends at the first image, if that settles it."""
+    kinds: set[str] = set()
+    files = []
+    for name in _names_below(root):
+        kind = _kind_of(name)
+        if kind == "folder" and section.format == "auto":
+            return {"folder"}, []
+        if kind in ("webdataset", "table"):
+            kinds.add(kind)
+            files.append(name)
+    files.sort()
+    entries = [(name, storage.status(storage.join(root, name))) for name in files]
+    return kinds, [FileEntry(name, entry.size, entry.mtime_ns) for name, entry in entries if entry is not None]
+
+
+def _names_below(root: str) -> Iterator[str]:
+    """Names of files, relative to the folder; of hidden ones none. What cannot be read is left to the listing."""
+    if storage.local_path(root) is None:
+        pending = [""]
+        while pending:
+            folder = pending.pop()
+            folders, files = storage.list_level(storage.join(root, folder) if folder else root)
+            yield from (f"{folder}{file.name}" for file in files if not file.name.startswith("."))
+            pending += [f"{folder}{name}/" for name in folders if not name.startswith(".")]
+        return
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        with contextlib.suppress(OSError):
+            path = Path(root, folder)
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        waiting.append(f"{folder}{entry.name}/")
+                    else:
+                        yield f"{folder}{entry.name}"
+
+
+def _metadata(section: DatasetSection, root: str) -> tuple[str, FileEntry] | None:
+    """The table beside the images, if there is one with a column file_name."""
+    folders = ["", section.split, f"data/{section.split}", "data"] if section.split else ["", "data"]
+    for folder, name in itertools.product(dict.fromkeys(folders), _METADATA):
+        path = storage.join(root, f"{folder}/{name}" if folder else name)
+        entry = storage.status(path)
+        if entry is not None and _has_file_names(path):
+            return path, entry
+    return None
+
+
+def _has_file_names(path: str) -> bool:
+    if path.endswith(".parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with storage.reading_errors(path), storage.open_arrow(path) as file:
+                return "file_name" in pq.read_schema(file).names
+        except pa.ArrowException:
+            return False
+    with storage.open_buffered(path) as file:
+        return b"file_name" in file.readline(2**20)
+
+
+def _saved_to_disk(section: DatasetSection, root: str) -> Layout | None:
+    """What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` of Hugging Face write."""
+    splits = storage.join(root, "dataset_dict.json")
+    if storage.status(splits) is not None:
+        names = _json(splits).get("splits")
+        names = [str(name) for name in names] if isinstance(names, list) else []
+        if section.split and section.split not in names:
+            raise DatasetError(no_split(section, names))
+        chosen = [section.split] if section.split else sorted(names)
+        files = [file for name in chosen for file in _arrow_files(storage.join(root, name))]
+    elif storage.status(storage.join(root, "state.json")) is None:
+        return None
+    else:
+        files = _arrow_files(root)
+    return Layout(_agreed(section, "table"), root, files)
+
+
+def _arrow_files(folder: str) -> _Files:
+    """In the order of their rows."""
+    state = _json(storage.join(folder, "state.json")).get("_data_files")
+    files = []
+    for item in state if isinstance(state, list) else []:
+        path = storage.join(folder, str(item.get("filename") if isinstance(item, dict) else item))
+        entry = storage.status(path)
+        if entry is None:
+            raise DatasetError(f"{path} does not exist, and state.json beside it names it. Copy the folder again.")
+        files.append((path, entry))
+    return files
+
+
+def _json(path: str) -> dict[str, object]:
+    try:
+        found = json.loads(storage.read_bytes(path))
+    except FileNotFoundError:
+        raise DatasetError(f"{path} does not exist. Copy the folder again.") from None
+    except ValueError as error:
+        raise DatasetError(f"{path} is no JSON: {error}. Copy the folder again.") from None
+    return found if isinstance(found, dict) else {}
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def _of_hub(section: DatasetSection) -> Layout:
+    """The repository is listed once; its files are read as they are needed."""
+    root, pattern = hub_address(section.path, section.revision)
+    if pattern:
+        located = section.model_copy(update={"path": storage.join(root, pattern)})
+        return _of_files(section, _kept(located, find_files(located)))
+    files = storage.open_folder(root).list()
+    if not files:
+        raise DatasetError(
+            f"{setting_of(section)}: {root} holds no files. Check its name and dataset.revision; of a dataset that is "
+            "not public, set HF_TOKEN on every machine."
+        )
+    kinds = {_kind_of(entry.name) for entry in files} - {""}
+    names = {entry.name: entry for entry in files}
+    if "folder" in kinds and section.format in ("auto", "table"):
+        for name in sorted(names):
+            is_metadata = name.rpartition("/")[2] in _METADATA
+            if is_metadata and in_split(section, name) and _has_file_names(storage.join(root, name)):
+                return Layout("table", root, [(storage.join(root, name), names[name])])
+    order = ("webdataset", "folder", "table") if section.format == "auto" else (section.format,)
+    parquet = [entry for entry in files if entry.name.endswith(".parquet")]
+    if parquet and section.format in ("auto", "table"):
+        chosen, kind = parquet, "table"
+    else:
+        kind = next((kind for kind in order if kind in kinds), "")
+        chosen = [entry for entry in files if _kind_of(entry.name) == kind]
+    if not chosen:
+        raise DatasetError(f"{setting_of(section)}: {root} holds no images, tar files or tables.")
+    chosen = of_split(section, chosen)
+    if kind == "folder":
+        # Captions and masks lie beside the images; their names need not tell the split.
+        folders = {entry.name.rpartition("/")[0] for entry in chosen}
+        return Layout("folder", root, entries=[entry for entry in files if entry.name.rpartition("/")[0] in folders])
+    return Layout(kind, root, [(storage.join(root, entry.name), entry) for entry in chosen])
+
+
+def _kept(section: DatasetSection, files: _Files) -> _Files:
+    """Files whose names tell another split are left out, unless the pattern itself asks for them."""
+    return files if not section.split else [file for file in files if in_split(section, file[0])] or files
+
+
+def hub_address(path: str, revision: str) -> tuple[str, str]:
+    """(`hf://datasets/org/name@revision/folder`, the pattern below it or empty) of hf://org/name and its longer forms.
+
+    Raises:
+        DatasetError: it names no repository.
+    """
+    rest = path.removeprefix("hf://").removeprefix("datasets/").strip("/")
+    parts = rest.split("/")
+    if len(parts) < 2 or not all(parts[:2]):
+        raise DatasetError(f"dataset.path: {path} names no dataset of the Hub, expected hf://org/name.")
+    name, _, named = parts[1].partition("@")
+    revision = named or revision.replace("/", "%2F")
+    root = f"hf://datasets/{parts[0]}/{name}" + (f"@{revision}" if revision else "")
+    inner = "/".join(parts[2:])
+    if inner and (is_pattern(f"hf://{inner}") or _kind_of(inner)):
+        return root, inner
+    return (storage.join(root, inner) if inner else root), ""
+
+
+def _split_folder(section: DatasetSection, root: str) -> str:
+    """Where a clone keeps the images of a split: train/, data/train/; else all of it."""
+    for name in (section.split, f"data/{section.split}") if section.split else ():
+        folder = storage.join(root, name)
+        local = storage.local_path(folder)
+        if local.is_dir() if local is not None else any(map(bool, storage.list_level(folder))):
+            return folder
+    return root

@@ -1,0 +1,258 @@
+"""Tables with an image, or the name of one, in each row: Parquet, Arrow, CSV, TSV, JSON lines.
+
+Rows are read in pieces, and of Parquet only the columns that are needed: the images' bytes stay where they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sdxl_ray import storage
+from sdxl_ray.cache.sources.address import row_address
+from sdxl_ray.cache.sources.files import local_stamps, setting_of, stamp_of
+from sdxl_ray.cache.sources.rows import ArrowTable, beside
+from sdxl_ray.cache.sources.values import focus_of, size_of, texts_of
+from sdxl_ray.errors import DatasetError
+from sdxl_ray.records import Listed
+from sdxl_ray.storage import FileEntry
+
+if TYPE_CHECKING:
+    from sdxl_ray.config.schema import DatasetSection
+
+_ROWS = 8192  # read at once
+_LFS_POINTER = b"version https://git-lfs"
+_MAX_CELL = 2**24  # characters; the csv module stops at 131072, where a row has lost its closing quote or is long
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns to read. `bytes_in`: those whose cells hold the image itself, or {bytes, path}."""
+
+    image: str
+    mask: str
+    wanted: tuple[str, ...]
+    bytes_in: frozenset[str] = frozenset()
+
+
+def list_tables(section: DatasetSection, files: Sequence[tuple[str, FileEntry]]) -> Iterator[Listed]:
+    """Every row of these tables, given as (path, entry), in order.
+
+    A row whose image is a null is listed too; reading it says so.
+
+    Raises:
+        DatasetError: a table is damaged, or has no column for the image; or there is no row.
+        StorageError: a store refuses.
+    """
+    found = False
+    for path, entry in files:
+        for listed in _list_table(section, path, entry):
+            found = True
+            yield listed
+    if not found:
+        raise DatasetError(f"{setting_of(section)}: no rows in {', '.join(path for path, _ in files[:3])}.")
+
+
+def _list_table(section: DatasetSection, path: str, entry: FileEntry) -> Iterator[Listed]:
+    for columns, start, rows in _read(section, path):
+        stamp = stamp_of(entry)
+        images = [_address_in(path, start + number, columns.image, row, columns) for number, row in enumerate(rows)]
+        local = [address for address in images if not storage.is_uri(address) and not address.startswith("row:")]
+        stamps = dict(zip(local, local_stamps(local), strict=True))
+        for number, (row, address) in enumerate(zip(rows, images, strict=True), start):
+            original_hw = size_of(row, section.size_columns)
+            in_table = address.startswith("row:")
+            yield Listed(
+                path=_shown(path, number, row.get(columns.image)) if in_table else address,
+                stamp=stamps.get(address, stamp),
+                address=address if in_table else "",
+                original_hw=original_hw,
+                texts=texts_of(row, section.caption_columns),
+                mask_file=_mask_of(path, number, row, columns),
+                focus_yx=focus_of(row, section.focus_columns, original_hw),
+            )
+
+
+def _address_in(path: str, number: int, column: str, row: Mapping[str, Any], columns: _Columns) -> str:
+    value = row.get(column)
+    if column in columns.bytes_in or not isinstance(value, str) or not value:
+        return row_address(path, number, column)
+    return beside(path, value)
+
+
+def _mask_of(path: str, number: int, row: Mapping[str, Any], columns: _Columns) -> str:
+    # Of plain bytes nothing is read here; whether a cell is empty shows when it is.
+    if not columns.mask or (row.get(columns.mask) in (None, "") and columns.mask in row):
+        return ""
+    return _address_in(path, number, columns.mask, row, columns)
+
+
+def _shown(path: str, number: int, value: Any) -> str:
+    """For people: 00.parquet/00000017, and /cat.jpg after it where the cell tells the name."""
+    name = value.get("path") if isinstance(value, dict) else None
+    own = f"/{os.path.basename(name)}" if isinstance(name, str) and os.path.basename(name) else ""  # noqa: PTH119
+    return storage.join(path, f"{number:08d}{own}")
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+_Piece = tuple[_Columns, int, list[dict[str, Any]]]  # (columns, number of the first row, rows)
+
+
+def _read(section: DatasetSection, path: str) -> Iterator[_Piece]:
+    import pyarrow as pa
+
+    kind = os.path.splitext(path)[1].lower()  # noqa: PTH122
+    if kind in (".csv", ".tsv"):
+        yield from _in_pieces(section, path, _csv_rows(section, path, "\t" if kind == ".tsv" else ","))
+    elif kind in (".jsonl", ".ndjson"):
+        yield from _in_pieces(section, path, _json_rows(path))
+    else:
+        try:
+            yield from _parquet(section, path) if kind == ".parquet" else _arrow(section, path)
+        except pa.ArrowException as error:
+            hint = "Copy or download it again, or take it out."
+            if storage.read_bytes(path, 0, len(_LFS_POINTER)) == _LFS_POINTER:
+                hint = "It is only a note of Git LFS; fetch the files with `git lfs pull`."
+            raise DatasetError(f"{path} is no whole {kind[1:].capitalize()} file: {error}. {hint}") from None
+
+
+def _parquet(section: DatasetSection, path: str) -> Iterator[_Piece]:
+    import pyarrow.parquet as pq
+
+    with storage.reading_errors(path), storage.open_arrow(path) as source:
+        file = pq.ParquetFile(source)
+        columns = _columns_of_schema(section, path, file.schema_arrow)
+        start = 0
+        for batch in file.iter_batches(batch_size=_ROWS, columns=_leaves(columns, file.schema_arrow)):
+            yield columns, start, batch.to_pylist()
+            start += batch.num_rows
+
+
+def _arrow(section: DatasetSection, path: str) -> Iterator[_Piece]:
+    with storage.reading_errors(path):
+        table = ArrowTable(path)
+        columns = _columns_of_schema(section, path, table.schema)
+        names = [name for name in _leaves(columns, table.schema) if "." not in name or name in table.names]
+        paths = [name for name in columns.bytes_in if f"{name}.path" in _leaves(columns, table.schema)]
+        for number, start in enumerate(table.starts[:-1]):
+            batch = table.batch(number)
+            rows = batch.select(names).to_pylist()
+            for name in paths:  # without the bytes beside them
+                column = batch.column(name)
+                shown = zip(column.is_valid().to_pylist(), column.field("path").to_pylist(), strict=True)
+                rows = [
+                    row | {name: {"path": text} if valid else None}
+                    for row, (valid, text) in zip(rows, shown, strict=True)
+                ]
+            yield columns, start, rows
+
+
+def _columns_of_schema(section: DatasetSection, path: str, schema: Any) -> _Columns:
+    import pyarrow as pa
+
+    columns = _choose(section, path, schema.names)
+    bytes_in = set()
+    for name in filter(None, (columns.image, columns.mask)):
+        kind = schema.field(name).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        is_bytes = any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+        if is_bytes or pa.types.is_fixed_size_binary(kind) or (pa.types.is_struct(kind) and "bytes" in kind.names):
+            bytes_in.add(name)
+        elif not any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
+            raise DatasetError(
+                f'{path}: the column "{name}" is {kind}, expected bytes, a path or URL, or {{bytes, path}} as Hugging '
+                "Face has it. Set dataset.image_column or dataset.mask_column."
+            )
+    return _Columns(columns.image, columns.mask, columns.wanted, frozenset(bytes_in))
+
+
+def _leaves(columns: _Columns, schema: Any) -> list[str]:
+    """The columns to read, with "image.path" in place of an image's {bytes, path}, and its bytes left out."""
+    import pyarrow as pa
+
+    names = []
+    for name in columns.wanted:
+        kind = schema.field(name).type
+        if name not in columns.bytes_in:
+            names.append(name)
+        elif pa.types.is_struct(kind) and "path" in kind.names:
+            names.append(f"{name}.path")
+    return names
+
+
+def _choose(section: DatasetSection, path: str, names: Sequence[str]) -> _Columns:
+    image = section.image_column
+    if image not in names and "file_name" in names:  # what Hugging Face's folders of images call it
+        image = "file_name"
+    if image not in names:
+        raise DatasetError(
+            f'{path} has no column "{image}" for the image. It has {", ".join(names) or "none"}. '
+            "Set dataset.image_column to one of these."
+        )
+    mask = section.mask_column if section.mask == "file" and section.mask_column in names else ""
+    others = (*section.caption_columns, *section.size_columns, *section.focus_columns)
+    wanted = dict.fromkeys([image, *([mask] if mask else []), *(name for name in others if name in names)])
+    return _Columns(image, mask, tuple(wanted))
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def _in_pieces(section: DatasetSection, path: str, rows: Iterator[dict[str, Any]]) -> Iterator[_Piece]:
+    columns = None
+    start = 0
+    while piece := list(itertools.islice(rows, _ROWS)):
+        # JSON's rows need not have the same columns; the first ones tell what there is.
+        columns = columns or _choose(section, path, list(dict.fromkeys(name for row in piece for name in row)))
+        yield columns, start, piece
+        start += len(piece)
+
+
+def _csv_rows(section: DatasetSection, path: str, delimiter: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(_MAX_CELL)
+    with io.TextIOWrapper(storage.open_buffered(path), encoding="utf-8-sig", newline="") as text:
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            names = next(rows, [])
+            if names:
+                _choose(section, path, names)  # also where no row follows
+            for row in rows:
+                if len(row) != len(names) and row:
+                    raise DatasetError(
+                        f"{path}: line {rows.line_num} has {len(row)} columns, the first line {len(names)}. "
+                        "Put texts with commas or line breaks in double quotes."
+                    )
+                if row:
+                    yield dict(zip(names, row, strict=True))
+        except csv.Error as error:
+            raise DatasetError(f"{path}: line {rows.line_num}: {error}. Correct it, or take it out.") from None
+        except UnicodeDecodeError as error:
+            raise DatasetError(_not_utf8(path, rows.line_num + 1, error)) from None
+
+
+def _json_rows(path: str) -> Iterator[dict[str, Any]]:
+    with storage.open_buffered(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise DatasetError(_not_utf8(path, number, error)) from None
+            except ValueError as error:
+                raise DatasetError(f"{path}: line {number} is no JSON: {error}. Correct it, or take it out.") from None
+            if not isinstance(row, dict):
+                raise DatasetError(f'{path}: line {number} is no JSON object, expected {{"image": ..., "text": ...}}.')
+            yield row
+
+
+def _not_utf8(path: str, line: int, error: UnicodeDecodeError) -> str:
+    return f"{path}: near line {line}: not UTF-8, byte 0x{error.object[error.start]:02x}. Save it as UTF-8."

@@ -1,0 +1,71 @@
+"""Images behind http:// and https:// addresses, as tables name them."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+TIMEOUT_S = 30.0
+DEADLINE_S = 300.0  # for one image, however slowly its server sends
+MAX_BYTES = 500_000_000
+PAUSES_S = (1.0, 4.0, 16.0)  # before each further attempt
+_ERRNO = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
+
+
+class _TryAgain(Exception):
+    """The reason, where another attempt may work."""
+
+
+def read_url(url: str, length: int = -1) -> bytes:
+    """What the address holds, or its first `length` bytes.
+
+    Raises:
+        OSError: it cannot be read now: not found, refused, or no answer after several attempts.
+        ValueError: it is larger than 500 MB.
+    """
+    for pause_s in (*PAUSES_S, None):
+        try:
+            return _fetch(url, length)
+        except _TryAgain as error:
+            if pause_s is None:
+                raise OSError(errno.EIO, f"{error}, {len(PAUSES_S) + 1} attempts", url) from None
+            time.sleep(pause_s)
+    raise AssertionError("unreachable")
+
+
+def _fetch(url: str, length: int) -> bytes:
+    # Tables hold addresses as browsers show them, with spaces and letters beyond ASCII.
+    quoted = urllib.parse.quote(url, safe=":/?&=%#+,;@!$'()*~[]")
+    headers = {"User-Agent": "sdxl-ray"}
+    if length >= 0:
+        headers["Range"] = f"bytes=0-{max(0, length - 1)}"
+    content = bytearray()
+    limit = MAX_BYTES if length < 0 else length
+    end = time.monotonic() + DEADLINE_S
+    try:
+        with urllib.request.urlopen(urllib.request.Request(quoted, headers=headers), timeout=TIMEOUT_S) as answer:
+            while len(content) < limit + (length < 0):
+                piece = answer.read(1 << 16)
+                if not piece:
+                    break
+                content += piece
+                if time.monotonic() > end:
+                    raise _TryAgain(f"not complete after {DEADLINE_S:.0f} s")
+            expected = answer.headers.get("Content-Length", "")
+            if length < 0 and expected.isdecimal() and len(content) < min(int(expected), MAX_BYTES):
+                raise _TryAgain(f"the answer ended after {len(content)} of {expected} bytes")
+    except urllib.error.HTTPError as error:
+        if error.code == 429 or error.code >= 500:
+            raise _TryAgain(f"HTTP {error.code} {error.reason}") from None
+        raise OSError(_ERRNO.get(error.code, errno.EIO), f"HTTP {error.code} {error.reason}", url) from None
+    except urllib.error.URLError as error:
+        raise _TryAgain(f"no answer: {getattr(error.reason, 'strerror', None) or error.reason}") from None
+    except (TimeoutError, http.client.HTTPException, ConnectionError) as error:
+        raise _TryAgain(f"no answer: {error or type(error).__name__}") from None
+    if length < 0 and len(content) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES / 1e6:.0f} MB")
+    return bytes(content[:length] if length >= 0 else content)

@@ -1,0 +1,174 @@
+"""WebDataset: tar files whose members belong together where their names are the same up to the first dot.
+
+    000.tar/cat.jpg    the image
+    000.tar/cat.txt    its caption
+    000.tar/cat.json   more captions, height, width
+    000.tar/cat.mask.png
+
+Only headers are read, and the .json members. An image's bytes are read later, from its place in the tar file.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, BinaryIO
+
+from sdxl_ray import storage
+from sdxl_ray.cache.sources.address import tar_address
+from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, PACKED_TARS, ahead, printable, setting_of
+from sdxl_ray.cache.sources.values import size_of, texts_of
+from sdxl_ray.errors import DatasetError
+from sdxl_ray.records import Listed
+from sdxl_ray.storage import FileEntry
+
+if TYPE_CHECKING:
+    from sdxl_ray.config.schema import DatasetSection
+
+MAX_JSON_BYTES = 2**20
+_AHEAD = 8  # tar files
+_BLOCK = 512
+_IMAGE_ENDINGS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
+
+
+def list_tars(section: DatasetSection, files: Sequence[tuple[str, FileEntry]]) -> Iterator[Listed]:
+    """Every image of these tar files, given as (path, entry): in their order, within each by name.
+
+    Raises:
+        DatasetError: a file is compressed, damaged or cut short, or there is no image.
+        StorageError: a store refuses.
+    """
+    for path, _ in files:
+        refuse_packed(section, path)
+    found = False
+    for listed in ahead(lambda file: _list_tar(section, *file), files, _AHEAD):
+        found = found or bool(listed)
+        yield from listed
+    if not found:
+        raise DatasetError(
+            f"{setting_of(section)}: no images in {files[0][0]}"
+            + (f" and {len(files) - 1} more tar files" if len(files) > 1 else "")
+            + f". Looked for members that end in {' '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+
+
+def refuse_packed(section: DatasetSection, path: str) -> None:
+    """
+    Raises:
+        DatasetError: it is a compressed tar file.
+    """
+    if path.lower().endswith(PACKED_TARS):
+        raise DatasetError(
+            f"{setting_of(section)}: {path} is compressed, so that no image in it can be read without all before it. "
+            "Unpack it into a plain .tar; images hardly get smaller by it."
+        )
+
+
+@dataclass
+class _Sample:
+    """Members of one name: ending after the first dot -> (name, offset, size)."""
+
+    members: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    notes: dict[str, dict[str, object]] = field(default_factory=dict)  # of the .json members, by their ending
+
+
+def _list_tar(section: DatasetSection, path: str, entry: FileEntry) -> list[Listed]:
+    samples: dict[str, _Sample] = {}
+    try:
+        with storage.open_buffered(path) as file:
+            for member in _members(file, entry.size):
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, ending = name.partition(".")
+                if not stem or not dot:  # hidden, or of no kind
+                    continue
+                sample = samples.setdefault(f"{folder}{slash}{stem}", _Sample())
+                sample.members[ending] = (member.name, member.offset_data, member.size)
+                if ending == "json" or ending.endswith(".json"):
+                    sample.notes[ending] = _read_json(file, path, member)
+    except tarfile.TarError as error:
+        raise DatasetError(
+            f"{path}: {error}. Copy or download it again, or take it out of {setting_of(section)}."
+        ) from None
+    found = [listed for sample in samples.values() for listed in _images_of(section, path, entry, sample)]
+    return sorted(found, key=lambda listed: listed.path)
+
+
+def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar. `tarfile` takes a damaged header in the middle for the end; here it is an error."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            if member.offset_data + member.size > size and member.isreg():
+                raise tarfile.ReadError(f"is cut short: it has {size} bytes, and {printable(member.name)} ends beyond")
+            if member.isreg() and not member.issparse():
+                yield member
+            tar.members.clear()  # type: ignore[attr-defined]  # else a million headers stay in memory
+        file.seek(tar.offset)
+        block = file.read(_BLOCK)
+        if len(block) not in (0, _BLOCK):
+            raise tarfile.ReadError(f"is cut short: it ends at byte {size}, in the middle of a header")
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(f"is damaged: no tar header at byte {tar.offset}")
+
+
+def _read_json(file: BinaryIO, path: str, member: tarfile.TarInfo) -> dict[str, object]:
+    where = f"{path}: {printable(member.name)}"
+    if member.size > MAX_JSON_BYTES:
+        raise DatasetError(f"{where} has {member.size} bytes, and captions at most {MAX_JSON_BYTES}. Is it one?")
+    file.seek(member.offset_data)
+    try:
+        notes = json.loads(file.read(member.size))
+    except ValueError as error:  # also what is no UTF-8
+        raise DatasetError(f"{where} is no JSON: {error}. Correct it, or leave it out.") from None
+    return notes if isinstance(notes, dict) else {}
+
+
+def _images_of(section: DatasetSection, path: str, entry: FileEntry, sample: _Sample) -> Iterator[Listed]:
+    mask_ending = section.mask_suffix.lstrip("-_.") if section.mask == "file" else ""
+    masks = {ending for ending in sample.members if mask_ending and _part(ending, mask_ending) is not None}
+    images = [ending for ending in sample.members if ending.lower() in _IMAGE_ENDINGS and ending not in masks]
+    if not images:  # names with more dots: photo.v2.jpg
+        images = [
+            ending
+            for ending in sample.members
+            if ending.lower().endswith(tuple(f".{known}" for known in _IMAGE_ENDINGS)) and ending not in masks
+        ]
+    extension = section.caption_extension.lstrip(".")
+    for image in images:
+        name, offset, size = sample.members[image]
+        before = image.rpartition(".")[0]  # "v2" of v2.jpg, and empty of jpg
+        caption = _belonging(sample, before, extension) if "textfile" in section.captions else ""
+        mask = _belonging(sample, before, mask_ending) if mask_ending else ""
+        notes = sample.notes.get(_belonging(sample, before, "json"), {})
+        yield Listed(
+            path=storage.join(path, printable(name)),
+            stamp=f"{size}-{entry.mtime_ns}-{offset}",
+            address=tar_address(path, offset, size),
+            original_hw=size_of(notes, section.size_columns),
+            text_file=_address(path, sample, caption),
+            texts=texts_of(notes, section.caption_columns),
+            mask_file=_address(path, sample, mask),
+        )
+
+
+def _part(ending: str, wanted: str) -> str | None:
+    """What is before `wanted` in an ending: "" in mask.png, "v2" in v2.mask.png; None where it does not end so."""
+    if ending == wanted:
+        return ""
+    return ending.removesuffix(f".{wanted}") if ending.endswith(f".{wanted}") else None
+
+
+def _belonging(sample: _Sample, before: str, wanted: str) -> str:
+    """The ending of the member that goes with an image: v2.txt, else txt, with v2.jpg."""
+    for ending in (f"{before}.{wanted}" if before else wanted, wanted):
+        if ending in sample.members:
+            return ending
+    return ""
+
+
+def _address(path: str, sample: _Sample, ending: str) -> str:
+    if not ending:
+        return ""
+    _, offset, size = sample.members[ending]
+    return tar_address(path, offset, size)

@@ -1,0 +1,137 @@
+"""What a cache folder holds: key -> shard, for ten million entries."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from sdxl_ray.cache.shards import DAMAGED_SUFFIX, KEY_BYTES, read_header, read_marker
+from sdxl_ray.storage import Folder, open_folder
+
+_STALE_TEMPORARY_S = 24 * 3600
+
+
+class ShardStore:
+    """Which shard has which key. Built from the shards' headers, which cannot be out of date.
+
+    22 bytes for each entry, so that ten million fit beside everything else on the driver.
+    """
+
+    def __init__(self, cache: str | Path) -> None:
+        self.folder = open_folder(str(cache))
+        self.names: list[str] = []
+        self.sizes: list[int] = []
+        self.damaged: list[str] = []  # files that are no whole shards
+        self._keys = np.empty(0, f"S{KEY_BYTES}")  # sorted
+        self._shards = np.empty(0, np.int32)
+        self._tokens = np.empty(0, np.int16)
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def refresh(self) -> None:
+        """Read all headers again."""
+        self.names, self.sizes, self.damaged = [], [], []
+        entries = [*self.folder.list("latents"), *self.folder.list("text")]
+        shards = [entry for entry in entries if entry.name.endswith(".safetensors")]
+        bad = {
+            entry.name.removesuffix(DAMAGED_SUFFIX): set(read_marker(self.folder, entry.name))
+            for entry in entries
+            if entry.name.endswith(DAMAGED_SUFFIX)
+        }
+        keys: list[bytes] = []
+        tokens: list[np.ndarray] = [np.empty(0, np.int16)]
+        lengths: list[int] = []
+        with ThreadPoolExecutor(1 if self.folder.local else 32) as threads:
+            headers = threads.map(lambda entry: _entries_of(self.folder, entry.name, entry.size), shards)
+            for entry, found in zip(shards, headers, strict=True):
+                if found is None:
+                    self.damaged.append(entry.name)
+                    continue
+                here, counts = found
+                if entry.name in bad:
+                    kept = [number for number, key in enumerate(here) if key.hex() not in bad[entry.name]]
+                    here, counts = [here[number] for number in kept], counts[kept]
+                self.names.append(entry.name)
+                self.sizes.append(entry.size)
+                lengths.append(len(here))
+                keys.append(b"".join(here))
+                tokens.append(counts)
+        unsorted = np.frombuffer(b"".join(keys), f"S{KEY_BYTES}")
+        order = np.argsort(unsorted, kind="stable")
+        self._keys = unsorted[order]
+        self._shards = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[order]
+        self._tokens = np.concatenate(tokens)[order]
+
+    @property
+    def keys(self) -> np.ndarray:
+        """All of them, 'S16', sorted."""
+        return self._keys
+
+    @property
+    def shard_numbers(self) -> np.ndarray:
+        """The shard of each of `keys`, as a number in `names`."""
+        return self._shards
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """The shard of each key ('S16'), as a number in `names`; -1 where there is none."""
+        return self._look_up(keys, self._shards, -1)
+
+    def num_tokens(self, keys: np.ndarray) -> np.ndarray:
+        """Of captions, for the warning about long ones; 0 for keys that are not there."""
+        return self._look_up(keys, self._tokens, 0)
+
+    def shard_of(self, key: str) -> str | None:
+        """The name of the shard that holds the key."""
+        number = int(self.find(keys_from_hex([key]))[0])
+        return None if number < 0 else self.names[number]
+
+    def _look_up(self, keys: np.ndarray, values: np.ndarray, default: int) -> np.ndarray:
+        if not len(self._keys) or not len(keys):
+            return np.full(len(keys), default, values.dtype)
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[place] == keys, values[place], np.array(default, values.dtype))
+
+    def remove_stale_temporaries(self) -> int:
+        """Delete what killed jobs left behind a day ago or earlier; younger ones may still be being written."""
+        local, removed = self.folder.local, 0
+        if local is None:
+            return 0  # an object appears whole or not at all
+        # Only where we write: a search through everything below a large shared folder takes minutes.
+        for path in (
+            path for part in ("", "latents/*/", "text/", "datasets/*/") for path in local.glob(f"{part}.tmp-*")
+        ):
+            try:
+                if time.time() - path.stat().st_mtime > _STALE_TEMPORARY_S:
+                    path.unlink()
+                    removed += 1
+            except FileNotFoundError:  # another job was faster
+                continue
+        return removed
+
+
+def _entries_of(folder: Folder, name: str, size: int) -> tuple[list[bytes], np.ndarray] | None:
+    header = read_header(folder, name, size)
+    if header is None:
+        return None
+    metadata = header["__metadata__"]
+    try:
+        keys = [bytes.fromhex(key) for key in json.loads(metadata["sdxl_ray.keys"])]
+        counts = json.loads(metadata.get("sdxl_ray.num_tokens", "null")) or [0] * len(keys)
+        tokens = np.minimum(counts, np.iinfo(np.int16).max).astype(np.int16)
+    except (ValueError, TypeError):
+        return None
+    # One key of another length, and each that follows would be read at the wrong place.
+    is_sound = tokens.shape == (len(keys),) and all(len(key) == KEY_BYTES for key in keys)
+    return (keys, tokens) if is_sound else None
+
+
+def keys_from_hex(keys: Iterable[str]) -> np.ndarray:
+    """Keys as `ShardStore` takes them."""
+    return np.frombuffer(bytes.fromhex("".join(keys)), f"S{KEY_BYTES}")

@@ -1,0 +1,130 @@
+"""Where a sample's tensors come from: its shards, or encoders that run beside training.
+
+    the index names a shard     read it                         cache.mode = "disk" and "ondemand"
+    it names none               encode it now                   cache.mode = "off", cache.text = "online"
+    the entry is damaged        encode it now, on the CPU       and note it: `sdxl-ray cache` will replace it
+    the shard lacks it          None: its image is damaged      cache.mode = "ondemand"
+
+The tensors are the same to the bit, as far as the encoder's device computes the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from sdxl_ray.cache import shards
+from sdxl_ray.cache.captions import CaptionRules, decorate, draw_variant
+from sdxl_ray.cache.live import LiveEntries
+from sdxl_ray.errors import StorageError
+from sdxl_ray.records import EncodedSample
+
+if TYPE_CHECKING:
+    from sdxl_ray.cache.shards import ShardReader
+
+_REPAIRED_KEPT = 256  # 64 MiB of latents at 1024 px
+
+
+class Entries(Protocol):
+    """What `BatchBuilder` reads. Tensors are those of one entry, without a batch dimension."""
+
+    def latents(self, sample: EncodedSample, variant: int) -> Mapping[str, torch.Tensor] | None:
+        """ "mean", "std" (4, h, w), perhaps "mask" (h, w) uint8; None: the image is damaged, and does not count."""
+        ...
+
+    def text(self, sample: EncodedSample, caption: int, draw: np.random.Generator | None) -> Mapping[str, torch.Tensor]:
+        """ "prompt_embeds" (77, 2048), "pooled_prompt_embeds" (1280,). `draw`: for a variant of it; None: as it is."""
+        ...
+
+
+class CacheEntries:
+    """`Entries` of a cache in any of its modes. Safe to share between prefetch threads."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        *,
+        live: LiveEntries,
+        repair: LiveEntries,
+        rules: Mapping[str, CaptionRules],
+        report: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            live: for what has no shard, on the worker's device.
+            repair: for what is damaged, on the CPU: training has taken the memory of the device.
+            rules: of the datasets, by name, whose captions are varied and encoded while training.
+            report: told in one line about everything that is not as it should be, once.
+        """
+        self.reader = reader
+        self.live = live
+        self.repair = repair
+        self.rules = rules
+        self.report = report
+        self._known: set[str] = set()
+        self._lock = threading.Lock()
+        self._repaired = functools.lru_cache(maxsize=_REPAIRED_KEPT)(repair.latents)
+
+    def latents(self, sample: EncodedSample, variant: int) -> Mapping[str, torch.Tensor] | None:
+        """See `Entries`.
+
+        Raises:
+            CacheError: the shard cannot be read; or neither the entry nor the image.
+        """
+        shard = sample.latent_shards[variant] if sample.latent_shards else ""
+        if not shard:
+            return self.live.latents(sample, variant)
+        key = sample.latent_keys[variant]
+        try:
+            return self.reader.read(shard, key)
+        except shards.MissingEntry:
+            if self._is_new(key):
+                self.report(f"{sample.path}: could not be encoded; it does not count in training")
+            return None
+        except shards.DamagedEntry as error:
+            self._note_damage(shard, key, error)
+            return self._repaired(sample, variant)
+
+    def text(self, sample: EncodedSample, caption: int, draw: np.random.Generator | None) -> Mapping[str, torch.Tensor]:
+        """See `Entries`.
+
+        Raises:
+            CacheError: the shard cannot be read.
+        """
+        text = sample.captions[caption]
+        rules = self.rules.get(sample.dataset)
+        if rules is not None:
+            text = decorate(text, rules) if draw is None else draw_variant(text, rules, draw)
+        shard = sample.text_shards[caption] if sample.text_shards else ""
+        return self.prompt(text, shard, sample.text_keys[caption] if shard else "")
+
+    def prompt(self, text: str, shard: str, key: str) -> Mapping[str, torch.Tensor]:
+        """A text's embeddings from where they are kept; without a `shard`, encoded now."""
+        if not shard:
+            return self.live.text(text)
+        try:
+            return self.reader.read(shard, key)
+        except shards.DamagedEntry as error:
+            self._note_damage(shard, key, error)
+            return self.repair.text(text)
+
+    def _note_damage(self, shard: str, key: str, error: Exception) -> None:
+        if not self._is_new(key):
+            return
+        self.report(f"{error} For this run it is encoded anew.")
+        try:
+            shards.mark_damaged(self.reader.cache, shard, key)
+        except (OSError, StorageError) as problem:
+            self.report(f"{shard}: the damaged entry could not be noted in the cache: {problem}")
+
+    def _is_new(self, key: str) -> bool:
+        with self._lock:
+            if key in self._known:
+                return False
+            self._known.add(key)
+            return True

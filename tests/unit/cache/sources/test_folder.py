@@ -1,0 +1,219 @@
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from sdxl_ray.cache.sources import list_dataset, read_bytes
+from sdxl_ray.errors import DatasetError
+from tests.unit.cache.sources.made import contents, listed, section, write
+
+
+def names(images, folder):
+    return [os.path.relpath(image.path, folder) for image in images]
+
+
+def test_images_are_found_below_the_folder_and_nothing_else(tmp_path):
+    wanted = [
+        *("B.JPEG", "a.jpg", "c.PNG", "e f.gif", "g.avif", "h.jfif", "i.heic", "j.heif", "k.jxl", "line\nbreak.bmp"),
+        *("x" * 251 + ".jpg", "猫 😺.tiff", "a/x.png", "deep/er/d.webp"),
+    ]
+    write(tmp_path, *wanted, ".hidden.jpg", "._resource.jpg", ".git/a.jpg", "a.txt", "jpg", "a.jpg.txt", "movie.mp4")
+    found = listed(tmp_path)
+    assert names(found, tmp_path) == wanted  # a folder's own images first, by name
+    assert [content.decode() for content in contents(found)] == wanted
+    for image in found:
+        status = Path(image.path).stat()
+        assert image.stamp == f"{status.st_size}-{status.st_mtime_ns}"
+        assert (image.address, image.original_hw, image.texts, image.mask_file) == ("", None, (), "")
+
+
+def test_links_are_followed_and_loops_of_links_end(tmp_path):
+    write(tmp_path, "elsewhere/cat.png", "images/x.txt")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "again").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "dog.png").symlink_to(tmp_path / "elsewhere" / "cat.png")
+    assert names(listed(tmp_path / "images"), tmp_path / "images") == ["dog.png", "linked/cat.png"]
+
+
+def test_links_that_lead_nowhere_are_listed(tmp_path):
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
+    (tmp_path / "itself").symlink_to("itself")  # not called like an image: not our business
+    found = listed(tmp_path)
+    assert [(Path(image.path).name, image.stamp) for image in found] == [("dangling.jpg", "0-0"), ("itself.jpg", "0-0")]
+    for image in found:
+        with pytest.raises(OSError, match="No such file|Too many levels"):
+            read_bytes(image.path)
+
+
+def test_a_folder_called_like_an_image_is_looked_into(tmp_path):
+    write(tmp_path, "cat.jpg/dog.png")
+    assert names(listed(tmp_path), tmp_path) == ["cat.jpg/dog.png"]
+
+
+def test_a_name_that_is_not_utf_8_is_escaped(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"x")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_bytes(b"x")
+    (image,) = listed(tmp_path)
+    assert image.path == str(tmp_path / r"caf\xe9.png")
+    assert image.text_file == str(tmp_path / r"caf\xe9.txt")
+    assert image.stamp.startswith("1-")
+    with pytest.raises(FileNotFoundError):
+        read_bytes(image.path)
+
+
+@pytest.mark.parametrize("name", ["", "cats"])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda folder: None, ": {} does not exist. Set it to the folder that holds your images."),
+        (lambda folder: folder.write_text("x"), ": {} is a file, expected a folder of images."),
+        (lambda folder: folder.mkdir(), ": no images in {} or its subfolders. Looked for .avif .bmp .gif"),
+    ],
+)
+@pytest.mark.parametrize("format", ["auto", "folder"])
+def test_a_folder_that_cannot_be_used(tmp_path, make, text, name, format):
+    folder = tmp_path / "images"
+    make(folder)
+    with pytest.raises(DatasetError) as error:
+        listed(folder, name=name, format=format)
+    assert str(error.value).startswith(("dataset.path of cats" if name else "dataset.path") + text.format(folder))
+
+
+def test_a_folder_that_may_not_be_entered_is_not_passed_over(tmp_path, monkeypatch):
+    write(tmp_path, "secret/x", "cat.png")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "secret":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path)
+    assert str(error.value) == (
+        f"dataset.path: the folder {tmp_path / 'secret'} cannot be read: Permission denied. "
+        "Allow it, or move it out of dataset.path."
+    )
+
+
+# ---- captions and masks ----------------------------------------------------------------------------------------------
+
+
+def texts(folder, **settings):
+    return {
+        Path(image.path).name: image.text_file and os.path.relpath(image.text_file, folder)
+        for image in listed(folder, **settings)
+    }
+
+
+def test_the_caption_file_with_the_whole_name_comes_first(tmp_path):
+    write(tmp_path, "a.jpg", "a.txt", "a.jpg.txt", "b.png", "b.txt", "c.png", "deep/d.png", "deep/d.txt", "d.txt")
+    expected = {"a.jpg": "a.jpg.txt", "b.png": "b.txt", "c.png": "", "d.png": "deep/d.txt"}
+    assert texts(tmp_path) == expected
+    assert set(texts(tmp_path, captions=["filename"]).values()) == {""}
+
+
+@pytest.mark.parametrize("extension", [".caption", "caption"])
+def test_caption_files_may_end_differently(tmp_path, extension):
+    write(tmp_path, "a.jpg", "a.txt", "a.caption", "b.jpg", "b.CAPTION")
+    assert texts(tmp_path, caption_extension=extension) == {"a.jpg": "a.caption", "b.jpg": ""}
+
+
+def test_a_link_to_a_caption_counts_if_it_leads_somewhere(tmp_path):
+    write(tmp_path, "images/a.png", "images/b.png", "elsewhere/a.txt")
+    (tmp_path / "images" / "a.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
+    (tmp_path / "images" / "b.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
+    assert texts(tmp_path / "images") == {"a.png": "a.txt", "b.png": ""}
+
+
+def test_a_folder_called_like_a_caption_is_paired_so_that_reading_it_says_so(tmp_path):
+    write(tmp_path, "a.png", "a.txt/x")
+    assert texts(tmp_path) == {"a.png": "a.txt"}
+
+
+def test_one_caption_file_never_serves_two_images(tmp_path):
+    for number in range(6):
+        write(tmp_path, f"{number}.jpg", f"{number}.png", f"{number}.txt", f"{number}.webp")
+    for number in range(6):
+        write(tmp_path / "deep", f"{number}.jpg", f"{number}.png", f"{number}.txt")
+    write(tmp_path, "fine.jpg", "fine.png", "fine.txt", "fine.png.txt")
+    seen = []
+    with pytest.raises(DatasetError) as error:
+        seen += [image.path for image in list_dataset(section(tmp_path))]
+    lines = str(error.value).split("\n")
+    assert lines[0] == "12 caption files could belong to several images:"
+    assert lines[1] == f"  {tmp_path}/0.txt could belong to 0.jpg or 0.png or 0.webp"
+    assert lines[7] == f"  {tmp_path}/deep/0.txt could belong to 0.jpg or 0.png"
+    assert lines[11:] == [
+        "  and 2 more",
+        'Name each after its whole image file ("cat.jpg.txt"), or remove the second image.',
+    ]
+    assert len(listed(tmp_path, captions=["filename"])) == 18 + 12 + 2
+
+
+def test_nothing_is_listed_any_more_once_captions_are_ambiguous(tmp_path):
+    write(tmp_path, "0/ok.jpg", "1/a.jpg", "1/a.png", "1/a.txt", "2/later.jpg")
+    seen = []
+    with pytest.raises(DatasetError, match="1 caption files"):
+        for image in list_dataset(section(tmp_path)):
+            seen.append(Path(image.path).name)
+    assert seen == ["ok.jpg"]
+
+
+def test_masks_are_paired_and_are_no_images(tmp_path):
+    write(tmp_path, "a.jpg", "a-mask.png", "b.png", "b-MASK.png", "c.png", "deep/a-mask.png")
+    found = {Path(image.path).name: image.mask_file for image in listed(tmp_path, mask="file")}
+    assert found == {"a.jpg": f"{tmp_path}/a-mask.png", "b.png": "", "b-MASK.png": "", "c.png": ""}
+    for mask in ("none", "alpha"):
+        found = listed(tmp_path, mask=mask)
+        assert "deep/a-mask.png" in names(found, tmp_path)
+        assert {image.mask_file for image in found} == {""}
+    found = {Path(image.path).name: image.mask_file for image in listed(tmp_path, mask="file", mask_suffix=".png")}
+    assert found == {"a.jpg": ""}
+
+
+# ---- how many, how fast ----------------------------------------------------------------------------------------------
+
+
+def test_the_chosen_images_do_not_depend_on_where_the_folder_lies(tmp_path):
+    files = [f"{number % 7}/{number}.jpg" for number in range(200)]
+    write(tmp_path / "here", *files)
+    write(tmp_path / "there" / "deeper", *files)
+    first = names(listed(tmp_path / "here", max_samples=20), tmp_path / "here")
+    second = names(listed(f"{tmp_path}/there/deeper/", max_samples=20), tmp_path / "there" / "deeper")
+    assert len(first) == 20
+    assert first == second == sorted(first)
+    assert set(names(listed(tmp_path / "here", max_samples=10), tmp_path / "here")) < set(first)
+    assert len(listed(tmp_path / "here", max_samples=500)) == 200
+    # More images elsewhere push out some of the chosen, and never mix up the others.
+    write(tmp_path / "here", *(f"new/{number}.jpg" for number in range(50)))
+    third = names(listed(tmp_path / "here", max_samples=20), tmp_path / "here")
+    assert {name for name in third if not name.startswith("new/")} <= set(first)
+
+
+def test_ten_thousand_files_are_listed_in_one_pass(tmp_path, monkeypatch):
+    for number in range(5000):
+        (tmp_path / f"{number}.jpg").touch()
+        (tmp_path / f"{number}.txt").touch()
+    (tmp_path / "deep").mkdir()
+    scanned = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: scanned.append(str(folder)) or scandir(folder))
+    start = time.monotonic()
+    found = listed(tmp_path, format="folder")
+    assert time.monotonic() - start < 3
+    assert len(found) == 5000
+    assert all(image.text_file for image in found)
+    assert scanned == [str(tmp_path), f"{tmp_path}/deep"]
+
+
+def test_a_large_folder_streams(tmp_path):
+    write(tmp_path, "a/1.jpg", "b/2.jpg")
+    images = list_dataset(section(tmp_path))
+    assert next(images).path == f"{tmp_path}/a/1.jpg"
+    (tmp_path / "b" / "3.jpg").touch()  # not looked at yet
+    assert [Path(image.path).name for image in images] == ["2.jpg", "3.jpg"]

@@ -1,0 +1,374 @@
+import json
+import os
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sdxl_ray.cache.sources import list_dataset, read_bytes, read_start, rows
+from sdxl_ray.errors import DatasetError
+from tests.unit.cache.sources.made import contents, listed, section, write
+
+
+def write_table(path, columns, **options):
+    """As its name says: Parquet, Arrow (with a footer: .feather), CSV, TSV or JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(columns)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, **options)
+    elif path.suffix in (".arrow", ".feather"):
+        make = pa.ipc.new_stream if path.suffix == ".arrow" else pa.ipc.new_file
+        with make(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=options.get("row_group_size"))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    else:
+        import csv
+
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerow(table.column_names)
+            writer.writerows(row.values() for row in table.to_pylist())
+
+
+BINARY = ["0.parquet", "0.arrow", "0.feather"]
+TEXT = ["0.csv", "0.tsv", "0.jsonl"]
+
+
+# ---- images in the table ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize("large", [False, True])
+def test_bytes(tmp_path, name, large):
+    images = pa.array([f"image {number}".encode() for number in range(10)], pa.large_binary() if large else pa.binary())
+    captions = [f" caption {number} " for number in range(10)]
+    write_table(tmp_path / name, {"image": images, "text": captions}, row_group_size=3)
+    found = listed(tmp_path)
+    assert [image.path for image in found] == [f"{tmp_path}/{name}/{number:08d}" for number in range(10)]
+    assert contents(found) == images.to_pylist()
+    assert [image.texts for image in found] == [(text.strip(),) for text in captions]
+    status = (tmp_path / name).stat()
+    assert {image.stamp for image in found} == {f"{status.st_size}-{status.st_mtime_ns}"}
+    assert read_start(found[4].address, 3) == b"ima"
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_the_struct_of_hugging_face(tmp_path, name):
+    write(tmp_path, "beside.jpg")
+    images = [
+        {"bytes": b"0", "path": "cat.jpg"},
+        {"bytes": b"1", "path": None},
+        {"bytes": None, "path": "beside.jpg"},
+        {"bytes": None, "path": None},
+        None,
+    ]
+    write_table(tmp_path / name, {"image": images}, row_group_size=2)
+    found = listed(tmp_path / name)
+    assert [os.path.relpath(image.path, tmp_path / name) for image in found] == [
+        *("00000000/cat.jpg", "00000001", "00000002/beside.jpg", "00000003", "00000004")
+    ]
+    assert contents(found[:3]) == [b"0", b"1", b"beside.jpg"]
+    for number in (3, 4):
+        with pytest.raises(ValueError, match=rf'"image" is empty in row {number} \(counted from 0\) of .*/{name}$'):
+            read_bytes(found[number].address)
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_a_null_is_listed_and_refused_when_it_is_read(tmp_path, name):
+    write_table(tmp_path / name, {"image": pa.array([b"x", None, b""])})
+    first, *others = listed(tmp_path)
+    assert contents([first]) == [b"x"]
+    for image in others:
+        with pytest.raises(ValueError, match='the column "image" is empty in row'):
+            read_bytes(image.address)
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_a_column_may_be_called_anything(tmp_path, name):
+    column = "my: 50% image\n😺"
+    write_table(tmp_path / name, {column: [b"x"], "a.b": ["caption"]})
+    (image,) = listed(tmp_path, image_column=column, caption_columns=["a.b"])
+    assert (contents([image]), image.texts) == ([b"x"], ("caption",))
+
+
+def test_the_bytes_are_not_read_while_listing(tmp_path):
+    images = [{"bytes": os.urandom(10**6), "path": f"{number}.jpg"} for number in range(20)]
+    write_table(tmp_path / "0.parquet", {"image": images, "text": ["x"] * 20}, row_group_size=5, compression="none")
+    before = pa.total_allocated_bytes()
+    images = list_dataset(section(tmp_path))
+    assert next(images).texts == ("x",)
+    assert pa.total_allocated_bytes() - before < 2 * 10**6
+    assert len(list(images)) == 19
+
+
+def test_neighbouring_rows_cost_one_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "_cache", rows._Cache())
+    monkeypatch.setattr(rows, "MAX_BYTES", 2500)
+    write_table(tmp_path / "0.parquet", {"image": [bytes([number]) * 100 for number in range(50)]}, row_group_size=10)
+    found = listed(tmp_path)
+    taken = []
+    piece = rows._ParquetTable.piece
+    monkeypatch.setattr(
+        rows._ParquetTable, "piece", lambda self, *args: taken.append(args) or piece(self, *args), raising=True
+    )
+    assert contents(found) == [bytes([number]) * 100 for number in range(50)]
+    assert taken == [(number, "image") for number in range(5)]
+    contents(found[-20:])  # the last two groups are still there
+    assert len(taken) == 5
+    contents(found[:1])
+    assert len(taken) == 6
+
+
+def test_a_row_group_larger_than_the_memory_for_them_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "_cache", rows._Cache())
+    monkeypatch.setattr(rows, "MAX_BYTES", 10)
+    write_table(tmp_path / "0.parquet", {"image": [b"x" * 100] * 5})
+    taken = []
+    piece = rows._ParquetTable.piece
+    monkeypatch.setattr(rows._ParquetTable, "piece", lambda self, *args: taken.append(args) or piece(self, *args))
+    assert contents(listed(tmp_path)) == [b"x" * 100] * 5
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_threads_read_side_by_side(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(rows, "_cache", rows._Cache())
+    monkeypatch.setattr(rows, "MAX_BYTES", 300)
+    write_table(tmp_path / name, {"image": [bytes([number]) * 50 for number in range(40)]}, row_group_size=4)
+    found = listed(tmp_path)
+    wrong = []
+
+    def work(seed):
+        for step in range(100):
+            number = (step * 7 + seed * 13) % 40
+            if read_bytes(found[number].address) != bytes([number]) * 50:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_table_that_was_replaced_is_opened_anew(tmp_path):
+    for content in (b"old", b"new, and longer"):
+        write_table(tmp_path / "0.parquet", {"image": [content]})
+        assert contents(listed(tmp_path)) == [content]
+
+
+# ---- images beside the table -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BINARY + TEXT)
+def test_paths(tmp_path, name):
+    write(tmp_path, "tables/near.jpg", "tables/deep/er.jpg", "images/far.jpg")
+    paths = ["near.jpg", "./deep/er.jpg", "../images/far.jpg", f"{tmp_path}/images/far.jpg", "gone.jpg", ""]
+    paths += [f"file://{tmp_path}/images/far.jpg", "https://example.org/a.jpg", "s3://bucket/a.jpg"]
+    write_table(tmp_path / "tables" / name, {"image": paths, "caption": [f"caption, {path}" for path in paths]})
+    found = listed(tmp_path / "tables" / name)
+    assert [read_bytes(image.path).decode() for image in found[:4]] == [
+        *("tables/near.jpg", "tables/deep/er.jpg", "images/far.jpg", "images/far.jpg")
+    ]
+    assert [image.texts for image in found] == [(f"caption, {path}".strip(),) for path in paths]
+    status = (tmp_path / "tables" / "near.jpg").stat()
+    of_table = (tmp_path / "tables" / name).stat()
+    assert found[0].stamp == f"{status.st_size}-{status.st_mtime_ns}"
+    assert found[4].stamp == "missing"
+    assert found[6].path == f"{tmp_path}/images/far.jpg"
+    assert [image.path for image in found[7:]] == ["https://example.org/a.jpg", "s3://bucket/a.jpg"]
+    assert found[7].stamp == found[8].stamp == found[5].stamp == f"{of_table.st_size}-{of_table.st_mtime_ns}"
+    with pytest.raises(ValueError, match=r'the column "image" is empty in row 5 \(counted from 0\)'):
+        read_bytes(found[5].address)
+    with pytest.raises(FileNotFoundError):
+        read_bytes(found[4].path)
+
+
+def test_a_dictionary_of_paths_is_read(tmp_path):
+    write(tmp_path, "a.jpg")
+    write_table(tmp_path / "0.parquet", {"image": pa.array(["a.jpg", "a.jpg"]).dictionary_encode()})
+    assert contents(listed(tmp_path / "0.parquet")) == [b"a.jpg"] * 2
+
+
+# ---- the other columns -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["0.parquet", "0.arrow", "0.jsonl"])
+def test_the_first_column_with_captions_counts(tmp_path, name):
+    columns = {
+        "image": ["a.jpg"] * 5,
+        "caption": [["one", " two ", ""], [], None, [" "], ["x"]],
+        "text": ["other"] * 3 + [None, "other"],
+        "number": [7] * 5,
+    }
+    write_table(tmp_path / name, columns)
+    found = listed(tmp_path)
+    assert [image.texts for image in found] == [("one", "two"), ("other",), ("other",), (), ("x",)]
+    assert [image.texts for image in listed(tmp_path, caption_columns=["none", "number"])] == [("7",)] * 5
+
+
+@pytest.mark.parametrize("name", BINARY + TEXT)
+def test_sizes_and_points_of_interest(tmp_path, name):
+    cells = [  # height, width, focus_y, focus_x -> original_hw, focus_yx
+        ((200, 100, 0.5, 0.25), (200, 100), (0.5, 0.25)),
+        ((200, 100, 50.0, 25.0), (200, 100), (0.25, 0.25)),
+        ((200, 100, 50.0, 0.5), (200, 100), (0.25, 0.005)),
+        ((200, 100, 201.0, 5.0), (200, 100), None),
+        ((200, 100, -0.1, 0.5), (200, 100), None),
+        ((200, None, 0.5, None), None, None),
+        ((None, None, 50.0, 25.0), None, None),
+        ((0, 100, 1.0, 0.0), None, (1.0, 0.0)),
+    ]
+    names = ("height", "width", "focus_y", "focus_x")
+    columns = {name: [row[0][number] for row in cells] for number, name in enumerate(names)}
+    write_table(tmp_path / name, {"image": ["a.jpg"] * len(cells)} | columns)
+    assert [(image.original_hw, image.focus_yx) for image in listed(tmp_path)] == [row[1:] for row in cells]
+
+
+def test_sizes_that_are_no_numbers(tmp_path):
+    (tmp_path / "0.csv").write_text("image,height,width\na.jpg,tall,100\na.jpg,nan,10\na.jpg,20.0,10\na.jpg,inf,10\n")
+    assert [image.original_hw for image in listed(tmp_path)] == [None, None, (20, 10), None]
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_masks(tmp_path, name):
+    write(tmp_path, "mask.png")
+    write_table(tmp_path / name, {"image": [b"i"] * 2, "mask": [{"bytes": b"m", "path": None}, None]})
+    first, second = listed(tmp_path / name, mask="file")
+    assert (read_bytes(first.mask_file), second.mask_file) == (b"m", "")
+    assert listed(tmp_path / name)[0].mask_file == ""
+    write_table(tmp_path / name, {"image": [b"i"] * 2, "m": ["mask.png", None]})
+    assert [image.mask_file for image in listed(tmp_path / name, mask="file", mask_column="m")] == [
+        f"{tmp_path}/mask.png",
+        "",
+    ]
+    write_table(tmp_path / name, {"image": [b"i"], "m": [b"mask"]})
+    assert read_bytes(listed(tmp_path / name, mask="file", mask_column="m")[0].mask_file) == b"mask"
+
+
+# ---- which tables ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_tables_and_a_pattern(tmp_path):
+    for name in ("b/1.parquet", "a.parquet", "b/0.parquet"):
+        write_table(tmp_path / name, {"image": [name.encode()]})
+    (tmp_path / "notes.md").touch()
+    assert contents(listed(tmp_path)) == [b"a.parquet", b"b/0.parquet", b"b/1.parquet"]
+    assert contents(listed(tmp_path / "b" / "*.parquet")) == [b"b/0.parquet", b"b/1.parquet"]
+    assert contents(listed(tmp_path / "**" / "?.parquet")) == [b"a.parquet", b"b/0.parquet", b"b/1.parquet"]
+
+
+def test_the_chosen_rows_do_not_depend_on_where_the_tables_lie(tmp_path):
+    for place in ("here", "over/there"):
+        for number in range(3):
+            write_table(tmp_path / place / f"{number}.parquet", {"image": [b"%d-%d" % (number, row) for row in range(9)]})
+    first = contents(listed(tmp_path / "here", max_samples=5))
+    assert contents(listed(tmp_path / "over" / "there" / "*.parquet", max_samples=5)) == first == sorted(first)
+    assert len(first) == 5
+
+
+def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):
+    write_table(tmp_path / "[2024] {a,b}?" / "0.parquet", {"image": [b"x"]})
+    assert contents(listed(tmp_path / "[2024] {a,b}?")) == [b"x"]
+
+
+def test_a_table_streams(tmp_path):
+    with (tmp_path / "0.jsonl").open("w") as file:
+        for number in range(30_000):
+            file.write(f'{{"image": "https://example.org/{number}.jpg"}}\n')
+        file.write("broken\n")
+    images = list_dataset(section(tmp_path))
+    assert next(images).path == "https://example.org/0.jpg"
+    with pytest.raises(DatasetError, match="line 30001 is no JSON"):
+        list(images)
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BINARY + TEXT)
+def test_without_a_column_for_the_image(tmp_path, name):
+    write_table(tmp_path / name, {"img": ["a.jpg"], "text": ["x"]})
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path)
+    assert str(error.value) == (
+        f'{tmp_path}/{name} has no column "image" for the image. It has img, text. '
+        "Set dataset.image_column to one of these."
+    )
+    assert len(listed(tmp_path, image_column="img")) == 1
+
+
+def test_a_column_that_is_no_image(tmp_path):
+    write_table(tmp_path / "0.parquet", {"image": [[1.0, 2.0]]})
+    with pytest.raises(DatasetError, match=r'the column "image" is list<.*>, expected bytes, a path or URL, or '):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize("content", [b"", b"garbage " * 100, None])
+def test_a_damaged_table(tmp_path, name, content):
+    if content is None:
+        write_table(tmp_path / name, {"image": [b"x" * 100] * 100}, row_group_size=10)
+        content = (tmp_path / name).read_bytes()[:-1000]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path)
+    kind = name.partition(".")[2].capitalize()
+    assert str(error.value).startswith(f"{tmp_path}/{name} is no whole {kind} file: ")
+    assert str(error.value).endswith("Copy or download it again, or take it out.")
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        read_bytes(f"row:0:image:{tmp_path}/{name}")
+
+
+def test_a_note_of_git_lfs(tmp_path):
+    (tmp_path / "0.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(DatasetError, match="It is only a note of Git LFS; fetch the files with `git lfs pull`"):
+        listed(tmp_path)
+
+
+def test_a_row_that_is_not_there(tmp_path):
+    write_table(tmp_path / "0.parquet", {"image": [b"x"]})
+    for row, column in [(1, "image"), (0, "mask")]:
+        with pytest.raises(ValueError, match=f'there is no column "{column}" in row {row}'):
+            read_bytes(f"row:{row}:{column}:{tmp_path}/0.parquet")
+    with pytest.raises(FileNotFoundError):
+        read_bytes(f"row:0:image:{tmp_path}/1.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("0.jsonl", b'{"image": "a.jpg"}\n\n{"image": \n', "line 3 is no JSON: Expecting value"),
+        ("0.jsonl", b'{"image": "a.jpg"}\n[1]\n', "line 2 is no JSON object, expected"),
+        ("0.jsonl", b'{"image": "caf\xe9.jpg"}\n', "near line 1: not UTF-8, byte 0xe9. Save it as UTF-8."),
+        ("0.csv", b"image,text\na.jpg,one\na.jpg,a, b\n", "line 3 has 3 columns, the first line 2. Put texts with"),
+        ("0.csv", b'image,text\na.jpg,"open\n', "line 2: unexpected end of data. Correct it, or take it out."),
+        ("0.csv", b"image,text\na.jpg,caf\xe9\n", "not UTF-8, byte 0xe9. Save it as UTF-8."),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, name, content, text):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/{name}: ")
+    assert text in str(error.value)
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path):
+    text = '\ufeffimage,text\r\n"a, b.jpg","two\r\nlines, ""quoted"""\r\n\r\nc.jpg,007\r\n'
+    (tmp_path / "0.csv").write_bytes(text.encode())
+    first, second = listed(tmp_path)
+    assert (Path(first.path).name, first.texts) == ("a, b.jpg", ('two\r\nlines, "quoted"',))
+    assert second.texts == ("007",)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_table_without_rows(tmp_path, name):
+    (tmp_path / name).write_text("" if name.endswith("jsonl") else "image\n")
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path)
+    assert str(error.value) == f"dataset.path: no rows in {tmp_path}/{name}."

@@ -1,0 +1,175 @@
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sdxl_ray.cache.local_copies import GIB, LocalCopies
+from sdxl_ray.errors import StorageError
+from tests.remote import RemoteFolder
+
+KIB = 1024
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """A bucket with ten shards of 1 KiB."""
+    folder = RemoteFolder(tmp_path / "bucket")
+    for number in range(10):
+        folder.inner.write(f"text/{number}.safetensors", bytes([number]) * KIB)
+    return folder
+
+
+def copies_of(remote, tmp_path, limit_kib=100.0):
+    return LocalCopies(remote, str(tmp_path / "copies"), limit_gib=limit_kib * KIB / GIB)
+
+
+def held(tmp_path):
+    return sorted(path.stem for path in (tmp_path / "copies").rglob("*.safetensors"))
+
+
+def fetch(copies, *numbers):
+    """One after another; each was used a second after the one before."""
+    for number in numbers:
+        path = copies.fetch(f"text/{number}.safetensors")
+        fetch.now += 1
+        os.utime(path, (fetch.now, fetch.now))
+        assert path.read_bytes() == bytes([number]) * KIB
+
+
+fetch.now = 1_000_000
+
+
+def test_a_shard_is_copied_once(remote, tmp_path):
+    copies = copies_of(remote, tmp_path)
+    fetch(copies, 3, 4, 3, 3)
+    assert remote.reads == ["text/3.safetensors", "text/4.safetensors"]
+    fetch(copies_of(remote, tmp_path), 3)  # another process of this machine
+    assert len(remote.reads) == 2
+    assert not list((tmp_path / "copies").rglob(".tmp-*"))
+
+
+def test_the_least_recently_used_go_first(remote, tmp_path):
+    copies = copies_of(remote, tmp_path, limit_kib=5)
+    fetch(copies, 0, 1, 2, 3, 4)
+    assert held(tmp_path) == ["0", "1", "2", "3", "4"]  # as much as allowed is allowed
+    fetch(copies, 0, 5)
+    # One too many: room is made below nine tenths of the limit, so that not every copy has to make room again.
+    assert held(tmp_path) == ["0", "3", "4", "5"]
+    fetch(copies, 6)
+    assert held(tmp_path) == ["0", "3", "4", "5", "6"]
+
+
+def test_using_a_copy_is_noted_on_disk_for_all_processes(remote, tmp_path):
+    first, second = copies_of(remote, tmp_path, 3.5), copies_of(remote, tmp_path, 3.5)
+    for number in (0, 1):
+        os.utime(first.fetch(f"text/{number}.safetensors"), (1, 1))
+    second.fetch("text/0.safetensors")
+    third = copies_of(remote, tmp_path, 3.5)  # counts what is there
+    third.fetch("text/2.safetensors")
+    third.fetch("text/3.safetensors")
+    assert held(tmp_path) == ["0", "2", "3"]
+
+
+def test_what_is_asked_for_stays_however_small_the_limit(remote, tmp_path):
+    copies = copies_of(remote, tmp_path, limit_kib=0.5)
+    fetch(copies, 0, 1, 2)
+    assert held(tmp_path) == ["2"]
+
+
+def test_a_copy_that_another_process_removed_is_made_again(remote, tmp_path):
+    copies = copies_of(remote, tmp_path)
+    fetch(copies, 0)
+    for path in (tmp_path / "copies").rglob("*.safetensors"):
+        path.unlink()
+    fetch(copies, 0)
+    assert remote.reads == ["text/0.safetensors"] * 2
+
+
+def test_a_copy_that_is_not_as_it_should_be_is_forgotten(remote, tmp_path):
+    copies = copies_of(remote, tmp_path, limit_kib=2)
+    copies.fetch("text/0.safetensors").write_bytes(b"cut")
+    copies.remove("text/0.safetensors")
+    copies.remove("text/9.safetensors")  # was never there
+    fetch(copies, 0, 1)
+    assert held(tmp_path) == ["0", "1"]
+
+
+def test_a_copy_that_is_read_survives_its_removal(remote, tmp_path):
+    copies = copies_of(remote, tmp_path, limit_kib=1)
+    with copies.fetch("text/0.safetensors").open("rb") as file:
+        fetch(copies, 1)
+        assert held(tmp_path) == ["1"]
+        assert file.read() == bytes(KIB)
+
+
+def test_two_threads_that_need_a_shard_copy_it_once(remote, tmp_path, monkeypatch):
+    """The second waits for the first; one that needs another shard does not."""
+    copies, started, go_on = copies_of(remote, tmp_path), threading.Event(), threading.Event()
+    read = remote.inner.read
+
+    def slow(name):
+        if name == "text/0.safetensors":
+            started.set()
+            assert go_on.wait(10)
+        return read(name)
+
+    monkeypatch.setattr(remote.inner, "read", slow)
+    with ThreadPoolExecutor(3) as threads:
+        both = [threads.submit(copies.fetch, "text/0.safetensors") for _ in range(2)]
+        assert started.wait(10)
+        assert threads.submit(copies.fetch, "text/1.safetensors").result(10).read_bytes() == b"\1" * KIB
+        go_on.set()
+        assert {each.result(10).read_bytes() for each in both} == {bytes(KIB)}
+    assert sorted(remote.reads) == ["text/0.safetensors", "text/1.safetensors"]
+
+
+def test_threads_that_make_room_for_each_other_read_what_they_asked_for(remote, tmp_path):
+    copies = copies_of(remote, tmp_path, limit_kib=9)
+
+    def read(offset):
+        return all(
+            copies.fetch(f"text/{number % 10}.safetensors").read_bytes() == bytes([number % 10]) * KIB
+            for number in range(offset, offset + 50)
+        )
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, (0, 3, 5, 8)))
+    assert len(held(tmp_path)) <= 9
+
+
+def test_two_caches_do_not_share_copies(remote, tmp_path):
+    other = RemoteFolder(tmp_path / "other")
+    other.inner.write("text/0.safetensors", b"other")
+    fetch(copies_of(remote, tmp_path), 0)
+    assert copies_of(other, tmp_path).fetch("text/0.safetensors").read_bytes() == b"other"
+    fetch(copies_of(remote, tmp_path), 0)
+
+
+def test_a_shard_that_is_not_there(remote, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        copies_of(remote, tmp_path).fetch("text/gone.safetensors")
+    assert held(tmp_path) == []
+
+
+def test_a_full_disk_says_what_to_set(remote, tmp_path, monkeypatch):
+    def fail(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    copies = copies_of(remote, tmp_path)
+    with pytest.raises(StorageError) as error:
+        copies.fetch("text/0.safetensors")
+    path = copies.root / "text" / "0.safetensors"
+    assert str(error.value) == (
+        f"{path}: no space left on the device while copying a shard. "
+        "Free some space, or set cache.local_path, cache.local_gib."
+    )
+    assert not list((tmp_path / "copies").rglob("*.*"))
+
+
+def test_the_folder_of_copies_may_begin_with_a_tilde(remote, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copies = LocalCopies(remote, "~/copies", limit_gib=1)
+    assert tmp_path / "copies" in copies.fetch("text/0.safetensors").parents

@@ -1,0 +1,347 @@
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sdxl_ray import storage
+from sdxl_ray.errors import ConfigError, StorageError
+from sdxl_ray.storage import clouds, join, open_folder, read_bytes
+from tests import s3
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3.moto_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, request):
+    """The address of an empty folder of its own."""
+    s3.use(monkeypatch, server)
+    return f"s3://{s3.BUCKET}/{re.sub('[^a-z_]', '', request.node.name)}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path):
+    """An empty folder, local or in a bucket."""
+    return str(tmp_path / "folder") if request.param == "local" else request.getfixturevalue("bucket")
+
+
+# ---- a folder, wherever it lies --------------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read(place):
+    folder = open_folder(place)
+    folder.write("deep/er/cat 😺.bin", bytes(range(256)))
+    assert folder.read("deep/er/cat 😺.bin") == bytes(range(256))
+    assert read_bytes(join(place, "deep/er/cat 😺.bin")) == bytes(range(256))
+    assert folder.path == place
+    assert (folder.local is None) == storage.is_uri(place)
+    assert folder.exists("deep/er/cat 😺.bin")
+    assert not folder.exists("deep/er")  # a folder
+    assert not folder.exists("dog.bin")
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "expected"), [(0, 3, b"012"), (8, 5, b"89"), (10, 1, b""), (99, 2, b""), (3, 0, b"")]
+)
+def test_a_range_ends_where_the_file_ends(place, offset, length, expected):
+    folder = open_folder(place)
+    folder.write("digits", b"0123456789")
+    assert folder.read_range("digits", offset, length) == expected
+    assert read_bytes(join(place, "digits"), 4) == b"456789"
+
+
+def test_a_second_write_replaces_the_first(place):
+    folder = open_folder(place)
+    folder.write("x", b"long content")
+    folder.write("x", b"short")
+    assert folder.read("x") == b"short"
+    folder.write("x", b"")
+    assert folder.read("x") == b""
+
+
+def test_a_large_file_arrives_whole(place):
+    content = os.urandom(1 << 20) * 24  # more than one part of an upload
+    open_folder(place).write("large", content)
+    assert open_folder(place).read("large") == content
+
+
+def test_a_listing_is_recursive_sorted_and_without_hidden_files(place):
+    folder = open_folder(place)
+    names = ["b/2.txt", "b/10.txt", "a.txt", "b.txt", "b/c/d.bin", ".hidden", "b/.git/x", "bb/x.txt", "b/.tmp-1"]
+    for name in names:
+        folder.write(name, name.encode())
+    assert [entry.name for entry in folder.list()] == ["a.txt", "b.txt", "b/10.txt", "b/2.txt", "b/c/d.bin", "bb/x.txt"]
+    assert [entry.name for entry in folder.list("b")] == ["b/10.txt", "b/2.txt", "b/c/d.bin"]
+    assert [entry.name for entry in folder.list("b/", ".txt")] == ["b/10.txt", "b/2.txt"]
+    assert folder.list("none") == []
+    assert open_folder(join(place, "none")).list() == []
+    (entry,) = folder.list("bb")
+    assert entry.size == len("bb/x.txt")
+    assert abs(entry.mtime_ns / 1e9 - time.time()) < 100
+    assert storage.status(join(place, "bb/x.txt")).size == entry.size
+    assert storage.status(join(place, "bb/x.txt")).mtime_ns // 10**9 == entry.mtime_ns // 10**9
+
+
+def test_deleting(place):
+    folder = open_folder(place)
+    folder.write("a/x", b"x")
+    folder.delete("a/x")
+    assert not folder.exists("a/x")
+    folder.delete("a/x")
+
+
+def test_what_is_not_there_is_not_found(place):
+    with pytest.raises(FileNotFoundError) as error:
+        open_folder(place).read("cat.jpg")
+    assert error.value.strerror == "No such file or directory"
+    assert str(error.value.filename).endswith("cat.jpg")
+    assert storage.status(join(place, "cat.jpg")) is None
+
+
+def test_it_reads_like_a_file_of_python(place):
+    content = os.urandom(700_000)
+    open_folder(place).write("x", content)
+    with storage.open_buffered(join(place, "x")) as file:
+        assert file.read(3) == content[:3]
+        file.seek(500_000)
+        assert file.read(200) == content[500_000:500_200]
+        file.seek(-5, os.SEEK_END)
+        assert file.read() == content[-5:]
+        assert file.seek(10) == file.tell() == 10
+        assert file.read() == content[10:]
+
+
+def test_a_folder_travels_to_another_process(place):
+    open_folder(place).write("x", b"here")
+    code = "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).read('x'))"
+    command = [sys.executable, "-c", code, pickle.dumps(open_folder(place)).hex()]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "b'here'"
+
+
+# ---- this machine's disks --------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    folder = open_folder(tmp_path)
+    folder.write("x", b"old")
+
+    def disk_full(self, content):
+        self.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
+    with pytest.raises(StorageError) as error:
+        folder.write("x", b"new", doing="writing encoded tensors", cure="Free some.")
+    assert str(error.value) == f"{tmp_path}/x: no space left on the device while writing encoded tensors. Free some."
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert folder.read("x") == b"old"
+
+
+def test_linked_folders_are_listed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x").touch()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "text").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "cache" / "dangling").symlink_to(tmp_path / "gone")
+    assert [entry.name for entry in open_folder(tmp_path / "cache").list()] == ["text/x"]
+
+
+def test_a_file_address_is_a_local_path(tmp_path):
+    (tmp_path / "a b").mkdir()
+    folder = open_folder(f"file://{tmp_path}/a%20b")
+    folder.write("x", b"x")
+    assert folder.local == tmp_path / "a b"
+    assert read_bytes(f"file://{tmp_path}/a%20b/x") == b"x"
+
+
+# ---- addresses -------------------------------------------------------------------------------------------------------
+
+
+def test_options_may_stand_before_what_is_appended(server, bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    host = server.removeprefix("http://")
+    base = f"{bucket}?scheme=http&endpoint_override={host}&max_attempts=1"
+    open_folder(f"{base}/datasets/cats").write("100% what?.txt", b"here")
+    assert [entry.name for entry in open_folder(base).list()] == ["datasets/cats/100% what?.txt"]
+    assert read_bytes(f"{base}/datasets/cats/100% what?.txt") == b"here"
+    assert read_bytes(f"{bucket}/datasets/cats/100% what?.txt?scheme=http&endpoint_override={host}") == b"here"
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("ftp://host/x", "ftp://host/x: ftp:// cannot be read. Use a folder, s3://, gs://, abfs:// or hf://."),
+        (
+            "s3://AKIA:secret@bucket/x",
+            "s3://***@bucket/x: holds a key, and addresses land in logs. Take what is before the @ out and set the "
+            "environment instead: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
+        ),
+        ("s3:///x", "s3:///x: names no bucket. Write s3://bucket/folder."),
+        ("s3://b/x?regoin=eu", 's3://b/x?regoin=eu: unknown option "regoin". There are: region, scheme, endpoint_'),
+    ],
+)
+def test_an_address_that_can_never_work_is_refused(address, text):
+    with pytest.raises(ConfigError) as error:
+        open_folder(address)
+    assert str(error.value).startswith(text)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["request_timeout=soon", "project_id=x"])
+def test_an_option_that_does_not_fit_is_refused(option, monkeypatch):
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    with pytest.raises(ConfigError, match="Correct the options in the address"):
+        open_folder(f"s3://bucket/x?{option}").list()
+
+
+def test_azure_needs_an_account(monkeypatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)
+    with pytest.raises(ConfigError) as error:
+        open_folder("abfs://pictures/cats").list()
+    assert str(error.value) == (
+        "abfs://pictures: of which account? Write abfs://pictures@ACCOUNT.dfs.core.windows.net, or set "
+        "AZURE_STORAGE_ACCOUNT."
+    )
+
+
+def test_where_the_parts_of_an_address_go():
+    parts = [
+        (place.scheme, place.bucket, place.key, place.options)
+        for place in map(
+            clouds.place_of,
+            [
+                "abfs://pictures@account.dfs.core.windows.net/cats/",
+                "gs://bucket/a b/c%20d?anonymous=true/e",
+                "hf://datasets/org/name@main/data",
+            ],
+        )
+    ]
+    assert parts == [
+        ("abfs", "pictures@account.dfs.core.windows.net", "pictures/cats", ()),
+        ("gs", "bucket", "bucket/a b/c%20d/e", (("anonymous", "true"),)),
+        ("hf", "datasets", "datasets/org/name@main/data", ()),
+    ]
+
+
+# ---- stores that refuse ----------------------------------------------------------------------------------------------
+
+
+def test_no_such_bucket(bucket):
+    folder = open_folder("s3://of-nobody/x")
+    for doing, call in [("listing", folder.list), ("writing", lambda: folder.write("x", b"x"))]:
+        with pytest.raises(StorageError) as error:
+            call()
+        assert str(error.value).endswith(
+            f": no such bucket while {doing}. Check its name, and the region and endpoint (AWS_REGION, AWS_ENDPOINT_URL)."
+        )
+
+
+@pytest.mark.parametrize(
+    ("doing", "call"),
+    [
+        ("reading", lambda folder: folder.read("x")),
+        ("listing", lambda folder: folder.list()),
+        ("writing", lambda folder: folder.write("x", b"x")),
+        ("looking for it", lambda folder: folder.exists("x")),
+        ("deleting", lambda folder: folder.delete("x")),
+    ],
+)
+def test_access_denied_names_the_key_and_not_its_value(monkeypatch, doing, call):
+    denied = s3.s3_error(403, "AccessDenied", "Access Denied for secret-of-the-tests")
+    with s3.answering(lambda number, method, path: denied) as (endpoint, requests):
+        s3.use(monkeypatch, endpoint)
+        with pytest.raises(StorageError) as error:
+            call(open_folder("s3://bucket/cats"))
+    assert str(error.value).startswith("s3://bucket/cats")
+    assert "secret-of-the-tests" not in str(error.value)
+    reached = f": access denied while {doing}. " if doing != "reading" else ": access denied while opening. "
+    assert reached in str(error.value)
+    assert str(error.value).endswith(
+        "Check the key and what it is allowed: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, on every "
+        "machine."
+    )
+    assert len(requests) == 1  # asking again does not help
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(clouds, "REQUEST_TIMEOUT_S", 1)
+    monkeypatch.setattr(clouds, "MAX_ATTEMPTS", 2)
+    with s3.answering(lambda number, method, path: None) as (endpoint, requests):
+        s3.use(monkeypatch, endpoint)
+        start = time.monotonic()
+        with pytest.raises(StorageError) as error:
+            read_bytes("s3://bucket/cat.jpg")
+        assert time.monotonic() - start < 10
+        assert len(requests) == 2
+    assert str(error.value) == (
+        "s3://bucket/cat.jpg: timed out while opening. Check the network between this machine and the store, then run "
+        "again: what is done is kept."
+    )
+
+
+def test_no_server_at_all(monkeypatch):
+    monkeypatch.setattr(clouds, "MAX_ATTEMPTS", 2)
+    s3.use(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(
+        StorageError, match="^s3://bucket/cat.jpg: cannot be reached while opening. Check the address, "
+    ):
+        read_bytes("s3://bucket/cat.jpg")
+
+
+def test_a_store_that_asks_for_fewer_requests_is_asked_again_later(monkeypatch):
+    times = []
+    found = (200, {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT", "Content-Length": "5"}, b"meow!")
+
+    def answer(number, method, path):
+        times.append(time.monotonic())
+        return s3.s3_error(503, "SlowDown", "Please reduce your request rate.") if number <= 3 else found
+
+    with s3.answering(answer) as (endpoint, requests):
+        s3.use(monkeypatch, endpoint)
+        assert read_bytes("s3://bucket/cat.jpg") == b"meow!"
+    assert [line.partition(" ")[0] for line in requests] == ["HEAD"] * 4 + ["GET"]
+    assert times[3] - times[0] > 0.05  # with pauses
+
+
+def test_a_store_that_asks_for_fewer_requests_for_ever(monkeypatch):
+    monkeypatch.setattr(clouds, "MAX_ATTEMPTS", 3)
+    slow_down = s3.s3_error(503, "SlowDown", "Please reduce your request rate.")
+    with s3.answering(lambda number, method, path: slow_down) as (endpoint, requests):
+        s3.use(monkeypatch, endpoint)
+        with pytest.raises(StorageError) as error:
+            open_folder("s3://bucket/cats").list()
+    assert str(error.value) == (
+        "s3://bucket/cats: the store asks for fewer requests while listing. It was asked again with growing pauses. Run "
+        "later, or with fewer machines at once: what is done is kept."
+    )
+    assert len(requests) == 3
+
+
+def test_an_answer_that_nobody_expects_is_shown(monkeypatch):
+    teapot = s3.s3_error(418, "Teapot", "short and stout, secret-of-the-tests")
+    with s3.answering(lambda number, method, path: teapot) as (endpoint, _):
+        s3.use(monkeypatch, endpoint)
+        with pytest.raises(StorageError) as error:
+            open_folder("s3://bucket/cats").list()
+    assert str(error.value).startswith("s3://bucket/cats: failed while listing: ")
+    assert "short and stout, ***" in str(error.value)
+
+
+def test_the_hub_is_only_read():
+    with pytest.raises(StorageError, match=r"^hf://datasets/org/name/x: the Hub is only read here. Choose a folder, "):
+        open_folder("hf://datasets/org/name").write("x", b"x")
+
+
+def test_the_hub_out_of_reach():
+    """HF_HUB_OFFLINE is set for all tests."""
+    clouds._connect.cache_clear()
+    with pytest.raises(StorageError, match="^hf://datasets/org/name: cannot be reached while listing. "):
+        open_folder("hf://datasets/org/name").list()
