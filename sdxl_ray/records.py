@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch is slow to import, and stage 1's planning needs none of it
     import torch
@@ -178,7 +178,7 @@ class Batch:
         return self._with(lambda tensor: tensor.pin_memory())
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        tensors = {
+        tensors: dict[str, Any] = {
             field.name: None if (tensor := getattr(self, field.name)) is None else change(tensor)
             for field in dataclasses.fields(self)
             if field.name != "sample_ids"

@@ -90,20 +90,20 @@ def cache_without_ray(config: Any) -> str:
 
 def encode_without_ray(config: Any, plan: Any) -> None:
     """Everything that the plan lacks. Images that cannot be decoded leave it, as in `pipeline.encode_missing`."""
-    from sdxl_ray.cache import pipeline
+    from sdxl_ray.cache import actors, ray_jobs
     from sdxl_ray.cache.planning import Skipped, drop_undecodable, find_missing
 
-    arguments = {"cache": config.cache.path, **pipeline._encoder_arguments(config, plan)}
-    write_text = pipeline.WriteTextShard(**arguments, fingerprint=plan.text_fingerprint, num_chunks=plan.num_chunks)
-    write_latents = pipeline.WriteLatentShard(
+    arguments = {"cache": config.cache.path, **ray_jobs.encoder_arguments(config, plan)}
+    write_text = actors.WriteTextShard(**arguments, fingerprint=plan.text_fingerprint, num_chunks=plan.num_chunks)
+    write_latents = actors.WriteLatentShard(
         **arguments, fingerprint=plan.vae_fingerprint, dtype=config.cache.vae_dtype, compile=config.cache.compile
     )
     results = [write_text({"shard": [json.dumps(asdict(shard))]}) for shard in plan.text_shards()]
     for shard in plan.latent_shards():
-        decoded = pipeline.decode_shard({"shard": json.dumps(asdict(shard))})
+        decoded = actors.decode_shard({"shard": json.dumps(asdict(shard))})
         results.append(write_latents({name: [value] for name, value in decoded.items()}))
     for result in results:
-        pipeline.raise_error(str(result["error"][0]))
+        actors.raise_error(str(result["error"][0]))
     skipped = [item for result in results for item in json.loads(str(result["skipped"][0]))]
     if skipped:
         drop_undecodable(plan, {item["key"]: Skipped(item["path"], item["reason"]) for item in skipped})

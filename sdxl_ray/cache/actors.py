@@ -201,8 +201,17 @@ class WriteLatentShard:
                 )
             except SdxlRayError as error:
                 return _row(0, error=error_text(error))
-        seconds = time.perf_counter() - started
-        return _row(len(header["keys"]), skipped=header["skipped"], encode_s=seconds, decode_s=header["decode_s"])
+        tiled, seconds = 0, time.perf_counter() - started
+        if self.encoder is not None:
+            tiled = len(self.encoder.tiled)
+            self.encoder.tiled.clear()
+        return _row(
+            len(header["keys"]),
+            skipped=header["skipped"],
+            encode_s=seconds,
+            decode_s=header["decode_s"],
+            tiled=tiled,
+        )
 
     def _encode(self, pixels: np.ndarray, names: Sequence[str]) -> dict[str, torch.Tensor]:
         assert self.encoder is not None
@@ -258,7 +267,13 @@ def torch_device(kind: str, threads: int = 0) -> torch.device:
 
 
 def _row(
-    num: int, *, skipped: Sequence[Any] = (), error: str = "", encode_s: float = 0.0, decode_s: float = 0.0
+    num: int,
+    *,
+    skipped: Sequence[Any] = (),
+    error: str = "",
+    encode_s: float = 0.0,
+    decode_s: float = 0.0,
+    tiled: int = 0,
 ) -> dict[str, Any]:
     return {
         "num": np.array([num]),
@@ -266,6 +281,7 @@ def _row(
         "error": np.array([error]),
         "encode_s": np.array([encode_s]),
         "decode_s": np.array([decode_s]),
+        "tiled": np.array([tiled]),  # images for which an accelerator had too little memory
     }
 
 

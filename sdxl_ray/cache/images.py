@@ -32,6 +32,10 @@ from sdxl_ray.records import ImageRecord
 Image.MAX_IMAGE_PIXELS = None
 MAX_MASK_PIXELS = 250_000_000  # masks are not scanned; larger ones may be decompression bombs
 
+# Odd EXIF, a truncated palette: nothing that one could do about it, and failures raise. Once for the process, because
+# `warnings.catch_warnings` in one thread undoes that of another.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 # Pillow gives freed pixel memory back to the system, which then clears it page by page for the next image: half of the
 # time of decoding 24 MP. So it keeps some, in blocks of 16 MiB.
 with contextlib.suppress(AttributeError):  # not among the functions that Pillow promises to keep
@@ -131,14 +135,12 @@ def _read(record: ImageRecord) -> bytes:
 @contextlib.contextmanager
 def _reasons(what: str) -> Iterator[None]:
     """Damaged bytes make Pillow raise nearly anything, AVIF's decoder a RuntimeError: all of it is a reason to skip."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF or a truncated palette; failures raise
-        try:
-            yield
-        except (MemoryError, UnreadableImage):
-            raise
-        except Exception as error:
-            raise UnreadableImage(f"{what}: {error}") from None
+    try:
+        yield
+    except (MemoryError, UnreadableImage):
+        raise
+    except Exception as error:
+        raise UnreadableImage(f"{what}: {error}") from None
 
 
 def _decode_scaled(content: bytes, record: ImageRecord) -> tuple[Image.Image, _Turn, tuple[float, float]]:

@@ -22,7 +22,7 @@ _CAPTIONS_KEPT = 128  # 40 MB
 class LiveEntries:
     """The VAE and the text encoders on one device, for threads to share: they decode side by side and encode in turn.
 
-    Nothing is loaded before it is needed; see `load`.
+    Nothing is loaded before it is needed.
     """
 
     def __init__(
@@ -56,19 +56,6 @@ class LiveEntries:
         # Beside training and not behind it: on the stream of training, every result would wait for the running step.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.text = functools.lru_cache(maxsize=_CAPTIONS_KEPT)(self._text)
-
-    def load(self, *, images: bool, text: bool) -> None:
-        """Load the encoders now, so that a device without room for them is known before the first step.
-
-        Raises:
-            CacheError: the device has too little free memory.
-            ModelError: the model has no such part.
-        """
-        with self._lock:
-            if images:
-                self._images()
-            if text:
-                self._texts()
 
     def latents(self, sample: EncodedSample, variant: int) -> dict[str, torch.Tensor] | None:
         """ "mean", "std" (4, h, w) bf16, and "mask" (h, w) uint8 where the sample has one; None: it cannot be decoded.

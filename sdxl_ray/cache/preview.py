@@ -1,4 +1,4 @@
-"""What the model will see, as one HTML page: the crops of each bucket, what is cut away, the captions, what is skipped."""
+"""What the model will see, as one HTML page: crops by bucket, what is cut away, captions, and what is skipped."""
 
 from __future__ import annotations
 
@@ -81,26 +81,25 @@ def _page(
     heading = html.escape(title)
     yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{heading}</title>\n'
     yield f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n'
-    buckets = "bucket" if len(counts) == 1 else "buckets"
-    yield f"<body>\n<header>\n<h1>{heading}</h1>\n<p>{_samples(sum(counts.values()))} in {len(counts)} {buckets}, "
-    yield f"{num_skipped:,} images skipped. On the left what the model sees; on the right the whole image, with what is "
-    yield "cut away darkened. Sizes are width x height.</p>\n</header>\n<main>\n"
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding frees the GIL
+    yield f"<body>\n<header>\n<h1>{heading}</h1>\n<p>{_number(sum(counts.values()), 'sample')} in "
+    yield f"{_number(len(counts), 'bucket')}, {_number(num_skipped, 'image')} skipped. First what the model sees, then "
+    yield "the whole image with what is cut away darkened. Sizes are width x height.</p>\n</header>\n<main>\n"
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:  # decoding frees the GIL
         for bucket, count in counts.items():
             samples = list(shown.get(bucket, ()))[:SAMPLES_PER_BUCKET]
             height, _, width = bucket.partition("x")
             of_all = f", {len(samples)} of them shown" if len(samples) < count else ""
             name = f"{width} x {height}"
-            yield f'<section aria-label="Bucket {name}">\n<h2>{name} <small>{_samples(count)}{of_all}</small></h2>\n'
-            yield '<ul class="samples">\n'
+            yield f'<section aria-label="Bucket {name}">\n<h2>{name} <small>{_number(count, "sample")}{of_all}</small>'
+            yield '</h2>\n<ul class="samples">\n'
             yield from threads.map(_card, samples)
             yield "</ul>\n</section>\n"
     yield from _skipped_table(skipped[:SKIPPED_SHOWN], num_skipped)
     yield "</main>\n</body>\n</html>\n"
 
 
-def _samples(count: int) -> str:
-    return f"{count:,} {'sample' if count == 1 else 'samples'}"
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _card(sample: EncodedSample) -> str:
@@ -171,10 +170,9 @@ def _thumbnail(pixels: np.ndarray) -> Image.Image:
 
 
 def _thumbnail_hw(hw: Sequence[int]) -> tuple[int, int]:
-    """At most three times as long as wide to the eye's area, so that a strip stays a strip but is not a line."""
-    scale = math.sqrt(_THUMBNAIL_AREA / (hw[0] * hw[1]))
-    longest = 2 * math.sqrt(_THUMBNAIL_AREA)
-    scale = min(scale, longest / max(hw))
+    """Of one area for all shapes, but no longer than twice the square's edge."""
+    edge = math.sqrt(_THUMBNAIL_AREA)
+    scale = min(edge / math.sqrt(hw[0] * hw[1]), 2 * edge / max(hw))
     return max(1, round(hw[0] * scale)), max(1, round(hw[1] * scale))
 
 
@@ -188,7 +186,7 @@ def _skipped_table(skipped: Sequence[tuple[str, str]], num_skipped: int) -> Iter
     if not num_skipped:
         return
     more = f" The first {len(skipped):,} are listed." if len(skipped) < num_skipped else ""
-    yield f'<section aria-label="Skipped images">\n<h2>Skipped <small>{num_skipped:,} images</small></h2>\n'
+    yield f'<section aria-label="Skipped images">\n<h2>Skipped <small>{_number(num_skipped, "image")}</small></h2>\n'
     yield f"<table>\n<caption>Images that are left out, and why.{more}</caption>\n"
     yield '<thead><tr><th scope="col">Image</th><th scope="col">Why</th></tr></thead>\n<tbody>\n'
     for path, reason in skipped:

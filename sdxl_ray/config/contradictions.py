@@ -85,6 +85,12 @@ def _in_tags(dataset: DatasetSection, config: Config) -> Iterator[tuple[str, str
             f"is {dataset.caption_variants}, but all variants would be the same. Set dataset.shuffle_tags = true or "
             "dataset.tag_dropout.",
         )
+    if changes_tags and dataset.caption_variants == 1 and config.cache.text == "cached":
+        yield (
+            "caption_variants",
+            "is 1, but with dataset.shuffle_tags or dataset.tag_dropout every epoch would see the same order. Set it to "
+            '8, say; or cache.text = "online", which makes a new variant each time.',
+        )
     if dataset.caption_variants > 1 and config.cache.text == "online":
         yield (
             "caption_variants",

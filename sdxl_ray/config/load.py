@@ -347,6 +347,8 @@ def _explain(item: Any) -> Problem:
             text = 'must be a list, such as ["one", "two"]'
         case "missing" | "too_long":  # only pairs have a fixed length: [low, high] of a sweep
             text = "must be a list of two numbers: [low, high]"
+        case "string_too_short" if context["min_length"] > 1:
+            text = f"must have at least {context['min_length']} characters"
         case "too_short" | "string_too_short":
             text = "must not be empty"
         case "value_error":
@@ -376,7 +378,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _toml_value(value: Any) -> str:
-    return tomli_w.dumps({"v": value}).partition("= ")[2].strip()
+    shown = tomli_w.dumps({"v": value}).partition("= ")[2].strip()
+    return re.sub(r"://[^/@\s]*:[^/@\s]*@", "://***@", shown)  # an address may hold a key, and logs are read by others
 
 
 def _absolute(path: str, base: Path, key: str) -> str:

@@ -135,7 +135,7 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], index_path: s
         # After a restart of the sweep, the trial goes on from what it has.
         fit(
             config,
-            index_path=Path(index_path),
+            index_path=index_path,
             resume=bool(list_checkpoints(trial_folder / "checkpoints")),
             callbacks=[TuneReportCallback()],
             export=False,
@@ -172,7 +172,7 @@ class _TrialLines(tune.Callback):
         type(self).listener({"event": "line", "text": f"{text} | {ended} ended, {running} running"})
 
 
-def _tuner(config: Config, folder: Path, index_path: Path, max_steps: int, *, resume: bool) -> tune.Tuner:
+def _tuner(config: Config, folder: Path, index_path: str, max_steps: int, *, resume: bool) -> tune.Tuner:
     # Ray Tune's loggers write result.json, progress.csv and TensorBoard files of what the trials write already.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables, which verbose=0 does not silence
@@ -180,7 +180,7 @@ def _tuner(config: Config, folder: Path, index_path: Path, max_steps: int, *, re
         tune.with_parameters(
             run_trial,
             base=config.model_dump(mode="json", exclude_none=True),
-            index_path=str(index_path),
+            index_path=index_path,
             folder=str(folder),
         ),
         {"CPU": 0.01},  # the trial's own process only waits; its workers ask for what they need
@@ -224,7 +224,7 @@ def _inspect_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _max_steps(config: Config, index_path: Path) -> int:
+def _max_steps(config: Config, index_path: str) -> int:
     data = load_data(config, index_path)
     if not data.held_out:
         raise ConfigError(

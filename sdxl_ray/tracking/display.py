@@ -42,6 +42,12 @@ class RunDisplay:
             self.console.line(
                 f"       skipped {len(result.skipped)} images, reasons in {result.skipped_path}", style="yellow"
             )
+        if result.num_tiled:
+            self.console.line(
+                f"       {result.num_tiled} images were encoded in tiles, for want of memory: a little less exact "
+                "(cache.gpus_per_encoder = 1, or a smaller dataset.resolution)",
+                style="yellow",
+            )
         if result.num_long_captions:
             self.console.line(
                 f"       {result.num_long_captions} captions are longer than {result.max_tokens} tokens; the rest of "

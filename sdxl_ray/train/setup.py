@@ -196,17 +196,8 @@ def build_training(
     )
 
 
-def build_entries(
-    config: Config, data: Data, *, device: torch.device, report: Callable[[str], None], load: bool = True
-) -> CacheEntries:
-    """The way to the samples' tensors: shards, and encoders where the config asks for them.
-
-    Args:
-        load: the encoders now, and not when they are first needed.
-
-    Raises:
-        CacheError: the device has no room for the encoders beside the U-Net.
-    """
+def build_entries(config: Config, data: Data, *, device: torch.device, report: Callable[[str], None]) -> CacheEntries:
+    """The way to the samples' tensors: shards, and encoders where the config asks for them, loaded when needed."""
 
     def encoders(device: torch.device) -> LiveEntries:
         return LiveEntries(
@@ -223,8 +214,6 @@ def build_entries(
     repair = encoders(torch.device("cpu"))
     # On Apple's MPS the CPU encodes: two threads must not use that device at once.
     live = encoders(device) if device.type in ("cuda", "cpu") and (is_off or is_online) else repair
-    if load:
-        live.load(images=is_off, text=is_online)
     rules = {section.name: CaptionRules.of(section) for section in data.sections.values()} if is_online else {}
     return CacheEntries(data.reader, live=live, repair=repair, rules=rules, report=report)
 
@@ -238,9 +227,7 @@ def validation_prompts(config: Config, data: Data) -> Prompts | None:
     if not config.validation.prompts:
         return None
     # What has no shard, or a damaged one, is encoded on the CPU: it is done once.
-    entries = build_entries(
-        config, data, device=torch.device("cpu"), report=logging.getLogger(__name__).warning, load=False
-    )
+    entries = build_entries(config, data, device=torch.device("cpu"), report=logging.getLogger(__name__).warning)
 
     def read(text: str) -> Mapping[str, torch.Tensor]:
         if text not in data.prompts:

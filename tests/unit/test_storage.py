@@ -240,7 +240,8 @@ def test_no_such_bucket(bucket):
         with pytest.raises(StorageError) as error:
             call()
         assert str(error.value).endswith(
-            f": no such bucket while {doing}. Check its name, and the region and endpoint (AWS_REGION, AWS_ENDPOINT_URL)."
+            f": no such bucket while {doing}. Check its name, and the region and endpoint (AWS_REGION, "
+            "AWS_ENDPOINT_URL)."
         )
 
 
@@ -291,7 +292,7 @@ def test_no_server_at_all(monkeypatch):
     monkeypatch.setattr(clouds, "MAX_ATTEMPTS", 2)
     s3.use(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(
-        StorageError, match="^s3://bucket/cat.jpg: cannot be reached while opening. Check the address, "
+        StorageError, match=r"^s3://bucket/cat\.jpg: cannot be reached while opening\. Check the address, "
     ):
         read_bytes("s3://bucket/cat.jpg")
 
@@ -319,8 +320,8 @@ def test_a_store_that_asks_for_fewer_requests_for_ever(monkeypatch):
         with pytest.raises(StorageError) as error:
             open_folder("s3://bucket/cats").list()
     assert str(error.value) == (
-        "s3://bucket/cats: the store asks for fewer requests while listing. It was asked again with growing pauses. Run "
-        "later, or with fewer machines at once: what is done is kept."
+        "s3://bucket/cats: the store asks for fewer requests while listing. It was asked again with growing pauses. "
+        "Run later, or with fewer machines at once: what is done is kept."
     )
     assert len(requests) == 3
 
@@ -343,5 +344,5 @@ def test_the_hub_is_only_read():
 def test_the_hub_out_of_reach():
     """HF_HUB_OFFLINE is set for all tests."""
     clouds._connect.cache_clear()
-    with pytest.raises(StorageError, match="^hf://datasets/org/name: cannot be reached while listing. "):
+    with pytest.raises(StorageError, match=r"^hf://datasets/org/name: cannot be reached while listing\. "):
         open_folder("hf://datasets/org/name").list()

@@ -276,7 +276,7 @@ def _of_hub(section: DatasetSection) -> Layout:
         chosen, kind = parquet, "table"
     else:
         kind = next((kind for kind in order if kind in kinds), "")
-        chosen = [entry for entry in files if _kind_of(entry.name) == kind]
+        chosen = [entry for entry in files if kind and _kind_of(entry.name) == kind]
     if not chosen:
         raise DatasetError(f"{setting_of(section)}: {root} holds no images, tar files or tables.")
     chosen = of_split(section, chosen)

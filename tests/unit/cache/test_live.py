@@ -120,9 +120,9 @@ def test_long_captions_are_read_in_chunks(tiny_model, told):
 
 
 def test_captions_that_were_just_encoded_are_not_encoded_again(live, monkeypatch):
-    live.load(images=False, text=True)
-    encoded, encode = [], live._text_encoder.encode
-    monkeypatch.setattr(live._text_encoder, "encode", lambda captions: encoded.append(captions) or encode(captions))
+    encoder = live._texts()
+    encoded, encode = [], encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda captions: encoded.append(captions) or encode(captions))
     for caption in ("a", "b", "a", "a"):
         live.text(caption)
     assert encoded == [["a"], ["b"]]
@@ -180,8 +180,8 @@ def test_nothing_is_loaded_before_it_is_needed(live, tmp_path):
 
 
 def test_encoding_in_tiles_is_told_once(live, told, tmp_path, monkeypatch):
-    live.load(images=True, text=False)
-    encode, encoder = live._latent_encoder.encode, live._latent_encoder
+    encoder = live._images()
+    encode = encoder.encode
 
     def in_tiles(pixels, names):
         encoder.tiled.extend(names)

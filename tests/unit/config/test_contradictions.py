@@ -144,6 +144,12 @@ def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
             "is 3, but dataset.crop_variants = 1: there is no next crop",
         ),
         (
+            {"shuffle_tags": True},
+            "caption_variants",
+            "is 1, but with dataset.shuffle_tags or dataset.tag_dropout every epoch would see the same order. Set it to "
+            '8, say; or cache.text = "online", which makes a new variant each time.',
+        ),
+        (
             {"caption_variants": 8},
             "caption_variants",
             "is 8, but all variants would be the same. Set dataset.shuffle_tags = true or dataset.tag_dropout.",
@@ -256,6 +262,8 @@ def test_a_key_in_an_address_is_refused_and_not_shown(section):
     text = problems({section: {"path": "s3://AKIA:s3cret@bucket/x"}})
     assert text.startswith(f"given: {section}.path: s3://***@bucket/x: holds a key, and addresses land in logs.")
     assert "s3cret" not in text
+    text = problems({section: {"path": "s3://AKIA:s3cret@bucket/x "}})
+    assert text == f'given: {section}.path = "s3://***@bucket/x ": has spaces at its ends'
 
 
 @pytest.mark.parametrize(
@@ -304,6 +312,6 @@ def test_a_swept_length_may_end_before_a_dataset_begins():
         "sweep": {"parameters": {"train.duration": {"grid": ["1000 steps", "400 steps"]}}},
     }
     assert problems(raw) == (
-        "given: sweep.parameters.train.duration: cannot try '400 steps': dataset 2 (dogs): dataset.start: \"500 steps\" "
-        'is not before the end of the run: train.duration = "400 steps"'
+        "given: sweep.parameters.train.duration: cannot try '400 steps': dataset 2 (dogs): dataset.start: "
+        '"500 steps" is not before the end of the run: train.duration = "400 steps"'
     )

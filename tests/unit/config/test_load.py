@@ -159,6 +159,10 @@ duration = "2000"
         ('[validation]\nprompts = "a cat"', '2: validation.prompts = "a cat": must be a list, such as ["one", "two"]'),
         ("[dataset]\ncaptions = []", "2: dataset.captions: must not be empty"),
         (
+            '[dataset]\ncaption_extension = "5"',
+            '2: dataset.caption_extension = "5": must have at least 2 characters',
+        ),
+        (
             "[sweep.parameters]\nadapter.rank = { gird = [4] }",
             "2: sweep.parameters.adapter.rank.gird: unknown key; known: grid, choice, uniform, loguniform",
         ),

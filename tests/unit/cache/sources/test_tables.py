@@ -265,7 +265,9 @@ def test_a_folder_of_tables_and_a_pattern(tmp_path):
 def test_the_chosen_rows_do_not_depend_on_where_the_tables_lie(tmp_path):
     for place in ("here", "over/there"):
         for number in range(3):
-            write_table(tmp_path / place / f"{number}.parquet", {"image": [b"%d-%d" % (number, row) for row in range(9)]})
+            write_table(
+                tmp_path / place / f"{number}.parquet", {"image": [b"%d-%d" % (number, row) for row in range(9)]}
+            )
     first = contents(listed(tmp_path / "here", max_samples=5))
     assert contents(listed(tmp_path / "over" / "there" / "*.parquet", max_samples=5)) == first == sorted(first)
     assert len(first) == 5

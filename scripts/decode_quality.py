@@ -1,0 +1,193 @@
+"""What reading an image quickly costs in quality, and what it gains: the figures behind sdxl_ray/cache/images.py.
+
+    python scripts/decode_quality.py [FOLDER...] [--resolution 1024]
+
+FOLDER holds JPEGs and PNGs, searched recursively; without one, the demo photographs and what is made of them: mosaics
+of 12, 24 and 48 megapixels, as telephones and cameras give. Times are of one core's work, the best of three. The
+reference decodes all pixels, applies the colour profile to all of them and resizes with Pillow's LANCZOS.
+"""
+
+import argparse
+import dataclasses
+import io
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms
+
+from sdxl_ray.cache import images
+from sdxl_ray.cache.buckets import Geometry, Unfit, cover, place
+from sdxl_ray.cache.images import decode, load_pixels
+from sdxl_ray.config.schema import DatasetSection
+from sdxl_ray.records import ImageRecord
+
+PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "sdxl_ray" / "demo" / "photographs"
+REDUCTIONS_OFF: tuple[tuple[int, float], ...] = ()
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Decibels between two images of 8 bits; 100 where they are equal."""
+    error = float(np.mean((one.astype(float) - other.astype(float)) ** 2))
+    return 10 * math.log10(255**2 / error) if error else 100.0
+
+
+def timed(work: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
+    """(result, seconds of processor time)."""
+    best = math.inf
+    for _ in range(3):
+        start = time.process_time()
+        result = work()
+        best = min(best, time.process_time() - start)
+    return result, best
+
+
+def reference(content: bytes, record: ImageRecord) -> np.ndarray:
+    """The record's pixels by the shortest program that gives them."""
+    image = decode(content)
+    profile = image.info.get("icc_profile")
+    if profile and image.mode in ("RGB", "CMYK", "L"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+        except (ImageCms.PyCMSError, OSError):
+            pass
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    (height, width), (top, left) = record.bucket_hw, record.crop_top_left
+    vertical, horizontal = image.height / record.resized_hw[0], image.width / record.resized_hw[1]
+    box = (left * horizontal, top * vertical, (left + width) * horizontal, (top + height) * vertical)
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def mosaics(folder: Path) -> list[Path]:
+    """JPEGs of 12, 24 and 48 megapixels, tiled with the demo photographs at their own size."""
+    tiles = [
+        Image.open(path).convert("RGB") for path in sorted(PHOTOGRAPHS.glob("*.*")) if path.suffix in (".jpg", ".png")
+    ]
+    paths = []
+    for number, (height, width) in enumerate([(3024, 4032), (4000, 6000), (6000, 8000)]):
+        mosaic = Image.new("RGB", (width, height))
+        top, at = 0, number
+        while top < height:
+            left, lowest = 0, height
+            while left < width:
+                tile = tiles[at % len(tiles)]
+                mosaic.paste(tile, (left, top))
+                left, at, lowest = left + tile.width, at + 1, min(lowest, tile.height)
+            top += lowest
+        paths.append(folder / f"mosaic_{width}x{height}.jpg")
+        mosaic.save(paths[-1], "JPEG", quality=92)
+    return paths
+
+
+def record_of(path: Path, geometry: Geometry) -> tuple[bytes, ImageRecord] | None:
+    """A file that can be read, with its place."""
+    try:
+        content = path.read_bytes()
+        image = decode(content)
+    except Exception as error:  # any: the list is of whatever lies in the folder
+        print(f"left out: {path}: {error}")
+        return None
+    original_hw = (image.height, image.width)
+    found = place(original_hw, "", geometry)
+    if isinstance(found, Unfit):
+        return None
+    return content, ImageRecord(
+        str(path), "", original_hw, found.bucket_hw, found.resized_hw, found.crops[0], verify=False
+    )
+
+
+def speed_and_quality(files: list[tuple[bytes, ImageRecord]]) -> None:
+    """One line for each way to read each file, summed up by kind of file."""
+    lanczos, reductions = images._torch_lanczos, images._REDUCTIONS
+    ways = {
+        "all pixels, Pillow's LANCZOS": (REDUCTIONS_OFF, lambda: None),
+        "all pixels, torch's LANCZOS": (REDUCTIONS_OFF, lanczos),
+        "load_pixels": (reductions, lanczos),
+    }
+    kinds: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for content, record in files:
+        expected, seconds = timed(lambda content=content, record=record: reference(content, record))
+        megapixels = math.prod(record.original_hw) / 1e6
+        size = next(
+            text for limit, text in ((4, "up to 4"), (10, "4 to 10"), (math.inf, "above 10")) if megapixels <= limit
+        )
+        kind = "JPEG" if content[:2] == b"\xff\xd8" else "PNG"
+        rows = kinds.setdefault(f"{kind}, {size} MP", {})
+        rows.setdefault("reference", []).append((100.0, seconds, megapixels))
+        for way, (images._REDUCTIONS, images._torch_lanczos) in ways.items():
+            found, seconds = timed(lambda record=record: load_pixels(record))
+            rows.setdefault(way, []).append((psnr(found, expected), seconds, megapixels))
+    images._REDUCTIONS, images._torch_lanczos = reductions, lanczos
+    print(f"\n{'':34}{'images':>8}{'images/s':>10}{'MP/s':>8}{'PSNR lowest':>13}{'median':>8}")
+    for kind, rows in sorted(kinds.items()):
+        print(kind)
+        for way, results in rows.items():
+            quality, seconds, megapixels = zip(*results, strict=True)
+            print(
+                f"  {way:32}{len(results):8}{len(results) / sum(seconds):10.1f}{sum(megapixels) / sum(seconds):8.0f}"
+                f"{min(quality):13.1f}{statistics.median(quality):8.1f}"
+            )
+
+
+def quality_by_margin(files: list[tuple[bytes, ImageRecord]]) -> None:
+    """How much must be left of a JPEG that is decoded smaller."""
+    margins = (1.0, 1.5, 2.0, 2.25, 2.5, 3.0, 4.0)
+    print("\nJPEGs decoded at 1/n, then resized: PSNR lowest (median), by how many times the needed size is left")
+    print(f"{'':6}" + "".join(f"{margin:>14}" for margin in margins))
+    kept = images._REDUCTIONS
+    for reduction in (2, 4, 8):
+        cells = []
+        for margin in margins:
+            found = []
+            for content, record in files:
+                small = tuple(round(edge / (reduction * margin)) for edge in record.original_hw)
+                if content[:2] != b"\xff\xd8" or min(small) < 96:
+                    continue
+                small_hw = cover(record.original_hw, (small[0], small[1]))
+                whole = dataclasses.replace(record, resized_hw=small_hw, bucket_hw=small_hw, crop_top_left=(0, 0))
+                images._REDUCTIONS = REDUCTIONS_OFF
+                expected = load_pixels(whole)
+                images._REDUCTIONS = ((reduction, 0.0),)
+                found.append(psnr(load_pixels(whole), expected))
+            cells.append(f"{min(found):.1f} ({statistics.median(found):.1f})" if found else "-")
+        print(f"1/{reduction:<4}" + "".join(f"{cell:>14}" for cell in cells))
+    images._REDUCTIONS = kept
+    print(f"in use: {', '.join(f'1/{reduction} from {margin} times on' for reduction, margin in kept)}")
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
+    parser.add_argument("--resolution", type=int, default=1024, help="edge of the square bucket (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    (geometry,) = Geometry.of(DatasetSection(resolution=(arguments.resolution,)))
+
+    with tempfile.TemporaryDirectory() as made:
+        paths = sorted(
+            path
+            for folder in arguments.folders or [PHOTOGRAPHS]
+            for path in folder.rglob("*")
+            if path.suffix.lower() in (".jpg", ".jpeg", ".png") and path.is_file()
+        )
+        if not arguments.folders:
+            paths += mosaics(Path(made))
+        files = [file for path in paths if (file := record_of(path, geometry))]
+        print(f"{len(files)} images to buckets of about {arguments.resolution} x {arguments.resolution}")
+        speed_and_quality(files)
+        quality_by_margin(files)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The Ray Data jobs of stage 1: scan, captions, images. Each hands its results back as they come.
+
+from_items(missing shards) ─▶ decode (CPU tasks) ─▶ encode and write (one actor per accelerator) ─▶ rows
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.data
+from ray.data import ExecutionResources
+
+from sdxl_ray import connection
+from sdxl_ray.cache.actors import (
+    ScanChunk,
+    WriteLatentShard,
+    WriteTextShard,
+    decode_shard,
+    files_as_row,
+    raise_error,
+    scanned_files,
+)
+from sdxl_ray.cache.collection import Skipped
+from sdxl_ray.cache.planning import CachePlan
+from sdxl_ray.cache.pools import Node, Share, share_cluster
+from sdxl_ray.cache.scan import ScannedFile, scan_images
+from sdxl_ray.errors import ClusterError
+from sdxl_ray.records import Listed
+
+if TYPE_CHECKING:
+    from sdxl_ray.config.schema import Config
+
+# Below this many new files, threads on the driver are done before Ray has started.
+SCAN_ON_RAY_FROM = 5_000
+# Shards of one Ray Data job. The work items of millions of images at once would fill the object store.
+_SHARDS_AT_ONCE = 2_048
+
+Progress = Callable[[str, int, int], None]  # stage ("scan", "text", "images"), done, total
+Reserved = tuple[float, float]  # CPUs and GPUs that training has; only beside a training run
+
+
+class Clock:
+    """Seconds of each stage, and what was done in them."""
+
+    def __init__(self) -> None:
+        self.started = self._last = time.monotonic()
+        self.stages: dict[str, float] = {}
+        self.workers: defaultdict[str, float] = defaultdict(float)
+        self.counts: Counter[str] = Counter()
+
+    def stage(self, name: str) -> None:
+        now = time.monotonic()
+        self.stages[name] = now - self._last
+        self._last = now
+
+
+# ---- (1) scan: CPU tasks, for folders that are worth it --------------------------------------------------------------
+
+
+def scan_on_ray(
+    connect: Callable[[], None],
+    progress: Progress,
+    files: Sequence[Listed],
+    *,
+    max_pixels: int,
+    by_listing: Sequence[bool],
+) -> list[ScannedFile]:
+    """`scan_images`; where many files are new, as CPU tasks on all machines."""
+    if len(files) < SCAN_ON_RAY_FROM:
+        return scan_images(
+            files,
+            max_pixels=max_pixels,
+            by_listing=by_listing,
+            progress=lambda done, total: progress("scan", done, total),
+        )
+    connect()
+    quiet()
+    starts = range(0, len(files), 500)
+    items = [files_as_row(start, files[start : start + 500], by_listing[start : start + 500]) for start in starts]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    scanned: list[ScannedFile | None] = [None] * len(files)
+    done = 0
+    for row in dataset.map(ScanChunk(max_pixels), num_cpus=1).iter_rows():
+        found = scanned_files(row, files, max_pixels)
+        first = int(row["first"])
+        scanned[first : first + len(found)] = found
+        done += len(found)
+        progress("scan", done, len(files))
+    return [found for found in scanned if found is not None]
+
+
+# ---- (2) text --------------------------------------------------------------------------------------------------------
+
+
+def encode_text(
+    config: Config, plan: CachePlan, progress: Progress, clock: Clock, reserved: Reserved | None = None
+) -> int:
+    """Every caption that is missing; how many were encoded."""
+    total, done = plan.num_missing_text, 0
+    if not total:
+        return 0
+    progress("text", 0, total)  # the encoders take some seconds to start
+    share = _share(config, len(plan.missing_text), reserved, text=True)
+    arguments = {
+        "cache": config.cache.path,
+        "fingerprint": plan.text_fingerprint,
+        "num_chunks": plan.num_chunks,
+        **encoder_arguments(config, plan, share),
+    }
+    for items in _waves({"shard": json.dumps(asdict(shard))} for shard in plan.text_shards()):
+        dataset = _from_items(items, reserved)
+        dataset = dataset.map_batches(
+            WriteTextShard, fn_constructor_kwargs=arguments, batch_size=1, **_pool(config, share)
+        )
+        for row in _results(dataset):
+            done += int(row["num"])
+            clock.workers["encode_text"] += float(row["encode_s"])
+            progress("text", done, total)
+    return done
+
+
+# ---- (3) images: decode on CPUs, encode where there is an accelerator ------------------------------------------------
+
+
+def encode_latents(
+    config: Config, plan: CachePlan, progress: Progress, clock: Clock, reserved: Reserved | None = None
+) -> tuple[int, list[tuple[str, Skipped, str]]]:
+    """(number encoded, (latent key, what to report, image hash) of each image that cannot be decoded)"""
+    total, done, skipped = plan.num_missing_latents, 0, []
+    if not total:
+        return 0, []
+    progress("images", 0, total)
+    share = _share(config, len(plan.missing_latents), reserved, text=False)
+    arguments = {
+        "cache": config.cache.path,
+        "fingerprint": plan.vae_fingerprint,
+        "dtype": config.cache.vae_dtype,
+        "compile": config.cache.compile,
+        "write_empty": reserved is not None,
+        **encoder_arguments(config, plan, share),
+    }
+    for items in _waves({"shard": json.dumps(asdict(shard))} for shard in plan.latent_shards()):
+        dataset = (
+            _from_items(items, reserved)
+            .map(decode_shard, num_cpus=share.cpus_per_decode)
+            .map_batches(WriteLatentShard, fn_constructor_kwargs=arguments, batch_size=1, **_pool(config, share))
+        )
+        for row in _results(dataset):
+            found = json.loads(str(row["skipped"]))
+            skipped += [(item["key"], Skipped(item["path"], item["reason"]), item["image_hash"]) for item in found]
+            done += int(row["num"])
+            clock.workers["encode"] += float(row["encode_s"])
+            clock.workers["decode"] += float(row["decode_s"])
+            clock.counts["tiled"] += int(row["tiled"])
+            progress("images", done, total - len(skipped))
+    return done, skipped
+
+
+# ---- shared by text and images ---------------------------------------------------------------------------------------
+
+
+def encoder_arguments(config: Config, plan: CachePlan, share: Share | None = None) -> dict[str, Any]:
+    """What both encoding actors are made with."""
+    return {
+        "model": plan.model,
+        "batch_size": config.cache.batch_size,
+        "revision": config.model.revision,
+        "variant": config.model.variant,
+        **({"device": share.device, "threads": share.threads} if share else {}),
+    }
+
+
+def _waves(items: Iterable[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
+    iterator = iter(items)
+    while wave := list(itertools.islice(iterator, _SHARDS_AT_ONCE)):
+        yield wave
+
+
+def _from_items(items: Sequence[dict[str, str]], reserved: Reserved | None) -> ray.data.Dataset:
+    quiet()
+    dataset = ray.data.from_items(list(items), override_num_blocks=len(items))
+    if reserved is not None:
+        dataset.context.execution_options.exclude_resources = ExecutionResources(cpu=reserved[0], gpu=reserved[1])
+    return dataset
+
+
+def _pool(config: Config, share: Share) -> dict[str, Any]:
+    needs: dict[str, Any] = {"num_cpus": share.cpus_per_actor}
+    if share.gpus_per_actor:
+        needs["num_gpus"] = share.gpus_per_actor
+        if config.cache.accelerator_type:
+            needs["accelerator_type"] = config.cache.accelerator_type
+    return {"compute": ray.data.ActorPoolStrategy(min_size=share.num_actors, max_size=share.max_actors), **needs}
+
+
+def _share(config: Config, num_items: int, reserved: Reserved | None, *, text: bool) -> Share:
+    nodes = [
+        Node(
+            cpus=node["Resources"].get("CPU", 0),
+            gpus=node["Resources"].get("GPU", 0),
+            accelerators=tuple(
+                name.removeprefix("accelerator_type:")
+                for name in node["Resources"]
+                if name.startswith("accelerator_type:")
+            ),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    cache = config.cache
+    if cache.accelerator_type and not any(cache.accelerator_type in node.accelerators for node in nodes):
+        found = ", ".join(sorted({name for node in nodes for name in node.accelerators})) or "none"
+        raise ClusterError(
+            f'cache.accelerator_type = "{cache.accelerator_type}": no node has it; there are: {found}. '
+            "Leave it empty to take any."
+        )
+    if config.cluster.accelerator == "gpu":
+        connection.check_room(1, {"GPU": cache.gpus_per_encoder}, growing=not connection.is_local())
+    reserved_cpus, reserved_gpus = reserved or (0.0, 0.0)
+    return share_cluster(
+        nodes,
+        num_items,
+        num_encoders=(cache.num_text_encoders or cache.num_encoders) if text else cache.num_encoders,
+        max_encoders=cache.max_encoders,
+        gpus_per_encoder=(cache.gpus_per_text_encoder or cache.gpus_per_encoder) if text else cache.gpus_per_encoder,
+        accelerator=config.cluster.accelerator,
+        accelerator_type=cache.accelerator_type,
+        reserved_cpus=reserved_cpus,
+        reserved_gpus=reserved_gpus,
+        num_pools=2 if reserved else 1,
+    )
+
+
+def _results(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    for row in dataset.iter_rows():
+        raise_error(str(row["error"]))
+        yield row
+
+
+def quiet() -> None:
+    """Progress is ours to show; Ray Data's goes to its log files."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

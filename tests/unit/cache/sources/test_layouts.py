@@ -1,0 +1,308 @@
+import json
+import os
+
+import fsspec
+import pyarrow as pa
+import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+
+from sdxl_ray import storage
+from sdxl_ray.cache.sources.layouts import hub_address
+from sdxl_ray.cache.sources.splits import split_of
+from sdxl_ray.errors import DatasetError, StorageError
+from sdxl_ray.storage import clouds
+from tests.unit.cache.sources.made import contents, listed, tar_bytes, write
+from tests.unit.cache.sources.test_tables import write_table
+
+
+def write_saved(folder, images, files=1):
+    """As `Dataset.save_to_disk` writes it."""
+    names = [f"data-{number:05d}-of-{files:05d}.arrow" for number in range(files)]
+    each = len(images) // files
+    for number, name in enumerate(names):
+        write_table(folder / name, {"image": [{"bytes": b, "path": None} for b in images[number * each :][:each]]})
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+# ---- local -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_saved_to_disk(tmp_path):
+    write_saved(tmp_path, [b"0", b"1", b"2", b"3"], files=2)
+    assert contents(listed(tmp_path)) == [b"0", b"1", b"2", b"3"]
+    (tmp_path / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(
+        DatasetError, match=r"data-00001-of-00002\.arrow does not exist, and state.json beside it names"
+    ):
+        listed(tmp_path)
+
+
+def test_a_copy_with_splits_saved_to_disk(tmp_path):
+    write_saved(tmp_path / "train", [b"train"])
+    write_saved(tmp_path / "test", [b"test"])
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert contents(listed(tmp_path)) == [b"train"]
+    assert contents(listed(tmp_path, split="test")) == [b"test"]
+    assert contents(listed(tmp_path, split="")) == [b"test", b"train"]
+    assert contents(listed(tmp_path / "test")) == [b"test"]
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path, split="validation")
+    assert str(error.value) == (
+        f'dataset.path: {tmp_path} has no split "validation". It has train, test. Set dataset.split.'
+    )
+    (tmp_path / "train" / "state.json").write_text("{")
+    with pytest.raises(DatasetError, match=r"train/state\.json is no JSON: .* Copy the folder again\."):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["", "train", "data/train"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_table_of_captions_beside_images(tmp_path, folder, kind):
+    write(tmp_path / folder, "cats/a.jpg", "b.jpg", "not-in-the-table.jpg")
+    columns = {"file_name": ["cats/a.jpg", "b.jpg"], "text": ["a cat", "b"]}
+    write_table(tmp_path / folder / f"metadata.{kind}", columns)
+    found = listed(tmp_path)
+    assert contents(found) == [b"cats/a.jpg", b"b.jpg"]
+    assert [image.texts for image in found] == [("a cat",), ("b",)]
+    assert len(listed(tmp_path, format="folder")) == 3
+
+
+def test_metadata_of_something_else_is_passed_over(tmp_path):
+    write(tmp_path, "a.jpg")
+    (tmp_path / "metadata.csv").write_text("camera,lens\nx,y\n")
+    (tmp_path / "metadata.jsonl").write_text("{}\n")
+    (tmp_path / "metadata.parquet").write_text("no table")
+    assert contents(listed(tmp_path)) == [b"a.jpg"]
+
+
+def test_a_clone_of_a_dataset_with_splits(tmp_path):
+    for split in ("train", "test"):
+        for number in range(2):
+            name = f"data/{split}-{number:05d}-of-00002.parquet"
+            write_table(tmp_path / name, {"image": [f"{split} {number}".encode()]})
+    assert len(listed(tmp_path)) == 4  # tables in a folder
+    (tmp_path / "README.md").touch()
+    assert contents(listed(tmp_path)) == [b"train 0", b"train 1"]
+    assert contents(listed(tmp_path, split="test")) == [b"test 0", b"test 1"]
+    with pytest.raises(DatasetError, match=r'has no split "validation"\. It has test, train\. Set dataset\.split\.'):
+        listed(tmp_path, split="validation")
+
+
+def test_a_clone_with_folders_of_images(tmp_path):
+    write(tmp_path, "README.md", "train/a.jpg", "test/b.jpg")
+    assert contents(listed(tmp_path)) == [b"train/a.jpg"]
+    assert contents(listed(tmp_path, split="")) == [b"test/b.jpg", b"train/a.jpg"]
+    (tmp_path / "README.md").unlink()
+    assert len(listed(tmp_path)) == 2
+
+
+def test_images_win_over_tables_and_tar_files_among_them(tmp_path):
+    write(tmp_path, "deep/a.jpg", "deep/a.txt")
+    write_table(tmp_path / "list.csv", {"image": ["deep/a.jpg"]})
+    assert listed(tmp_path)[0].text_file.endswith("a.txt")
+    assert listed(tmp_path, format="table")[0].path.endswith("deep/a.jpg")
+
+
+def test_tables_and_tar_files_side_by_side(tmp_path):
+    write_table(tmp_path / "0.parquet", {"image": [b"from the table"]})
+    (tmp_path / "0.tar").write_bytes(tar_bytes([("a.jpg", b"from the tar")]))
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path)
+    assert str(error.value) == (
+        f"dataset.path: {tmp_path} holds tar files and tables. Set dataset.format, or give a pattern such as "
+        f"{tmp_path}/*.tar."
+    )
+    assert contents(listed(tmp_path, format="webdataset")) == [b"from the tar"]
+    assert contents(listed(tmp_path, format="table")) == [b"from the table"]
+    with pytest.raises(DatasetError, match=r"fits files such as .*, expected only \.tar files, or only tables"):
+        listed(tmp_path / "0.*")
+
+
+def test_a_format_that_is_not_there(tmp_path):
+    write(tmp_path, "a.jpg")
+    with pytest.raises(DatasetError, match=r'holds no files for dataset\.format = "webdataset"\.$'):
+        listed(tmp_path, format="webdataset")
+    (tmp_path / "0.tar").write_bytes(tar_bytes([("a.jpg", b"a")]))
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path / "0.tar", format="table")
+    assert str(error.value) == (
+        f'dataset.path: {tmp_path}/0.tar is a webdataset, and dataset.format = "table". '
+        'Set it to "auto", or correct the path.'
+    )
+    with pytest.raises(DatasetError, match=r"a\.jpg is a file, expected a folder of images\."):
+        listed(tmp_path / "a.jpg")
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(storage, "status", refuse)
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path, name="cats")
+    assert str(error.value) == f"dataset.path of cats: {tmp_path} cannot be read: Permission denied."
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+class Hub(DirFileSystem):
+    """A folder in place of the Hub: datasets/org/name@revision/..., with content hashes and without dates."""
+
+    def _noted(self, info):
+        return {key: info[key] for key in ("name", "size", "type")} | {"blob_id": f"{info['size']:040x}"}
+
+    def info(self, path, **options):
+        return self._noted(super().info(path, **options))
+
+    def find(self, path, *args, **options):
+        return {name: self._noted(info) for name, info in super().find(path, *args, **options).items()}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The folder of the repository org/cats, at its main revision."""
+    monkeypatch.setattr(clouds, "_hub_filesystem", lambda: Hub(str(tmp_path), fsspec.filesystem("file")))
+    clouds._connect.cache_clear()
+    yield tmp_path / "datasets" / "org" / "cats"
+    clouds._connect.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("path", "revision", "expected"),
+    [
+        ("hf://org/cats", "", ("hf://datasets/org/cats", "")),
+        ("hf://datasets/org/cats/", "v1", ("hf://datasets/org/cats@v1", "")),
+        ("hf://org/cats@v2", "v1", ("hf://datasets/org/cats@v2", "")),
+        ("hf://org/cats", "refs/pr/1", ("hf://datasets/org/cats@refs%2Fpr%2F1", "")),
+        ("hf://org/cats/data/small", "", ("hf://datasets/org/cats/data/small", "")),
+        ("hf://org/cats/data/*.tar", "v1", ("hf://datasets/org/cats@v1", "data/*.tar")),
+        ("hf://org/cats/list.csv", "", ("hf://datasets/org/cats", "list.csv")),
+    ],
+)
+def test_addresses_of_the_hub(path, revision, expected):
+    assert hub_address(path, revision) == expected
+
+
+def test_an_address_that_names_no_dataset():
+    with pytest.raises(
+        DatasetError, match=r"dataset\.path: hf://cats names no dataset of the Hub, expected hf://org/name"
+    ):
+        listed("hf://cats")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00005.parquet", "train"),
+        ("data/validation-00000-of-00005-abc.parquet", "validation"),
+        ("data/my_split-00000-of-00005.tar", "my_split"),
+        ("data/train/cats/1.jpg", "train"),
+        ("dev/1.jpg", "validation"),
+        ("cats_eval.csv", "test"),
+        ("Training 1.csv", "train"),
+        ("trainer.csv", ""),
+        ("data/0.parquet", ""),
+    ],
+)
+def test_the_split_that_a_name_tells(name, split):
+    assert split_of(name) == split
+
+
+def test_parquet_of_the_hub(hub):
+    for split in ("train", "test"):
+        for number in range(2):
+            write_table(hub / f"data/{split}-{number:05d}-of-00002.parquet", {"image": [f"{split} {number}".encode()]})
+    write(hub, "README.md", ".gitattributes", "logo.png")
+    found = listed("hf://org/cats")
+    assert contents(found) == [b"train 0", b"train 1"]
+    name = "hf://datasets/org/cats/data/train-00000-of-00002.parquet"
+    assert (found[0].path, found[0].address) == (f"{name}/00000000", f"row:0:image:{name}")
+    assert contents(listed("hf://org/cats", split="test")) == [b"test 0", b"test 1"]
+    assert len(listed("hf://org/cats", split="")) == 4
+    assert contents(listed("hf://org/cats/data/test*.parquet", split="")) == [b"test 0", b"test 1"]
+    with pytest.raises(
+        DatasetError, match=r'hf://org/cats has no split "dev"\. It has test, train\. Set dataset\.split'
+    ):
+        listed("hf://org/cats", split="dev")
+
+
+def test_the_stamp_changes_with_the_content(hub):
+    write(hub, "train/a.jpg", "train/b.jpg")
+    before = [image.stamp for image in listed("hf://org/cats")]
+    (hub / "train" / "a.jpg").write_bytes(b"other content")
+    after = [image.stamp for image in listed("hf://org/cats")]
+    assert (before[0] != after[0], before[1] == after[1]) == (True, True)
+
+
+def test_a_revision_of_the_hub(hub, tmp_path):
+    write(tmp_path / "datasets" / "org" / "cats@v1", "a.jpg")
+    (image,) = listed("hf://org/cats", revision="v1")
+    assert image.path == "hf://datasets/org/cats@v1/a.jpg"
+    assert contents([image]) == [b"a.jpg"]
+
+
+def test_images_of_the_hub_with_captions_beside_them(hub):
+    write(hub, "train/a.jpg", "train/a.txt", "train/deep/b.png", "test/c.jpg", "README.md")
+    found = listed("hf://org/cats")
+    assert contents(found) == [b"train/a.jpg", b"train/deep/b.png"]
+    assert [image.text_file for image in found] == ["hf://datasets/org/cats/train/a.txt", ""]
+    write(hub, "train/a.png")
+    with pytest.raises(DatasetError, match=r"hf://datasets/org/cats/train/a.txt could belong to a.jpg or a.png"):
+        listed("hf://org/cats")
+
+
+def test_a_folder_of_images_with_metadata_on_the_hub(hub):
+    write(hub, "train/a.jpg", "test/b.jpg")
+    write_table(hub / "train/metadata.csv", {"file_name": ["a.jpg"], "text": ["a cat"]})
+    write_table(hub / "test/metadata.jsonl", {"file_name": ["b.jpg"], "text": ["a dog"]})
+    (image,) = listed("hf://org/cats")
+    assert (contents([image]), image.texts) == ([b"train/a.jpg"], ("a cat",))
+    (image,) = listed("hf://org/cats", split="test")
+    assert (contents([image]), image.texts) == ([b"test/b.jpg"], ("a dog",))
+
+
+def test_tar_files_of_the_hub(hub):
+    hub.mkdir(parents=True)
+    for name in ("000.tar", "001.tar"):
+        (hub / name).write_bytes(tar_bytes([("a.jpg", name.encode()), ("a.txt", b"x")]))
+    found = listed("hf://org/cats")
+    assert contents(found) == [b"000.tar", b"001.tar"]
+    assert contents(listed("hf://org/cats/{000..000}.tar")) == [b"000.tar"]
+    assert storage.read_bytes("hf://datasets/org/cats/000.tar", 0, 5) == b"a.jpg"
+
+
+def test_nothing_on_the_hub(hub):
+    with pytest.raises(DatasetError) as error:
+        listed("hf://org/cats", name="cats")
+    assert str(error.value) == (
+        "dataset.path of cats: hf://datasets/org/cats holds no files. Check its name and dataset.revision; of a "
+        "dataset that is not public, set HF_TOKEN on every machine."
+    )
+    write(hub, "README.md")
+    with pytest.raises(DatasetError, match="hf://datasets/org/cats holds no images, tar files or tables"):
+        listed("hf://org/cats")
+
+
+def test_without_a_token_for_what_is_not_public(hub, monkeypatch):
+    class GatedRepoError(OSError):
+        pass
+
+    def refuse(self, *args, **options):
+        raise GatedRepoError("401 Client Error. Access to dataset org/cats is restricted.")
+
+    monkeypatch.setattr(Hub, "find", refuse)
+    with pytest.raises(StorageError) as error:
+        listed("hf://org/cats")
+    assert str(error.value) == (
+        "hf://datasets/org/cats: access denied while listing. Check the key and what it is allowed: HF_TOKEN, on every "
+        "machine."
+    )
+
+
+def test_arrow_tables_are_what_hugging_face_would_write(tmp_path):
+    """`datasets` writes Arrow streams; this is what its reader does with ours."""
+    write_saved(tmp_path, [b"0", b"1"])
+    with pa.memory_map(os.fspath(tmp_path / "data-00000-of-00001.arrow")) as source:
+        assert pa.ipc.open_stream(source).read_all().num_rows == 2
