@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.planning import CachePlan, plan_cache
@@ -72,7 +71,7 @@ def explain(config: Config, *, progress: Callable[[str, int, int], None] = lambd
     """
     model = resolve_model(config.model.path)
     plan = _plan(config, model, progress)
-    index = Index(pa.concat_tables(plan.index_tables()))
+    index = plan.index()
     found = Explanation(buckets=plan.buckets)
     _explain_images(config, plan, index, found)
     _explain_steps(config, split(config, index), found)
@@ -90,7 +89,7 @@ def preview_crops(
         InputError: what would stop the run.
     """
     plan = _plan(config, resolve_model(config.model.path), progress)
-    index = Index(pa.concat_tables(plan.index_tables()))
+    index = plan.index()
     codes, buckets = index.codes("bucket")
     shown = {}
     for number, bucket in enumerate(buckets):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from sdxl_ray.storage import FileEntry, Folder, open_folder
 
@@ -33,6 +35,10 @@ class RemoteFolder(Folder):
     def write(self, name: str, content: bytes, *, doing: str = "writing", cure: str = "") -> None:
         self.calls["write"] += 1
         self.inner.write(name, content, doing=doing, cure=cure)
+
+    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str = "writing", cure: str = "") -> None:
+        self.calls["write"] += 1
+        self.inner.write_by(name, write, doing=doing, cure=cure)
 
     def delete(self, name: str) -> None:
         self.calls["delete"] += 1

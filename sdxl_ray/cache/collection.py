@@ -2,8 +2,8 @@
 
     list ─▶ scan ─▶ captions ─▶ buckets ─▶ keys        in pieces of 100,000 images
 
-Only a piece at a time is Python objects. The columns take about 280 bytes a row, so that ten million rows fit on a
-driver with a few GiB.
+Only a piece at a time is Python objects. The columns take about 280 bytes a row, and beyond half a million rows they
+lie in a memory-mapped file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.scan import ScannedFile, scan_images
 from sdxl_ray.cache.shards import KEY_BYTES, latent_key, text_key
 from sdxl_ray.cache.sources import list_dataset
+from sdxl_ray.cache.tables import gather
 from sdxl_ray.records import ImageRecord, Listed, bucket_key, parse_bucket_key
 
 if TYPE_CHECKING:
@@ -84,7 +85,12 @@ class Collection:
 
     def keep(self, rows: np.ndarray) -> None:
         """Drop every row but those (booleans)."""
-        self.table = self.table.filter(pa.array(rows))
+        starts = np.cumsum([0, *(batch.num_rows for batch in self.table.to_batches())])
+        pieces = (
+            pa.Table.from_batches([batch]).filter(pa.array(rows[start : start + batch.num_rows]))
+            for start, batch in zip(starts, self.table.to_batches(), strict=False)
+        )
+        self.table = gather(pieces, SCHEMA)
 
     def keys(self, column: str) -> tuple[np.ndarray, np.ndarray]:
         """(keys of all rows one after another, 'S16'; how many each row has) of "latent_keys" or "text_keys"."""
@@ -165,46 +171,60 @@ def collect(
         DatasetError: no images; ambiguous or missing captions.
     """
     collection = Collection()
-    tables = []
-    for section in datasets:
-        rules, geometries = CaptionRules.of(section), Geometry.of(section)
-        without, num_without = [], 0
-        num_images = 0
-        for files in _pieces(list_dataset(section)):
-            num_images += len(files)
-            scanned = _scan(files, section, memo, scan)
-            rows = _Rows(section.name, vae, text, num_chunks, text_online)
-            captions, reasons = read_captions(files, rules)
-            masks = _mask_hashes(files, section, memo, scan)
-            for at, (file, found) in enumerate(zip(files, scanned, strict=True)):
-                problem = found.problem or reasons.get(at, "") or masks.get(file.mask_file, ("", ""))[1]
-                if problem:
-                    collection.skipped.append(Skipped(file.path, problem, section.name))
-                    continue
-                if not captions[at]:
-                    num_without += 1
-                    without += [file] if num_without <= 10 else []
-                    continue
-                placements = place_all((found.height, found.width), found.image_hash, geometries, file.focus_yx)
-                if isinstance(placements, Unfit):
-                    collection.skipped.append(Skipped(file.path, placements.reason, section.name, by_choice=True))
-                    continue
-                mask, mask_hash = "", ""
-                if section.mask == "alpha":
-                    mask = mask_hash = "alpha"
-                elif file.mask_file:
-                    mask, mask_hash = file.mask_file, masks[file.mask_file][0]
-                for placement, flip in itertools.product(placements, (False, True) if section.flip else (False,)):
-                    rows.add(
-                        file, found, placement, flip, mask, mask_hash, captions[at], rules, _trusted(file, section)
-                    )
-            tables.append(rows.table())
-        if num_without:
-            raise no_captions_error(without, num_without, num_images, rules)
-        collection.num_images[section.name] = num_images
-        memo.write()
-    collection.table = pa.concat_tables([SCHEMA.empty_table(), *tables]).unify_dictionaries()
+    pieces = (
+        piece
+        for section in datasets
+        for piece in _collect_one(section, collection, memo, vae, text, num_chunks, text_online, scan)
+    )
+    collection.table = gather(pieces, SCHEMA)
     return collection
+
+
+def _collect_one(
+    section: DatasetSection,
+    collection: Collection,
+    memo: Memo,
+    vae: str,
+    text: str,
+    num_chunks: int,
+    text_online: bool,
+    scan: Scan,
+) -> Iterator[pa.Table]:
+    """The rows of one dataset; counts and what is skipped go into `collection`."""
+    rules, geometries = CaptionRules.of(section), Geometry.of(section)
+    without: list[Listed] = []
+    num_without = num_images = 0
+    for files in _pieces(list_dataset(section)):
+        num_images += len(files)
+        scanned = _scan(files, section, memo, scan)
+        rows = _Rows(section.name, vae, text, num_chunks, text_online)
+        captions, reasons = read_captions(files, rules)
+        masks = _mask_hashes(files, section, memo, scan)
+        for at, (file, found) in enumerate(zip(files, scanned, strict=True)):
+            problem = found.problem or reasons.get(at, "") or masks.get(file.mask_file, ("", ""))[1]
+            if problem:
+                collection.skipped.append(Skipped(file.path, problem, section.name))
+                continue
+            if not captions[at]:
+                num_without += 1
+                without += [file] if num_without <= 10 else []
+                continue
+            placements = place_all((found.height, found.width), found.image_hash, geometries, file.focus_yx)
+            if isinstance(placements, Unfit):
+                collection.skipped.append(Skipped(file.path, placements.reason, section.name, by_choice=True))
+                continue
+            mask, mask_hash = "", ""
+            if section.mask == "alpha":
+                mask = mask_hash = "alpha"
+            elif file.mask_file:
+                mask, mask_hash = file.mask_file, masks[file.mask_file][0]
+            for placement, flip in itertools.product(placements, (False, True) if section.flip else (False,)):
+                rows.add(file, found, placement, flip, mask, mask_hash, captions[at], rules, _trusted(file, section))
+        yield rows.table()
+    if num_without:
+        raise no_captions_error(without, num_without, num_images, rules)
+    collection.num_images[section.name] = num_images
+    memo.write()
 
 
 def _pieces(files: Iterator[Listed]) -> Iterator[list[Listed]]:

@@ -6,22 +6,24 @@ an `EncodedSample` when it is asked for.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sdxl_ray.cache.tables import ROWS_IN_MEMORY, gather
 from sdxl_ray.errors import CacheError
 from sdxl_ray.records import EncodedSample, bucket_key, parse_bucket_key
-from sdxl_ray.storage import open_folder, read_bytes
+from sdxl_ray.storage import open_arrow, open_folder
 
 FILE_NAME = "index.parquet"
+PIECE = 100_000  # rows read at a time
 _NAMES = pa.dictionary(pa.int32(), pa.string())  # few different values
+_FEW_VALUES = ["dataset", "bucket"]
 SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -41,9 +43,9 @@ SCHEMA = pa.schema(
         ("mask", pa.string()),
         ("captions", pa.list_(pa.string())),
         ("latent_keys", pa.list_(pa.string())),
-        ("latent_shards", pa.list_(_NAMES)),
+        ("latent_shards", pa.list_(pa.string())),
         ("text_keys", pa.list_(pa.string())),
-        ("text_shards", pa.list_(_NAMES)),
+        ("text_shards", pa.list_(pa.string())),
     ]
 )
 
@@ -54,27 +56,25 @@ def write_index(path: str, tables: Iterable[pa.Table]) -> None:
     Raises:
         StorageError: the disk is full or read-only, or the bucket refuses.
     """
-    content = io.BytesIO()
-    plain = pa.schema([pa.field(field.name, _without_dictionaries(field.type)) for field in SCHEMA])
-    with pq.ParquetWriter(content, plain, compression="zstd") as writer:
-        for table in tables:
-            writer.write_table(table.cast(plain))
+    plain = pa.schema(
+        [pa.field(name, pa.string()) if name in _FEW_VALUES else SCHEMA.field(name) for name in SCHEMA.names]
+    )
+
+    def write(file: BinaryIO) -> None:
+        with pq.ParquetWriter(file, plain, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table.cast(plain))
+
     folder, _, name = path.rpartition("/")
-    open_folder(folder).write(name, content.getvalue())
-
-
-def _without_dictionaries(kind: pa.DataType) -> pa.DataType:
-    """Parquet keeps its own dictionaries; nested ones of Arrow's cannot be written."""
-    if pa.types.is_list(kind):
-        return pa.list_(_without_dictionaries(kind.value_type))
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+    cure = "Free some space and run again: finished shards are kept."
+    open_folder(folder).write_by(name, write, doing="writing the index", cure=cure)
 
 
 class Index:
     """The rows of index.parquet."""
 
     def __init__(self, table: pa.Table) -> None:
-        self.table = table.combine_chunks()
+        self.table = table.combine_chunks() if len(table) <= ROWS_IN_MEMORY else table
         self._columns = [column.chunk(0) if column.num_chunks == 1 else column for column in self.table.columns]
         self._names = self.table.schema.names
 
@@ -86,16 +86,17 @@ class Index:
             CacheError: the index is not there or damaged.
             StorageError: the bucket cannot be reached.
         """
-        dictionaries = ["dataset", "bucket", "latent_shards.list.element", "text_shards.list.element"]
         try:
-            content = io.BytesIO(read_bytes(str(path)))
-            table = pq.read_table(content, read_dictionary=dictionaries)
+            with open_arrow(str(path)) as source, pq.ParquetFile(source, read_dictionary=_FEW_VALUES) as file:
+                missing = ", ".join(name for name in SCHEMA.names if name not in file.schema_arrow.names)
+                if not missing:
+                    batches = file.iter_batches(PIECE, columns=SCHEMA.names)
+                    table = gather((pa.Table.from_batches([batch]).cast(SCHEMA) for batch in batches), SCHEMA)
         except FileNotFoundError:
             raise CacheError(f"{path}: no index. Run `sdxl-ray cache` with this config first.") from None
         except (pa.ArrowException, OSError) as error:
             text = f"{path}: is damaged ({' '.join(str(error).split())})."
             raise CacheError(f"{text} Run `sdxl-ray cache`: the index is written anew.") from None
-        missing = ", ".join(name for name in SCHEMA.names if name not in table.schema.names)
         if missing:
             text = f"{path}: is of another version of sdxl-ray, it lacks {missing}."
             raise CacheError(f"{text} Run `sdxl-ray cache`: the index is written anew.")
@@ -117,7 +118,7 @@ class Index:
             }
             for sample in samples
         ]
-        return cls(pa.Table.from_pylist(rows, pa.schema([(f.name, _without_dictionaries(f.type)) for f in SCHEMA])))
+        return cls(pa.Table.from_pylist(rows, SCHEMA))
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

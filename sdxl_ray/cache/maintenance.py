@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import io
 import json
 import time
@@ -15,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdxl_ray.cache import index, manifest
+from sdxl_ray.cache.collection import hex_strings
 from sdxl_ray.cache.shards import DAMAGED_SUFFIX, check_shard, mark_damaged
 from sdxl_ray.cache.store import ShardStore, keys_from_hex
+from sdxl_ray.errors import CacheError
 from sdxl_ray.storage import Folder
 
 GIB = 2**30
@@ -57,15 +60,18 @@ def stats(cache: str) -> Stats:
         kind = name.split("/")[-2]
         num_entries[kind] += count
         size[kind] += num_bytes / GIB
-    used, datasets = np.empty(0, "S16"), {}
+    used, datasets, unreadable = np.empty(0, "S16"), {}, []
     for found in _indexes(store.folder):
+        if found.problem:
+            unreadable.append(f"datasets/{found.name}/{index.FILE_NAME}")
+            continue
         used = np.union1d(used, found.keys)
         datasets[found.name] = (found.num_samples, found.days_unused)
     return Stats(
         num_entries=dict(sorted(num_entries.items())),
         gib=dict(size),
         num_unused=int((~np.isin(store.keys, used)).sum()),
-        unusable=store.damaged,
+        unusable=[*store.damaged, *unreadable],
         datasets=datasets,
     )
 
@@ -74,21 +80,27 @@ def verify(cache: str, progress: Callable[[int, int], None] = lambda done, total
     """Read every shard and compare every checksum. Damaged entries are marked, so that they count as missing.
 
     Returns:
-        the damaged keys of each shard; a shard that cannot be read at all has all of its keys.
+        the damaged keys of each shard: all of them where it cannot be read to its end, and none where the file is no
+        shard, which counts as missing anyway.
     """
     store = ShardStore(cache)
     found: dict[str, list[str]] = {}
     with ThreadPoolExecutor(4) as threads:
         results = threads.map(lambda name: check_shard(store.folder, name), store.names)
-        for done, (name, damaged) in enumerate(zip(store.names, results, strict=True), start=1):
-            for key in damaged:
-                mark_damaged(cache, name, key)
+        for number, (name, result) in enumerate(zip(store.names, results, strict=True)):
+            damaged = _keys_of(store, number) if result is None else result
             if damaged:
+                mark_damaged(cache, name, *damaged)
                 found[name] = damaged
-            progress(done, len(store.names))
+            progress(number + 1, len(store.names))
     for name in store.damaged:
         found[name] = []
     return found
+
+
+def _keys_of(store: ShardStore, number: int) -> list[str]:
+    keys: list[str] = hex_strings(store.keys[store.shard_numbers == number]).to_pylist()
+    return keys
 
 
 @dataclass(frozen=True)
@@ -114,11 +126,19 @@ def prune(cache: str, *, keep_days: float, dry_run: bool) -> Pruned:
     mentions an entry, and files that are no shards. What is younger than a day stays: its job may still be running.
 
     A shard with one entry in use stays whole.
+
+    Raises:
+        CacheError: an index cannot be read, so that nobody knows what it uses. Nothing is deleted then.
     """
     store = ShardStore(cache)
     folder, now = store.folder, time.time()
     used, old = np.empty(0, "S16"), []
     for found in _indexes(folder):
+        if found.problem:
+            raise CacheError(
+                f"{folder.path}/datasets/{found.name}/{index.FILE_NAME}: {found.problem}, so that nobody knows what it "
+                "uses. Nothing was deleted. Run `sdxl-ray cache` for its dataset, or delete its folder."
+            )
         if found.days_unused > keep_days:
             old.append(found.name)
         else:
@@ -148,25 +168,41 @@ class _Found:
     num_samples: int
     days_unused: float
     keys: np.ndarray  # 'S16', of all its entries and prompts
+    problem: str = ""  # why it cannot be read
 
 
 def _indexes(folder: Folder) -> Iterator[_Found]:
-    entries = {entry.name: entry for entry in folder.list("datasets")}
-    for name in entries:
-        parent, _, last = name.rpartition("/")
+    last_used: defaultdict[str, int] = defaultdict(int)
+    entries = folder.list("datasets")
+    for entry in entries:
+        parent = entry.name.rpartition("/")[0]
+        last_used[parent] = max(last_used[parent], entry.mtime_ns)
+    for entry in entries:
+        parent, _, last = entry.name.rpartition("/")
         if last != index.FILE_NAME:
             continue
-        last_used = max(entry.mtime_ns for other, entry in entries.items() if other.rpartition("/")[0] == parent)
+        name, days_unused = parent.rpartition("/")[2], (time.time() - last_used[parent] / 1e9) / DAY_S
         try:
-            table = pq.read_table(io.BytesIO(folder.read(name)), columns=["latent_keys", "text_keys"])
-        except (pa.ArrowException, OSError):
-            continue  # damaged: it says nothing about what is used, and the next run over its dataset replaces it
-        keys = [key for column in table.columns for key in pa.compute.list_flatten(column).to_pylist()]
+            content = io.BytesIO(folder.read(entry.name))
+            table = pq.read_table(content, columns=["latent_keys", "text_keys"])
+            keys = [_from_hex(chunk.flatten()) for column in table.columns for chunk in column.chunks]
+        except FileNotFoundError:
+            continue  # deleted meanwhile
+        except (pa.ArrowException, OSError, ValueError) as error:
+            problem = f"cannot be read ({getattr(error, 'strerror', None) or ' '.join(str(error).split())})"
+            yield _Found(name, 0, days_unused, np.empty(0, "S16"), problem)
+            continue
         try:
             prompts = json.loads(folder.read(f"{parent}/{manifest.FILE_NAME}"))["prompts"]
-            keys += [place["key"] for place in prompts.values()]
-        except (OSError, ValueError, KeyError, TypeError):
-            prompts = {}
-        yield _Found(
-            parent.rpartition("/")[2], table.num_rows, (time.time() - last_used / 1e9) / DAY_S, keys_from_hex(keys)
-        )
+            keys.append(keys_from_hex(place["key"] for place in prompts.values()))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            pass  # prompts are encoded again in seconds
+        yield _Found(name, table.num_rows, days_unused, np.concatenate([np.empty(0, "S16"), *keys]))
+
+
+def _from_hex(keys: pa.Array) -> np.ndarray:
+    """Keys as the store has them, without a Python object for each of them."""
+    if not len(keys):
+        return np.empty(0, "S16")
+    start, end = np.frombuffer(keys.buffers()[1], np.int32)[[keys.offset, keys.offset + len(keys)]]
+    return np.frombuffer(binascii.unhexlify(keys.buffers()[2][start:end]), "S16")

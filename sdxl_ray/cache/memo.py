@@ -80,9 +80,12 @@ class Memo:
         if self._new:
             table = pa.concat_tables([*reversed(self._new), self._table]).unify_dictionaries()  # the later first
             self._table, self._new = _sorted(table), []
-            content = io.BytesIO()
-            pq.write_table(self._table, content, compression="zstd")
-            self.folder.write(FILE_NAME, content.getvalue())
+            self.folder.write_by(
+                FILE_NAME,
+                lambda file: pq.write_table(self._table, file, compression="zstd"),
+                doing="writing the list of scanned images",
+                cure="Free some space; nothing encoded is lost.",
+            )
         self._written = time.monotonic()
 
     def mark(self, problems: dict[str, str]) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from sdxl_ray import connection
 from sdxl_ray.cache.collection import Skipped
@@ -86,7 +85,7 @@ def build_cache(
     plan.store.remove_stale_temporaries()
     background = None
     if config.cache.mode == "ondemand" and order_of is not None:
-        find_missing(plan, in_order=order_of(Index(pa.concat_tables(plan.index_tables()))))
+        find_missing(plan, in_order=order_of(plan.index()))
         if plan.missing_text or plan.missing_latents:
             background = Background(config, plan)
     elif plan.missing_text or plan.missing_latents:
@@ -172,7 +171,8 @@ class Background:
         except SdxlRayError as error:
             self.error = error
         except Exception as error:  # the run that waits for the entries has to hear of it, whatever it is
-            self.error = CacheError(f"encoding on demand failed: {str(error).strip().splitlines()[-1]}")
+            reason = str(error).strip() or type(error).__name__
+            self.error = CacheError(f"encoding on demand failed: {reason.splitlines()[-1]}")
 
     def _text(self) -> None:
         encode_text(self.config, self.plan, self._progress, Clock(), reserved=self._reserved)

@@ -25,6 +25,7 @@ from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.scan import scan_images
 from sdxl_ray.cache.shards import shard_name, text_key
 from sdxl_ray.cache.store import ShardStore, keys_from_hex
+from sdxl_ray.cache.tables import gather
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import ImageRecord, parse_bucket_key
 from sdxl_ray.sdxl.fingerprint import text_fingerprint, vae_fingerprint
@@ -188,17 +189,23 @@ class CachePlan:
                 if shards is None:
                     names = pa.array([""] * len(values), pa.string())
                 else:
-                    names = shards.slice(start[kind], len(values))
+                    names = shards.slice(start[kind], len(values)).cast(pa.string())
                 start[kind] += len(values)
                 columns[kind.replace("keys", "shards")] = pa.ListArray.from_arrays(offsets, names)
             yield pa.table({name: columns[name] for name in index.SCHEMA.names}).cast(index.SCHEMA)
+
+    def index(self) -> index.Index:
+        """The index as it will be, in memory."""
+        return index.Index(gather(self.index_tables(), index.SCHEMA))
 
     def _repeated_ids(self) -> dict[int, int]:
         """Row -> how many rows before it have its identity: one image with the same captions, in two places."""
         column = self.collection.table.column("identity")
         width = column.type.byte_width
         identities = np.concatenate([np.empty(0, f"S{width}"), *(fixed_bytes(chunk, width) for chunk in column.chunks)])
-        order = np.argsort(identities, kind="stable")
+        # By the dataset's name, so that their order in the config decides nothing.
+        datasets, _ = index.Index(self.collection.table.select(["dataset"])).codes("dataset")
+        order = np.lexsort((np.arange(len(identities)), datasets, identities))
         again = np.flatnonzero(identities[order][1:] == identities[order][:-1]) + 1
         occurrences: Counter[bytes] = Counter()
         repeated = {}

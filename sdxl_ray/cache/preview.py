@@ -30,10 +30,11 @@ _STYLE = """
 body { margin: 1.5rem auto; padding: 0 1rem; max-width: 110rem; }
 h2 { margin: 2rem 0 .5rem; border-bottom: 1px solid #8886; }
 h2 small, .note { font-weight: normal; opacity: .75; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1.2rem; padding: 0; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(33rem, 100%), 1fr)); gap: 1.2rem; }
+.samples { padding: 0; }
 .samples > li { list-style: none; border: 1px solid #8884; border-radius: .5rem; padding: .7rem; }
 figure { display: flex; flex-wrap: wrap; gap: .4rem; margin: 0 0 .5rem; align-items: flex-start; }
-img { max-width: 100%; height: auto; border-radius: .2rem; }
+img { max-width: 100%; height: auto; outline: 1px solid #8888; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .7rem; margin: .5rem 0 0; font-size: .85rem; }
 dt { opacity: .7; } dd { margin: 0; overflow-wrap: anywhere; }
 .captions { margin: 0; padding-left: 1.2rem; overflow-wrap: anywhere; white-space: pre-line; }

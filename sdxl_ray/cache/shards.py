@@ -102,12 +102,12 @@ def write_shard(
         folder.delete(name + DAMAGED_SUFFIX)
 
 
-def mark_damaged(cache: str, shard: str, key: str) -> None:
-    """From now on the entry counts as missing, so that the next `sdxl-ray cache` encodes it again."""
+def mark_damaged(cache: str, shard: str, *keys: str) -> None:
+    """From now on these entries count as missing, so that the next `sdxl-ray cache` encodes them again."""
     folder = open_folder(cache)
     known = read_marker(folder, shard + DAMAGED_SUFFIX) if folder.exists(shard + DAMAGED_SUFFIX) else []
-    if key not in known:
-        folder.write(shard + DAMAGED_SUFFIX, json.dumps([*known, key]).encode())
+    if not set(keys) <= set(known):
+        folder.write(shard + DAMAGED_SUFFIX, json.dumps([*dict.fromkeys([*known, *keys])]).encode())
 
 
 def read_marker(folder: Folder, name: str) -> list[str]:
@@ -250,8 +250,8 @@ def _open_shard(path: Path) -> tuple[Any, dict[str, int], list[int]]:
     return file, rows, json.loads(metadata["sdxl_ray.crc32"])
 
 
-def check_shard(folder: Folder, name: str) -> list[str]:
-    """The keys of its damaged entries; of a shard that cannot be read, none: `ShardStore.damaged` has it."""
+def check_shard(folder: Folder, name: str) -> list[str] | None:
+    """The keys of its damaged entries; None where it cannot be read at all, empty where it is gone."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -261,8 +261,10 @@ def check_shard(folder: Folder, name: str) -> list[str]:
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]
         tensors = load(content)
         keys, checksums = json.loads(metadata["sdxl_ray.keys"]), json.loads(metadata["sdxl_ray.crc32"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         return []
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
     rows = ({kind: tensor[row] for kind, tensor in tensors.items()} for row in range(len(keys)))
     return [key for key, row, expected in zip(keys, rows, checksums, strict=True) if _row_checksum(row) != expected]
 

@@ -88,8 +88,8 @@ def _in_tags(dataset: DatasetSection, config: Config) -> Iterator[tuple[str, str
     if changes_tags and dataset.caption_variants == 1 and config.cache.text == "cached":
         yield (
             "caption_variants",
-            "is 1, but with dataset.shuffle_tags or dataset.tag_dropout every epoch would see the same order. Set it to "
-            '8, say; or cache.text = "online", which makes a new variant each time.',
+            "is 1, but with dataset.shuffle_tags or dataset.tag_dropout every epoch would see the same order. Set it "
+            'to 8, say; or cache.text = "online", which makes a new variant each time.',
         )
     if dataset.caption_variants > 1 and config.cache.text == "online":
         yield (

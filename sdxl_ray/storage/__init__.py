@@ -18,8 +18,10 @@ import contextlib
 import io
 import os
 import re
+import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -204,6 +206,10 @@ class Folder(abc.ABC):
         """
 
     @abc.abstractmethod
+    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str = "writing", cure: str = "") -> None:
+        """The same for what is too large to be held in memory: `write` is handed an open file."""
+
+    @abc.abstractmethod
     def delete(self, name: str) -> None:
         """Delete a file. One that is not there is fine."""
 
@@ -228,12 +234,21 @@ class _LocalFolder(Folder):
         doing: str = "writing",
         cure: str = "Free some space and run again: what was written before is kept.",
     ) -> None:
+        with self._whole(name, doing, cure) as temporary:
+            temporary.write_bytes(content)
+
+    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str = "writing", cure: str = "") -> None:
+        with self._whole(name, doing, cure) as temporary, temporary.open("wb") as file:
+            write(file)
+
+    @contextlib.contextmanager
+    def _whole(self, name: str, doing: str, cure: str) -> Iterator[Path]:
         path = Path(self.path) / name
         temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
         with storage_errors(doing, path, cure):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.write_bytes(content)
+                yield temporary
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -269,6 +284,15 @@ class _CloudFolder(Folder):
             raise StorageError(f"{address}: the Hub is only read here. Choose a folder, s3://, gs:// or abfs://.")
         with cloud_errors(address, doing), filesystem(place).open_output_stream(place.key) as file:
             file.write(content)
+
+    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str = "writing", cure: str = "") -> None:
+        with tempfile.TemporaryFile() as copy:  # what breaks off half-way would be uploaded when it is closed
+            write(cast(BinaryIO, copy))
+            copy.seek(0)
+            address = join(self.path, name)
+            place = place_of(address)
+            with cloud_errors(address, doing), filesystem(place).open_output_stream(place.key) as file:
+                shutil.copyfileobj(copy, file, 8 * 2**20)
 
     def delete(self, name: str) -> None:
         address = join(self.path, name)

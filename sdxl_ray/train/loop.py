@@ -109,6 +109,8 @@ def train_step(
     stop_votes += float(stop)
     state.workers.sum(masters.buffer)  # collective: all ranks, also one without a micro-batch
 
+    # No weight at all where every image of the step turned out damaged: then its gradient is zero too.
+    weight_sum.clamp_(min=1e-12)
     masters.gradient.div_(weight_sum)
     grad_norm = clip_by_norm(masters.gradient, plan.max_grad_norm)
     learning_rate = state.learning_rate(state.step)
@@ -192,7 +194,7 @@ def numbers(state: TrainState, plan: Plan, metrics: dict[str, torch.Tensor], clo
     busy_s = clock.busy_s()  # after the line above, which waited for the device
     values |= {
         "train/learning_rate": state.learning_rate(state.step),
-        "train/epoch": state.position / plan.order.micro_batches_per_epoch,
+        "train/epoch": plan.order.epochs_at(state.position),
         "perf/images_per_s": float(clock.num_samples) / busy_s,
         "perf/step_s": busy_s / max(1, clock.num_steps),
         "perf/data_wait_share": clock.waited_s / busy_s,

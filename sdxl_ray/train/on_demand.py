@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,20 +21,17 @@ def order_of_need(config: Config, index: Index, position: int) -> np.ndarray:
         position: number of the micro-batch with which the run begins or goes on.
     """
     parts = split(config, index)
-    ranks = np.full(len(index), np.iinfo(np.int64).max // 2)  # copies of held-out images are never needed
-    # Their loss is computed before the first step.
-    ranks[parts.held_out.rows] = np.arange(len(parts.held_out))
     order = data_order(config, parts)
-    number, rank = position, len(parts.held_out)
-    left = len(parts.train)
-    epochs = 0
-    while left and epochs < 2:  # a run that goes on in the middle of an epoch meets the rest in the next
-        micro_batch = order[number]
-        for place in micro_batch.rows:
-            row = parts.train.rows[place]
-            if ranks[row] >= np.iinfo(np.int64).max // 2:
-                ranks[row] = rank
-                rank, left = rank + 1, left - 1
-        number += 1
-        epochs += order[number].epoch != micro_batch.epoch
+    epochs = [int(order.epochs_at(position))]
+    epochs.append(epochs[0] + 1)  # a run that goes on in the middle of an epoch meets the rest in the next
+    needed = []
+    for number in epochs:
+        with contextlib.suppress(IndexError):  # the last dataset has ended
+            epoch = order.epoch(number)
+            done = max(0, position - epoch.first)
+            needed.append(epoch.rows[sum(len(batch.rows) for batch in epoch[:done]) :])
+    # The loss of those held out is computed before the first step.
+    rows = np.concatenate([parts.held_out.rows, parts.train.rows[np.concatenate(needed)]])
+    ranks = np.full(len(index), len(rows))  # what is needed much later, or never
+    ranks[rows[::-1]] = np.arange(len(rows))[::-1]  # of several uses the first
     return ranks

@@ -65,7 +65,14 @@ def _train(config: Config, workers: Workers, settings: dict[str, Any]) -> dict[s
     checkpoint = _latest(settings["resume_from"], ray.train.get_checkpoint())
     if workers.world_rank == 0:
         monitor.post.remote(json.dumps({"event": "line", "text": f"loading {config.model.path}"}))
-    training = build_training(config, data, workers=workers, device=get_device(), checkpoint=checkpoint)
+    training = build_training(
+        config,
+        data,
+        workers=workers,
+        device=get_device(),
+        checkpoint=checkpoint,
+        report=lambda text: monitor.post.remote(json.dumps({"event": "line", "text": f"note: {text}"})),
+    )
     report = RayReporter(config, training, run_folder, monitor)
     try:
         report.started(checkpoint)

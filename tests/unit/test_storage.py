@@ -280,7 +280,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch):
         start = time.monotonic()
         with pytest.raises(StorageError) as error:
             read_bytes("s3://bucket/cat.jpg")
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 5  # the limit of the test, not the 6 s of the library
         assert len(requests) == 2
     assert str(error.value) == (
         "s3://bucket/cat.jpg: timed out while opening. Check the network between this machine and the store, then run "

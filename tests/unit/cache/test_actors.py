@@ -17,51 +17,60 @@ from sdxl_ray.cache.actors import (
     WriteTextShard,
     decode_shard,
     error_text,
+    files_as_row,
+    listed_from,
     raise_error,
     scanned_files,
     torch_device,
 )
-from sdxl_ray.cache.buckets import assign_bucket
-from sdxl_ray.cache.planning import LatentShard, TextShard
-from sdxl_ray.cache.scan import list_images, scan_images
-from sdxl_ray.cache.shards import ShardStore
+from sdxl_ray.cache.images import load_mask, load_pixels
+from sdxl_ray.cache.planning import TextShard
+from sdxl_ray.cache.scan import scan_file, scan_images
+from sdxl_ray.cache.shards import MissingEntry, ShardReader
+from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.errors import CacheError, ClusterError, DatasetError, ModelError, StorageError
-from sdxl_ray.records import ImageRecord
+from sdxl_ray.records import Listed
+from tests.unit.cache.planned import config_of, plan_of
 
 
 @pytest.fixture
 def images(tmp_path):
-    """Three images; the folder."""
+    """Three images of one bucket; the folder."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
-        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / f"{number}.png")
+        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"caption {number}")
     return folder
 
 
-def shard_row(folder):
-    """The work item of one shard that holds all images of the folder."""
-    files = scan_images(list_images(folder), memo={}, max_pixels=10**6)
-    records = [ImageRecord(file.path, file.image_hash, (file.height, file.width)) for file in files]
-    shard = LatentShard(
-        "latents/64x64/x.safetensors",
-        tuple(Path(file.path).stem for file in files),
-        tuple(assign_bucket(record, [(64, 64)], "center") for record in records),
-    )
-    return {"shard": json.dumps(asdict(shard))}
+def work_item(images, model, **dataset):
+    """(the one shard of these images, its work item)"""
+    config = config_of(images.parent / "planned", model, images, max_unreadable=0.9, **dataset)
+    (shard,) = plan_of(config).latent_shards()
+    return shard, {"shard": json.dumps(asdict(shard))}
 
 
 def text_batch():
-    return {"shard": [json.dumps(asdict(TextShard("text/x.safetensors", ("a",), ("a cat",))))]}
+    return {"shard": [json.dumps(asdict(TextShard("text/x.safetensors", ("0a" * 16,), ("a cat",))))]}
 
 
-def settings(cache, model, **changes):
-    arguments = {"cache": str(cache), "fingerprint": "f", "model": model, "dtype": "fp32", "batch_size": 2}
-    return {**arguments, "revision": "", "variant": "", **changes}
+def settings(cache, model, actor=WriteLatentShard, **changes):
+    arguments = {
+        "cache": str(cache),
+        "fingerprint": "f",
+        "model": model,
+        "batch_size": 2,
+        "revision": "",
+        "variant": "",
+    }
+    return {**arguments, **({"dtype": "fp32"} if actor is WriteLatentShard else {}), **changes}
 
 
-def encoded(decoded, cache, model):
-    return WriteLatentShard(**settings(cache, model))({name: [value] for name, value in decoded.items()})
+def encoded(decoded, cache, model, **changes):
+    write = WriteLatentShard(**settings(cache, model, **changes))
+    return write({name: [value] for name, value in decoded.items()})
 
 
 def raised(row):
@@ -69,6 +78,96 @@ def raised(row):
     with pytest.raises(Exception) as error:
         raise_error(str(row["error"][0]))
     return error.value
+
+
+# ---- a shard ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_of_images_is_decoded_encoded_and_written(images, tmp_path, tiny_model):
+    shard, row = work_item(images, tiny_model)
+    decoded = decode_shard(row)
+    assert decoded["pixels"].shape == (3, 64, 64, 3)
+    assert decoded["masks"].shape == (3, 0, 0)
+    for pixels, record in zip(decoded["pixels"], shard.records, strict=True):
+        assert np.array_equal(pixels, load_pixels(record))
+    result = encoded(decoded, tmp_path / "cache", tiny_model)
+    assert (result["num"].tolist(), result["error"].tolist(), result["skipped"].tolist()) == ([3], [""], ["[]"])
+    encoder = encode.LatentEncoder(
+        tiny_model, dtype="fp32", device=torch.device("cpu"), batch_size=2, revision="", variant=""
+    )
+    expected = encoder.encode(list(decoded["pixels"]), ["0", "1", "2"])
+    reader = ShardReader(tmp_path / "cache")
+    for number, key in enumerate(shard.keys):
+        found = reader.read(shard.name, key)
+        assert found.keys() == {"mean", "std"}
+        assert all(torch.equal(found[name], expected[name][number]) for name in found)
+
+
+def test_a_shard_of_captions_is_encoded_and_written(tmp_path, tiny_model):
+    write = WriteTextShard(**settings(tmp_path, tiny_model, WriteTextShard))
+    assert write(text_batch())["num"].tolist() == [1]
+    found = ShardReader(tmp_path).read("text/x.safetensors", "0a" * 16)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        "prompt_embeds": torch.bfloat16,
+        "pooled_prompt_embeds": torch.bfloat16,
+    }
+    store = ShardStore(tmp_path)
+    assert store.num_tokens(store.keys).tolist() == [4]  # two words between two markers
+
+
+def test_masks_are_written_beside_their_latents(images, tmp_path, tiny_model):
+    for number in range(3):
+        Image.new("L", (64, 64), 40 * number).save(images / f"{number}-mask.png")
+    shard, row = work_item(images, tiny_model, mask="file")
+    decoded = decode_shard(row)
+    assert decoded["masks"].shape == (3, 8, 8)
+    encoded(decoded, tmp_path / "cache", tiny_model)
+    reader = ShardReader(tmp_path / "cache")
+    for number, (key, record) in enumerate(zip(shard.keys, shard.records, strict=True)):
+        found = reader.read(shard.name, key)["mask"]
+        assert found.dtype == torch.uint8
+        assert np.array_equal(found.numpy(), load_mask(record))
+        assert found.unique().tolist() == [40 * number]
+
+
+def test_what_is_skipped_takes_its_mask_and_its_key_with_it(images, tmp_path, tiny_model):
+    """The rows that stay keep their own."""
+    for number in range(3):
+        Image.new("L", (64, 64), 40 * number).save(images / f"{number}-mask.png")
+    shard, row = work_item(images, tiny_model, mask="file")
+    Image.new("RGB", (64, 64), "red").save(images / "0.png")  # changed meanwhile
+    Image.new("L", (99, 64), 40).save(images / "1-mask.png")  # of another aspect
+    decoded = decode_shard(row)
+    assert (decoded["pixels"].shape[0], decoded["masks"].shape[0]) == (1, 1)
+    assert np.array_equal(decoded["pixels"][0], load_pixels(shard.records[2]))
+    result = encoded(decoded, tmp_path / "cache", tiny_model)
+    skipped = {Path(each["path"]).name: each for each in json.loads(result["skipped"][0])}
+    assert skipped.keys() == {"0.png", "1.png"}
+    assert skipped["1.png"]["key"] == shard.keys[1]
+    assert skipped["1.png"]["image_hash"] == shard.records[1].image_hash
+    reader = ShardReader(tmp_path / "cache")
+    assert reader.read(shard.name, shard.keys[2])["mask"].unique().tolist() == [80]
+    for key in shard.keys[:2]:
+        with pytest.raises(MissingEntry):
+            reader.read(shard.name, key)
+
+
+@pytest.mark.parametrize("mask", ["none", "alpha"])
+def test_a_shard_without_any_image_is_written_where_somebody_waits_for_it(images, tmp_path, tiny_model, mask):
+    shard, row = work_item(images, tiny_model, mask=mask)
+    for number in range(3):
+        Image.new("RGB", (64, 64), "red").save(images / f"{number}.png")
+    decoded = decode_shard(row)
+    assert decoded["pixels"].shape == (0, 64, 64, 3)
+    result = encoded(decoded, tmp_path / "cache", tiny_model)
+    assert result["num"].tolist() == [0]
+    assert len(json.loads(result["skipped"][0])) == 3
+    assert not (tmp_path / "cache").exists()
+    result = encoded(decoded, tmp_path / "cache", tiny_model, write_empty=True)
+    assert result["error"].tolist() == [""]
+    with pytest.raises(MissingEntry):
+        ShardReader(tmp_path / "cache").read(shard.name, shard.keys[0])
+    assert ShardStore(tmp_path / "cache").damaged == []
 
 
 # ---- errors in rows --------------------------------------------------------------------------------------------------
@@ -93,11 +192,20 @@ def test_no_error():
     assert raise_error("") is None
 
 
+def test_a_row_is_what_ray_data_expects():
+    row = actors._row(3, skipped=[{"path": "x", "reason": "y"}])
+    assert all(isinstance(column, np.ndarray) and len(column) == 1 for column in row.values())
+
+
+def batch_of(actor, images, model):
+    if actor is WriteTextShard:
+        return text_batch()
+    return {name: [value] for name, value in decode_shard(work_item(images, model)[1]).items()}
+
+
 @pytest.mark.parametrize("actor", [WriteTextShard, WriteLatentShard])
-def test_a_model_that_a_node_cannot_load_is_a_row_not_a_crash(actor, tmp_path, images):
-    made = actor(**settings(tmp_path / "cache", "/nowhere"))
-    decoded = decode_shard(shard_row(images))
-    row = made(text_batch() if actor is WriteTextShard else {name: [value] for name, value in decoded.items()})
+def test_a_model_that_a_node_cannot_load_is_a_row_not_a_crash(actor, tmp_path, images, tiny_model):
+    row = actor(**settings(tmp_path / "cache", "/nowhere", actor))(batch_of(actor, images, tiny_model))
     assert row["num"].tolist() == [0]
     error = raised(row)
     assert type(error) is ModelError
@@ -105,16 +213,28 @@ def test_a_model_that_a_node_cannot_load_is_a_row_not_a_crash(actor, tmp_path, i
 
 
 @pytest.mark.parametrize("actor", [WriteTextShard, WriteLatentShard])
-def test_a_device_without_room_for_the_model_is_a_row_too(actor, tmp_path, images, monkeypatch):
+def test_a_device_without_room_for_the_model_is_a_row_too(actor, tmp_path, images, tiny_model, monkeypatch):
     def load(*args, **kwargs):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(encode, "load_vae", load)
     monkeypatch.setattr(encode, "load_text_encoders", load)
-    made = actor(**settings(tmp_path / "cache", "model"))
-    decoded = decode_shard(shard_row(images))
-    row = made(text_batch() if actor is WriteTextShard else {name: [value] for name, value in decoded.items()})
+    row = actor(**settings(tmp_path / "cache", "model", actor))(batch_of(actor, images, tiny_model))
     assert "too little free memory while loading the" in str(raised(row))
+
+
+@pytest.mark.parametrize("actor", [WriteTextShard, WriteLatentShard])
+def test_a_full_disk_is_a_row_too(actor, tmp_path, images, tiny_model, monkeypatch):
+    def fail(self, target):
+        raise OSError(28, "No space left on device")
+
+    write, batch = actor(**settings(tmp_path / "cache", tiny_model, actor)), batch_of(actor, images, tiny_model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        error = raised(write(batch))
+    assert type(error) is StorageError
+    assert "no space left on the device while writing encoded tensors" in str(error)
+    assert write(batch)["error"].tolist() == [""]  # when there is space again
 
 
 def test_the_encoder_is_loaded_once(tmp_path, tiny_model, monkeypatch):
@@ -122,7 +242,7 @@ def test_the_encoder_is_loaded_once(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(encode, "load_text_encoders", lambda *_, _load=encode.load_text_encoders, **kw: (
         loads.append(1) or _load(tiny_model, **kw)
     ))  # fmt: skip
-    write = WriteTextShard(**settings(tmp_path, tiny_model))
+    write = WriteTextShard(**settings(tmp_path, tiny_model, WriteTextShard))
     assert loads == []
     write(text_batch())
     write(text_batch())
@@ -133,7 +253,7 @@ def test_the_encoder_is_loaded_once(tmp_path, tiny_model, monkeypatch):
 
 
 def test_an_image_that_this_node_cannot_read_is_an_error_not_a_skip(images, tmp_path, tiny_model):
-    row = shard_row(images)
+    _, row = work_item(images, tiny_model)
     (images / "1.png").unlink()
     error = raised(encoded(decode_shard(row), tmp_path / "cache", tiny_model))
     assert type(error) is CacheError
@@ -141,23 +261,33 @@ def test_an_image_that_this_node_cannot_read_is_an_error_not_a_skip(images, tmp_
         f"node {socket.gethostname()} cannot read {images / '1.png'}: No such file or directory. "
         "Is dataset.path the same folder on all machines"
     )
-    assert ShardStore(tmp_path / "cache").locations == {}
+    assert len(ShardStore(tmp_path / "cache")) == 0
 
 
-def test_any_failure_to_read_is_an_error(images, tmp_path, tiny_model, monkeypatch):
-    row = shard_row(images)
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        (OSError(5, "Input/output error"), "Input/output error."),
+        (StorageError("s3://bucket/0.png: access denied while reading."), "s3://bucket/0.png: access denied"),
+    ],
+)
+def test_any_failure_to_read_is_an_error(images, tmp_path, tiny_model, monkeypatch, problem, text):
+    _, row = work_item(images, tiny_model, mask="alpha")
 
-    def fail(self):
-        raise OSError(5, "Input/output error")
+    def fail(record):
+        raise problem
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
-    assert "0.png: Input/output error." in str(raised(encoded(decode_shard(row), tmp_path, tiny_model)))
+    for name in ("load_pixels", "load_mask"):
+        with monkeypatch.context() as patch:
+            patch.setattr(actors, name, fail)
+            error = raised(encoded(decode_shard(row), tmp_path, tiny_model))
+        assert f"0.png: {text}" in str(error)
 
 
 def test_an_image_that_is_damaged_or_changed_is_a_skip(images, tmp_path, tiny_model):
     content = (images / "1.png").read_bytes()
     (images / "1.png").write_bytes(content[: len(content) // 2] + bytes(len(content)))
-    row = shard_row(images)
+    shard, row = work_item(images, tiny_model)
     Image.new("RGB", (64, 64), "red").save(images / "2.png")
     result = encoded(decode_shard(row), tmp_path / "cache", tiny_model)
     assert result["error"].tolist() == [""]
@@ -165,29 +295,49 @@ def test_an_image_that_is_damaged_or_changed_is_a_skip(images, tmp_path, tiny_mo
     reasons = {Path(each["path"]).name: each["reason"] for each in json.loads(result["skipped"][0])}
     assert reasons["1.png"].startswith("cannot be decoded")
     assert reasons["2.png"].startswith("changed while it was being cached")
-    assert ShardStore(tmp_path / "cache").locations.keys() == {"0"}
+    store = ShardStore(tmp_path / "cache")
+    assert [store.shard_of(key) is not None for key in shard.keys] == [True, False, False]
 
 
-def scanned_on_a_node(files):
-    return ScanChunk(10**6)({"files": json.dumps(files)})
+# ---- scanning --------------------------------------------------------------------------------------------------------
+
+
+def scanned_on_a_node(files, trusted, first=0):
+    row = ScanChunk(10**6)(files_as_row(first, files, trusted))
+    return {name: np.array([value])[0] for name, value in row.items()}  # as Ray Data hands it on
+
+
+def test_a_work_item_says_all_that_a_scan_needs():
+    files = [
+        Listed("/a\nb 😺.png", "1-2"),
+        Listed("x", "3", address="row:1:image:/x", original_hw=(3, 4), text_file="t", texts=("a",)),
+    ]
+    found = listed_from(files_as_row(7, files, [False, True])["files"])
+    assert found == [
+        (Listed("/a\nb 😺.png", "1-2"), False),
+        (Listed("x", "3", address="row:1:image:/x", original_hw=(3, 4)), True),
+    ]
 
 
 def test_a_scan_on_the_nodes_finds_what_a_scan_here_finds(images):
     (images / "bad.png").write_bytes(b"bad")
     (images / "dangling.png").symlink_to(images / "gone.png")
-    files = list_images(images)
-    found = scanned_files(scanned_on_a_node(files), 10**6)
-    assert found == scan_images(files, memo={}, max_pixels=10**6)
-    assert [Path(file.path).name for file in found if file.problem] == ["bad.png", "dangling.png"]
+    names = ["0.png", "bad.png", "1.png", "dangling.png", "2.png", "2.png"]
+    files = [Listed(str(images / name), "1-1") for name in names]
+    trusted = [False, False, True, False, True, False]
+    row = scanned_on_a_node(files[2:], trusted[2:], first=2)
+    found = scanned_files(row, files, 10**6)
+    assert found == scan_images(files, max_pixels=10**6, by_listing=trusted)[2:]
+    assert found == [scan_file(file, 10**6, by_listing=by) for file, by in zip(files[2:], trusted[2:], strict=True)]
+    assert found[1].problem == "cannot be read: No such file or directory"
 
 
 def test_what_only_the_node_cannot_read_stops_the_scan(images):
-    files = list_images(images)
-    there = scanned_on_a_node([("/elsewhere/0.png", *files[0][1:])])
-    row = {"scanned": there["scanned"].replace("/elsewhere", str(images)), "node": "node-7"}
+    files = [Listed(str(images / f"{number}.png"), "1-1") for number in range(3)]
+    row = scanned_on_a_node([files[0], Listed("/elsewhere/1.png", "1-1")], [False, False])
     with pytest.raises(CacheError) as error:
-        scanned_files(row, 10**6)
-    assert str(error.value).startswith(f"node node-7 cannot read {images / '0.png'}: No such file or directory. Is ")
+        scanned_files({**row, "node": "node-7"}, files, 10**6)
+    assert str(error.value).startswith(f"node node-7 cannot read {images / '1.png'}: No such file or directory. Is ")
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
@@ -200,6 +350,16 @@ def test_the_cpu_is_taken_at_its_word_where_there_is_a_gpu(monkeypatch):
     assert torch_device("cuda") == torch.device("cuda", 3)
 
 
+def test_an_encoder_on_a_cpu_gets_its_threads(monkeypatch):
+    """Ray would allow it one for each core that it reserves, which is a fraction."""
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    torch_device("cpu", 3)
+    torch_device("cpu")
+    torch_device("mps", 3)
+    assert asked == [3]
+
+
 def test_apples_gpu_is_used_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert torch_device("mps") == torch.device("mps")
@@ -210,8 +370,3 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CacheError, match=r"has a GPU for Ray, but torch .* cannot use it.*cluster\.accelerator"):
         torch_device("cuda")
-
-
-def test_a_row_is_what_ray_data_expects():
-    row = actors._row(3, skipped=[{"path": "x", "reason": "y"}])
-    assert all(isinstance(column, np.ndarray) and len(column) == 1 for column in row.values())

@@ -37,9 +37,7 @@ def config(tmp_path, images):
 def collected(config, *, num_chunks=1, text_online=False, scan=scan_images, **changes):
     config = changed(config, **changes)
     memo = Memo(open_folder(config.cache.path))
-    return collect(
-        config.datasets, memo, **FINGERPRINTS, num_chunks=num_chunks, text_online=text_online, scan=scan
-    )
+    return collect(config.datasets, memo, **FINGERPRINTS, num_chunks=num_chunks, text_online=text_online, scan=scan)
 
 
 def rows(collection):
@@ -133,9 +131,7 @@ def test_variants_of_captions_have_a_key_each(config, images):
         "new, red, round, shiny, small",
         "another one",
     }
-    assert row["text_keys"] == [
-        bytes.fromhex(text_key(caption, FINGERPRINTS["text"])) for caption in row["captions"]
-    ]
+    assert row["text_keys"] == [bytes.fromhex(text_key(caption, FINGERPRINTS["text"])) for caption in row["captions"]]
 
 
 def test_captions_that_are_encoded_while_training_have_no_keys_and_stay_as_they_are(config, images):

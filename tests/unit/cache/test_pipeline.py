@@ -1,77 +1,344 @@
-"""What encoding takes of a cluster; the rest of the pipeline is tested with Ray, in tests/integration/test_cache.py."""
+"""Stage 1 from the plan to the index, with the Ray Data jobs played by a few lines; with Ray: tests/integration."""
 
+import csv
 import inspect
-import itertools
+import json
+import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sdxl_ray import connection
-from sdxl_ray.cache.pipeline import build_cache, share_cluster
-from sdxl_ray.config.schema import CacheSection
+from sdxl_ray.cache import pipeline, ray_jobs
+from sdxl_ray.cache.collection import Skipped
+from sdxl_ray.cache.index import Index
+from sdxl_ray.cache.pipeline import Background, build_cache
+from sdxl_ray.cache.ray_jobs import scan_on_ray
+from sdxl_ray.cache.scan import scan_images
+from sdxl_ray.cache.shards import ShardReader, write_shard
+from sdxl_ray.errors import CacheError, DatasetError, StorageError
+from sdxl_ray.records import Listed
+from tests.unit.cache.planned import add_image, add_images, changed, config_of, fill, plan_of
 
 
-def share(nodes, num_items=1000, *, num_encoders=0, gpus_per_encoder=1.0, accelerator="auto"):
-    return share_cluster(
-        nodes,
-        num_items,
-        num_encoders=num_encoders,
-        gpus_per_encoder=gpus_per_encoder,
-        accelerator=accelerator,
+@pytest.fixture
+def images(tmp_path):
+    return add_images(tmp_path / "images", 9)
+
+
+@pytest.fixture
+def config(tmp_path, images, tiny_model):
+    return changed(config_of(tmp_path, tiny_model, images), validation__prompts=["a red house"])
+
+
+class Jobs:
+    """Stands in for the two encoding jobs. `bad`: names of images that cannot be decoded, with the reason."""
+
+    def __init__(self):
+        self.bad = {}
+        self.connected = 0
+        self.encoded = []
+        self.text_error = None
+        self.writes = True
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def connect(self):
+        self.connected += 1
+
+    def text(self, config, plan, progress, clock, reserved=None):
+        if self.text_error:
+            raise self.text_error
+        for shard in plan.text_shards():
+            self.write(plan, shard, "prompt_embeds")
+            progress("text", len(shard.keys), plan.num_missing_text)
+        return plan.num_missing_text
+
+    def latents(self, config, plan, progress, clock, reserved=None):
+        skipped = []
+        for shard in plan.latent_shards():
+            assert self.go_on.wait(10)
+            good = []
+            for key, record in zip(shard.keys, shard.records, strict=True):
+                reason = self.bad.get(Path(record.path).name)
+                if reason:
+                    skipped.append((key, Skipped(record.path, reason), record.image_hash))
+                else:
+                    good.append(key)
+            self.write(plan, shard, "mean", good)
+            progress("images", len(good), plan.num_missing_latents)
+        return plan.num_missing_latents - len(skipped), skipped
+
+    def write(self, plan, shard, tensor, keys=None):
+        import torch
+
+        keys = shard.keys if keys is None else keys
+        self.encoded += keys
+        if self.writes:
+            write_shard(plan.store.folder, shard.name, keys, {tensor: torch.zeros(len(keys), 4)}, {})
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    made = Jobs()
+    monkeypatch.setattr(pipeline, "encode_text", made.text)
+    monkeypatch.setattr(pipeline, "encode_latents", made.latents)
+    return made
+
+
+def build(config, jobs, **settings):
+    return build_cache(config, connect=jobs.connect, **settings)
+
+
+def index_of(result):
+    index = Index.read(result.index_path)
+    return [index[row] for row in range(len(index))]
+
+
+def manifest_of(result):
+    return json.loads(Path(result.index_path).with_name("manifest.json").read_text(encoding="utf-8"))
+
+
+# ---- everything before training --------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_encoded_and_the_index_written(config, jobs):
+    seen = []
+    result = build(config, jobs, progress=lambda *each: seen.append(each))
+    assert (result.num_samples, result.num_latents_encoded, result.num_captions_encoded) == (9, 9, 9 + 2)
+    assert jobs.connected == 1
+    assert result.background is None
+    assert sum(result.buckets.values()) == 9
+    assert result.skipped == ()
+    assert result.stage_seconds.keys() == {"scan", "text", "images"}
+    assert {stage for stage, _, _ in seen} == {"text", "images"}
+    reader = ShardReader(config.cache.path)
+    for sample in index_of(result):
+        reader.read(sample.latent_shards[0], sample.latent_keys[0])
+        reader.read(sample.text_shards[0], sample.text_keys[0])
+    manifest = manifest_of(result)
+    assert manifest["prompts"].keys() == {"", "a red house"}
+    for place in manifest["prompts"].values():
+        reader.read(place["shard"], place["key"])
+    assert (manifest["num_samples"], manifest["caption_chunks"]) == (9, 1)
+    assert [dataset["name"] for dataset in manifest["datasets"]] == ["images"]
+
+
+def test_a_second_run_encodes_nothing_and_needs_no_ray(config, jobs):
+    first = build(config, jobs)
+    second = build_cache(config, connect=lambda: pytest.fail("a complete cache needs no Ray"))
+    assert (second.num_latents_encoded, second.num_captions_encoded) == (0, 0)
+    assert index_of(second) == index_of(first)
+    assert len(jobs.encoded) == len(set(jobs.encoded)) == 20
+
+
+def test_a_run_with_other_prompts_adds_theirs(config, jobs):
+    build(config, jobs)
+    result = build(changed(config, validation__prompts=["trees"], validation__negative_prompt="blurry"), jobs)
+    assert (result.num_latents_encoded, result.num_captions_encoded) == (0, 2)
+    assert manifest_of(result)["prompts"].keys() == {"", "a red house", "trees", "blurry"}
+
+
+def test_images_that_cannot_be_decoded_leave_the_index_and_are_remembered(config, jobs):
+    jobs.bad = {"03.png": "cannot be decoded: truncated"}
+    result = build(config, jobs)
+    assert (result.num_samples, result.num_latents_encoded) == (8, 8)
+    assert [(Path(item.path).name, item.dataset) for item in result.skipped] == [("03.png", "images")]
+    with Path(result.skipped_path).open(encoding="utf-8", newline="") as file:
+        assert [row[2] for row in csv.reader(file)] == ["reason", "cannot be decoded: truncated"]
+    assert "03.png" not in {Path(sample.path).name for sample in index_of(result)}
+    jobs.bad = {}
+    again = build_cache(config, connect=lambda: pytest.fail("nothing is left to do"))
+    assert index_of(again) == index_of(result)
+    assert again.skipped == result.skipped
+
+
+def test_an_image_that_changed_meanwhile_is_tried_again(config, jobs):
+    jobs.bad = {"03.png": "changed while it was being cached: run again"}
+    assert build(config, jobs).num_samples == 8
+    jobs.bad = {}
+    result = build(config, jobs)
+    assert (result.num_samples, result.num_latents_encoded) == (9, 1)
+
+
+def test_what_was_wrong_with_a_mask_is_not_remembered_of_its_image(config, jobs, images):
+    add_image(images, "03-mask.png", colour=1)
+    masked = changed(config, dataset__mask="file")
+    jobs.bad = {"03.png": f"its mask {images / '03-mask.png'} cannot be decoded: truncated"}
+    assert build(masked, jobs).num_samples == 8
+    (images / "03-mask.png").unlink()
+    jobs.bad = {}
+    assert build(masked, jobs).num_samples == 9
+
+
+def test_too_many_that_cannot_be_decoded_stop_the_run_but_keep_what_is_encoded(config, jobs):
+    jobs.bad = {f"{number:02d}.png": "cannot be decoded: truncated" for number in range(4)}
+    with pytest.raises(DatasetError, match=r": 4 of 9 images cannot be used, more than dataset\.max_unreadable"):
+        build(config, jobs)
+    assert not list(Path(config.cache.path).glob("datasets/*/index.parquet"))
+    before = len(jobs.encoded)
+    result = build(changed(config, dataset__max_unreadable=0.5), jobs)
+    assert (result.num_samples, len(jobs.encoded)) == (5, before)
+
+
+def test_a_cache_that_the_machines_do_not_share_is_found_out(config, jobs):
+    jobs.writes = False
+    with pytest.raises(CacheError) as error:
+        build(config, jobs)
+    assert str(error.value) == (
+        f"9 latents and 11 captions are still missing after encoding. Is {config.cache.path} the same folder on all "
+        "machines? Run `sdxl-ray doctor`."
     )
 
 
-@pytest.mark.parametrize("num_nodes", [1, 2, 5])
-@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 64])
-def test_a_decode_task_fits_beside_all_encoders_on_every_cluster(cpus, num_nodes):
-    """With two CPUs, one GPU and four encoders of a quarter, nothing was decoded for ever."""
-    for gpus, num_encoders, gpus_per_encoder, accelerator in itertools.product(
-        (0, 1, 2, 8), (0, 1, 2, 4, 100), (0.1, 0.25, 0.4, 1.0), ("auto", "gpu", "cpu")
-    ):
-        found = share(
-            [(cpus, gpus)] * num_nodes,
-            num_encoders=num_encoders,
-            gpus_per_encoder=gpus_per_encoder,
-            accelerator=accelerator,
-        )
-        assert found.num_actors >= 1
-        assert found.num_actors * found.cpus_per_actor + found.cpus_per_decode <= cpus * num_nodes
-        # Requests are whole CPUs, unless there is but one: no node keeps a piece that is too small to be used.
-        assert {found.cpus_per_actor, found.cpus_per_decode} <= ({0, 1} if cpus * num_nodes > 1 else {0, 1, 0.4})
-        if found.device == "cuda":
-            assert found.num_actors <= num_nodes * gpus * {0.1: 10, 0.25: 4, 0.4: 2, 1.0: 1}[gpus_per_encoder]
-        else:
-            assert found.gpus_per_actor == 0
+def test_an_error_while_encoding_is_raised_and_no_index_written(config, jobs):
+    jobs.text_error = StorageError("no space")
+    with pytest.raises(StorageError, match="no space"):
+        build(config, jobs)
+    assert not list(Path(config.cache.path).glob("datasets/*"))
 
 
-@pytest.mark.parametrize(
-    ("nodes", "settings", "num_actors", "device"),
-    [
-        ([(16, 8)], {}, 8, "cuda"),
-        ([(16, 8), (16, 8), (4, 0)], {}, 16, "cuda"),
-        ([(16, 8)], {"num_encoders": 3}, 3, "cuda"),
-        ([(16, 8)], {"num_encoders": 100, "gpus_per_encoder": 0.5}, 16, "cuda"),
-        ([(16, 8)], {"num_encoders": 100, "gpus_per_encoder": 0.4}, 16, "cuda"),
-        ([(16, 8)], {"num_items": 2}, 2, "cuda"),
-        ([(16, 8)], {"accelerator": "cpu"}, 1, "cpu"),
-        ([(16, 0)], {}, 1, "mps"),
-        ([(16, 0)], {"num_encoders": 100, "accelerator": "cpu"}, 15, "cpu"),
-        ([(16, 0), (16, 0)], {}, 1, "cpu"),
-    ],
-)
-def test_encoders_and_their_device(nodes, settings, num_actors, device):
-    found = share(nodes, **settings)
-    assert (found.num_actors, found.device) == (num_actors, device)
-
-
-def test_by_default_every_gpu_encodes():
-    assert CacheSection().num_encoders == 0
-    assert share([(96, 8)]).num_actors == 8
-
-
-def test_an_encoder_lies_on_one_gpu():
-    with pytest.raises(ValueError, match="less than or equal to 1"):
-        CacheSection(gpus_per_encoder=2.0)
+def test_modes_that_encode_while_training_leave_that_out(config, jobs):
+    off = build(changed(config, cache__mode="off"), jobs)
+    assert (off.num_latents_encoded, off.num_captions_encoded) == (0, 11)
+    assert {sample.latent_shards for sample in index_of(off)} == {("",)}
+    online = build(changed(config, cache__mode="off", cache__text="online"), jobs)
+    assert (online.num_latents_encoded, online.num_captions_encoded) == (0, 0)  # the prompts are there
+    assert {sample.text_shards for sample in index_of(online)} == {()}
+    assert manifest_of(online)["prompts"].keys() == {"", "a red house"}
 
 
 def test_ray_is_reached_as_every_command_reaches_it():
     assert inspect.signature(build_cache).parameters["connect"].default is connection.connect
+
+
+# ---- beside training -------------------------------------------------------------------------------------------------
+
+
+def on_demand(config, jobs, ranks=None):
+    order = np.arange(9) if ranks is None else ranks
+    return build(changed(config, cache__mode="ondemand"), jobs, order_of=lambda index: order[: len(index)])
+
+
+def start(result):
+    result.background.start(reserved_cpus=1, reserved_gpus=0)
+    for thread in result.background._threads:
+        thread.join(10)
+    assert not result.background.running
+
+
+def test_on_demand_the_index_is_there_before_anything_is_encoded(config, jobs):
+    result = on_demand(config, jobs)
+    assert jobs.encoded == []
+    assert jobs.connected == 0
+    samples = index_of(result)
+    assert all(sample.latent_shards[0] and sample.text_shards[0] for sample in samples)
+    start(result)
+    assert result.background.error is None
+    reader = ShardReader(config.cache.path, wait=lambda shard: pytest.fail(f"{shard} did not come"))
+    for sample in samples:
+        reader.read(sample.latent_shards[0], sample.latent_keys[0])
+        reader.read(sample.text_shards[0], sample.text_keys[0])
+    place = manifest_of(result)["prompts"]["a red house"]
+    reader.read(place["shard"], place["key"])
+
+
+def test_on_demand_in_the_order_that_training_asks_for(config, jobs):
+    asked = []
+
+    def order_of(index):
+        asked.append([index[row].captions for row in range(len(index))])
+        return np.arange(9)[::-1].copy()
+
+    result = build(changed(config, cache__mode="ondemand"), jobs, order_of=order_of)
+    assert asked == [[(f"caption of {number:02d}.png",) for number in range(9)]]
+    start(result)
+    by_key = {sample.latent_keys[0]: sample.captions[0] for sample in index_of(result)}
+    first = next(key for key in jobs.encoded if key in by_key)
+    assert by_key[first] == "caption of 08.png"
+
+
+def test_on_demand_with_a_full_cache_there_is_nothing_beside_training(config, jobs):
+    build(config, jobs)
+    result = on_demand(config, jobs)
+    assert result.background is None
+    usual = build(changed(config, cache__mode="ondemand"), jobs)  # `sdxl-ray cache` fills it as usual
+    assert usual.background is None
+    assert len(jobs.encoded) == 20
+
+
+def test_the_command_that_fills_a_cache_fills_it_in_every_mode(config, jobs):
+    result = build(changed(config, cache__mode="ondemand"), jobs)
+    assert (result.background, result.num_latents_encoded) == (None, 9)
+
+
+def test_on_demand_what_is_damaged_is_told_and_remembered(config, jobs):
+    jobs.bad = {"03.png": "cannot be decoded: truncated"}
+    result = on_demand(config, jobs)
+    assert result.num_samples == 9  # nobody knows yet
+    start(result)
+    assert [Path(item.path).name for item in result.background.skipped] == ["03.png"]
+    assert on_demand(config, jobs).num_samples == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (StorageError("no space"), StorageError, "no space"),
+        (RuntimeError("first line\nlast line"), CacheError, "encoding on demand failed: last line"),
+        (AssertionError(), CacheError, "encoding on demand failed: AssertionError"),
+    ],
+)
+def test_on_demand_whatever_goes_wrong_is_told_to_those_who_wait(config, jobs, error, kind, text):
+    jobs.text_error = error
+    result = on_demand(config, jobs)
+    start(result)
+    assert type(result.background.error) is kind
+    assert str(result.background.error) == text
+
+
+def test_on_demand_it_stops_after_the_shards_at_hand(config, jobs):
+    result = on_demand(config, jobs)
+    jobs.go_on.clear()
+    background = result.background
+    background.start(reserved_cpus=1, reserved_gpus=0)
+    assert background.running
+    stopping = threading.Thread(target=background.stop)
+    stopping.start()
+    assert background._stop.wait(10)
+    jobs.go_on.set()
+    stopping.join(10)
+    assert not background.running
+    assert background.error is None
+    num_latents = sum(shard.stem in {Path(each.latent_shards[0]).stem for each in index_of(result)}
+                      for shard in Path(config.cache.path).glob("latents/*/*.safetensors"))  # fmt: skip
+    assert num_latents == 1
+    again = on_demand(config, jobs)  # goes on with the rest
+    start(again)
+    assert on_demand(config, jobs).background is None
+
+
+def test_a_background_can_be_stopped_before_it_begins(config):
+    background = Background(config, plan_of(config))
+    background.stop()
+    assert not background.running
+
+
+# ---- the scan --------------------------------------------------------------------------------------------------------
+
+
+def test_few_files_are_scanned_here(images):
+    files = [Listed(str(images / f"{number:02d}.png"), "1-1") for number in range(9)]
+    found = scan_on_ray(
+        lambda: pytest.fail("connected"), lambda *_: None, files, max_pixels=10**6, by_listing=[False] * 9
+    )
+    assert found == scan_images(files, max_pixels=10**6)
+
+
+def test_the_plan_of_a_cache_is_what_check_sees(config, jobs):
+    """`sdxl-ray check` counts the same things that `sdxl-ray cache` then does."""
+    plan = plan_of(config)
+    fill(plan)
+    assert build(config, jobs).num_latents_encoded == 0
+    assert ray_jobs.SCAN_ON_RAY_FROM == 5_000

@@ -1,12 +1,23 @@
+"""What the cache lacks, in which shards it will be, and what the index says about it."""
+
 import csv
 import dataclasses
+import hashlib
+import io
+import os
+import random
 import shutil
+import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from sdxl_ray.cache import collection, planning
+from sdxl_ray.cache.index import Index, write_index
+from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.planning import (
     ENTRIES_PER_SHARD,
     Skipped,
@@ -17,56 +28,33 @@ from sdxl_ray.cache.planning import (
     shard_length,
     write_skipped,
 )
-from sdxl_ray.cache.scan import scan_file, scan_images
-from sdxl_ray.cache.shards import write_shard
-from sdxl_ray.config.load import config_from_dict, with_overrides
+from sdxl_ray.cache.scan import scan_file
+from sdxl_ray.cache.shards import mark_damaged, shard_name, text_key, write_shard
 from sdxl_ray.errors import DatasetError
-
-
-def add_image(folder, name, *, size=(80, 60), colour=0, caption=None):
-    """An image of its own colour, with a caption file."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (colour % 256, colour // 256, 7)).save(path)
-    path.with_suffix(".txt").write_text(caption or f"caption of {path.name}", encoding="utf-8")
-    return path
+from sdxl_ray.storage import open_folder
+from tests.unit.cache.planned import add_image, add_images, changed, config_of, fill, missing, plan_of, samples_of
 
 
 @pytest.fixture
 def images(tmp_path):
-    folder = tmp_path / "images"
-    for number in range(20):
-        add_image(folder, f"{number:02d}.png", size=[(80, 60), (60, 80), (64, 64)][number % 3], colour=number)
-    return folder
+    return add_images(tmp_path / "images")
 
 
 @pytest.fixture
 def config(tmp_path, images, tiny_model):
-    return config_from_dict(
-        {
-            "model": {"path": tiny_model},
-            "dataset": {"path": str(images), "resolution": 64, "bucket_step": 8},
-            "cache": {"path": str(tmp_path / "cache")},
-        }
-    )
+    return config_of(tmp_path, tiny_model, images)
 
 
-def plan_of(config, **changes):
-    config = with_overrides(config, {key.replace("__", "."): value for key, value in changes.items()})
-    return plan_cache(config.dataset, config.model, config.cache, model_path=config.model.path, prompts=["draw a cat"])
+def latent_keys(plan):
+    return {key for sample in samples_of(plan) for key in sample.latent_keys}
 
 
-def fill(plan):
-    """Stands in for the encoders: writes every missing shard."""
-    root = plan.store.cache
-    for shard in plan.missing_latents:
-        write_shard(root, shard.name, shard.keys, {"mean": torch.zeros(len(shard.keys), 4)}, {})
-    for shard in plan.missing_text:
-        write_shard(root, shard.name, shard.keys, {"prompt_embeds": torch.zeros(len(shard.keys), 4)}, {})
+def name_of(sample):
+    return Path(sample.path).name
 
 
-def missing(plan):
-    return plan.num_missing_latents, plan.num_missing_text
+def by_name(plan):
+    return {name_of(sample): sample for sample in samples_of(plan)}
 
 
 # ---- what is missing -------------------------------------------------------------------------------------------------
@@ -75,43 +63,113 @@ def missing(plan):
 def test_of_an_empty_cache_everything_is_missing(config):
     plan = plan_of(config)
     assert missing(plan) == (20, 20 + 2)  # the captions, a validation prompt and the empty one
-    assert {key for shard in plan.missing_latents for key in shard.keys} == {each.latent_key for each in plan.samples}
-    assert {caption for shard in plan.missing_text for caption in shard.captions} == {
-        *(caption for sample in plan.samples for caption in sample.captions),
-        "draw a cat",
-        "",
+    assert {key for shard in plan.latent_shards() for key in shard.keys} == latent_keys(plan)
+    captions = {caption for sample in samples_of(plan) for caption in sample.captions}
+    assert {caption for shard in plan.text_shards() for caption in shard.captions} == {*captions, "draw a cat", ""}
+    assert sum(plan.buckets.values()) == plan.num_images == plan.num_samples == 20
+    assert plan.missing_by_bucket() == plan.buckets
+
+
+def test_every_key_of_a_shard_is_that_of_its_caption(config, monkeypatch):
+    """Prompts are needed first, captions after them; an embedding under another's key would never be noticed."""
+    for length in (64, 3):
+        monkeypatch.setattr(planning, "ENTRIES_PER_SHARD", length)
+        shards = list(plan_of(config).text_shards())
+        pairs = [pair for shard in shards for pair in zip(shard.keys, shard.captions, strict=True)]
+        fingerprint = plan_of(config).text_fingerprint
+        assert pairs == [(text_key(caption, fingerprint), caption) for _, caption in pairs]
+        assert [caption for _, caption in pairs][:3] == ["", "draw a cat", "caption of 00.png"]
+        assert all(shard.name == shard_name("text", shard.keys) for shard in shards)
+
+
+def test_every_key_of_a_shard_is_that_of_its_image(config):
+    plan = plan_of(config, dataset__flip=True, dataset__crop="random", dataset__crop_variants=3)
+    of_key = {
+        key: sample.image_record(variant)
+        for sample in samples_of(plan)
+        for variant, key in enumerate(sample.latent_keys)
     }
-    assert sum(plan.buckets.values()) == plan.num_images == 20
+    pairs = [pair for shard in plan.latent_shards() for pair in zip(shard.keys, shard.records, strict=True)]
+    assert dict(pairs) == of_key
+    assert len(pairs) == len(of_key) == plan.num_missing_latents > 40
 
 
 def test_each_shard_is_one_bucket_and_holds_what_its_records_say(config):
-    for shard in plan_of(config).missing_latents:
-        buckets = {record.bucket_hw for record in shard.records}
-        assert len(buckets) == 1
-        height, width = buckets.pop()
-        assert shard.name.startswith(f"latents/{height}x{width}/")
+    for shard in plan_of(config).latent_shards():
+        ((height, width),) = {record.bucket_hw for record in shard.records}
+        assert shard.name == shard_name("latents", shard.keys, f"{height}x{width}")
         assert len(shard.keys) == len(shard.records)
+
+
+def test_images_with_and_without_masks_are_not_in_one_shard(config, images):
+    """One has a tensor more than the other."""
+    for number in range(0, 20, 2):
+        shutil.copy(images / f"{number:02d}.png", images / f"{number:02d}-mask.png")
+    shards = list(plan_of(config, dataset__mask="file").latent_shards())
+    assert {frozenset(bool(record.mask) for record in shard.records) for shard in shards} == {
+        frozenset({True}),
+        frozenset({False}),
+    }
+    assert sum(len(shard.keys) for shard in shards) == 20
 
 
 def test_a_full_cache_misses_nothing(config):
     fill(plan_of(config))
-    assert missing(plan_of(config)) == (0, 0)
+    plan = plan_of(config)
+    assert missing(plan) == (0, 0)
+    assert list(plan.latent_shards()) == list(plan.text_shards()) == []
+    assert plan.missing_by_bucket() == Counter()
 
 
 def test_the_same_plan_twice(config):
     first, second = plan_of(config), plan_of(config)
-    for name in ("samples", "records", "missing_latents", "missing_text", "prompts", "folder"):
+    assert samples_of(first) == samples_of(second)
+    for name in ("latent_shards", "text_shards"):
+        assert list(getattr(first, name)()) == list(getattr(second, name)())
+    for name in ("prompts", "index_path", "vae_fingerprint", "text_fingerprint", "buckets"):
         assert getattr(first, name) == getattr(second, name)
 
 
 def test_a_deleted_shard_alone_is_missing(config):
     plan = plan_of(config)
+    shards = list(plan.latent_shards())
     fill(plan)
-    lost = plan.missing_latents[1]
-    (plan.store.cache / lost.name).unlink()
+    (Path(config.cache.path) / shards[1].name).unlink()
     again = plan_of(config)
-    assert again.missing_latents == [lost]
+    assert list(again.latent_shards()) == [shards[1]]
     assert again.missing_text == []
+    assert again.missing_by_bucket() == {shards[1].name.split("/")[1]: len(shards[1].keys)}
+
+
+def test_a_damaged_entry_alone_is_missing_until_it_is_written_again(config):
+    plan = plan_of(config)
+    shard = list(plan.latent_shards())[1]
+    text = next(iter(plan.text_shards()))
+    fill(plan)
+    mark_damaged(config.cache.path, shard.name, shard.keys[1])
+    mark_damaged(config.cache.path, text.name, text.keys[0])
+    again = plan_of(config)
+    assert missing(again) == (1, 1)
+    (found,) = again.latent_shards()
+    assert (found.keys, found.records) == (shard.keys[1:2], shard.records[1:2])
+    assert next(iter(again.text_shards())).captions == text.captions[:1]
+    sample = next(each for each in samples_of(again) if shard.keys[1] in each.latent_keys)
+    assert sample.latent_shards == (found.name,)
+    fill(again)
+    assert missing(plan_of(config)) == (0, 0)
+
+
+def test_a_shard_that_is_written_again_is_not_damaged_any_more(config):
+    plan = plan_of(config)
+    shard = next(iter(plan.latent_shards()))
+    fill(plan)
+    for key in shard.keys:
+        mark_damaged(config.cache.path, shard.name, key)
+    again = plan_of(config)
+    assert list(again.latent_shards()) == [shard]
+    fill(again)
+    assert missing(plan_of(config)) == (0, 0)
+    assert not list(Path(config.cache.path).rglob("*.damaged"))
 
 
 @pytest.mark.parametrize(
@@ -122,12 +180,12 @@ def test_shards_are_sized_by_their_pixels(bucket, length):
 
 
 def test_missing_entries_are_cut_into_shards(config, monkeypatch):
-    monkeypatch.setattr("sdxl_ray.cache.planning.shard_length", lambda bucket: 3)
-    monkeypatch.setattr("sdxl_ray.cache.planning.ENTRIES_PER_SHARD", 10)
+    monkeypatch.setattr(planning, "shard_length", lambda bucket: 3)
+    monkeypatch.setattr(planning, "ENTRIES_PER_SHARD", 10)
     plan = plan_of(config)
     assert missing(plan) == (20, 22)
-    assert max(len(shard.keys) for shard in plan.missing_latents) == 3
-    assert sorted(len(shard.keys) for shard in plan.missing_text) == [2, 10, 10]
+    assert max(len(shard.keys) for shard in plan.latent_shards()) == 3
+    assert [len(shard.keys) for shard in plan.text_shards()] == [10, 10, 2]
     assert ENTRIES_PER_SHARD == 64
 
 
@@ -137,10 +195,10 @@ def test_missing_entries_are_cut_into_shards(config, monkeypatch):
 def test_another_image_only_adds(config, images):
     before = plan_of(config)
     fill(before)
-    add_image(images, "new.png", colour=999)
+    add_image(images, "05b.png", colour=999)
     after = plan_of(config)
     assert missing(after) == (1, 1)
-    assert {sample.sample_id for sample in before.samples} < {sample.sample_id for sample in after.samples}
+    assert {each.sample_id for each in samples_of(before)} < {each.sample_id for each in samples_of(after)}
 
 
 def test_another_caption_touches_no_latent(config, images):
@@ -154,24 +212,70 @@ def test_another_trigger_word_touches_all_captions_and_no_latent(config):
     assert missing(plan_of(config, dataset__trigger_word="ohwx")) == (0, 20)
 
 
+def test_longer_captions_are_encoded_anew_with_the_prompts(config):
+    fill(plan_of(config))
+    longer = plan_of(config, cache__caption_chunks=3)
+    assert missing(longer) == (0, 22)
+    assert longer.max_tokens == 227
+    fill(longer)
+    assert missing(plan_of(config, cache__caption_chunks=3)) == missing(plan_of(config)) == (0, 0)
+
+
 @pytest.mark.parametrize("change", [{"dataset__resolution": 128}, {"cache__vae_dtype": "fp32"}])
 def test_another_resolution_or_vae_touches_no_caption_and_keeps_the_old_latents(config, change):
     fill(plan_of(config))
-    changed = plan_of(config, **change)
-    assert missing(changed) == (20, 0)
-    fill(changed)
+    other = plan_of(config, **change)
+    assert missing(other) == (20, 0)
+    fill(other)
     assert missing(plan_of(config, **change)) == missing(plan_of(config)) == (0, 0)
+
+
+def test_one_resolution_more_adds_its_latents_only(config):
+    fill(plan_of(config))
+    both = plan_of(config, dataset__resolution=[64, 128])
+    assert (both.num_samples, missing(both)) == (40, (20, 0))
+
+
+def test_flipped_images_add_their_latents_only(config):
+    fill(plan_of(config))
+    flipped = plan_of(config, dataset__flip=True)
+    assert (flipped.num_samples, missing(flipped)) == (40, (20, 0))
+    assert Counter(sample.flip for sample in samples_of(flipped)) == {True: 20, False: 20}
 
 
 def test_another_crop_touches_only_what_is_cropped_elsewhere(config):
     before = plan_of(config)
     fill(before)
     moved = plan_of(config, dataset__crop="random")
-    changed = {sample.path for sample in moved.samples} - {
-        new.path for new in moved.samples for old in before.samples
-        if (new.path, new.crop_top_left) == (old.path, old.crop_top_left)
-    }  # fmt: skip
-    assert missing(moved) == (len(changed), 0)
+    elsewhere = {name_of(new) for new in samples_of(moved)} - {
+        name_of(new)
+        for new, old in zip(samples_of(moved), samples_of(before), strict=True)
+        if (new.path, new.crops) == (old.path, old.crops)
+    }
+    assert missing(moved) == (len(elsewhere), 0)
+    assert 0 < len(elsewhere) < 20
+
+
+def test_more_crop_variants_add_theirs_only(config):
+    two = plan_of(config, dataset__crop="random", dataset__crop_variants=2)
+    fill(two)
+    four = plan_of(config, dataset__crop="random", dataset__crop_variants=4)
+    assert missing(four) == (len(latent_keys(four) - latent_keys(two)), 0)
+    assert latent_keys(two) < latent_keys(four)
+    sample = next(each for each in samples_of(four) if len(each.crops) == 4)
+    assert len(sample.latent_keys) == len(sample.latent_shards) == 4
+    assert {tuple(sample.micro_conditioning(variant).crop_top_left) for variant in range(4)} == set(sample.crops)
+
+
+def test_a_mask_touches_the_images_that_have_one(config, images):
+    fill(plan_of(config))
+    shutil.copy(images / "03.png", images / "03-mask.png")
+    # Without `mask` it is an image like any other, and lacks a caption.
+    (images / "03-mask.txt").write_text("caption of 03.png")
+    fill(plan_of(config))
+    masked = plan_of(config, dataset__mask="file")
+    assert missing(masked) == (1, 0)
+    assert by_name(masked)["03.png"].mask == str(images / "03-mask.png")
 
 
 def test_another_model_touches_what_it_changes(config, tiny_model, tmp_path):
@@ -187,19 +291,150 @@ def test_another_model_touches_what_it_changes(config, tiny_model, tmp_path):
     assert missing(plan_of(config, model__path=str(other))) == (20, 0)
 
 
-def test_settings_that_change_no_tensor_cost_nothing(config):
+OF_TRAINING = {
+    "dataset__repeats": 5,
+    "dataset__max_unreadable": 0.5,
+    "dataset__weight": 0.5,
+    "dataset__end": "3 epochs",
+}
+
+
+def test_settings_that_change_no_tensor_cost_nothing_and_share_an_index(config):
     fill(plan_of(config))
-    assert missing(plan_of(config, dataset__repeats=5, dataset__max_unreadable=0.5)) == (0, 0)
+    for name, value in OF_TRAINING.items():
+        other = plan_of(config, **{name: value})
+        assert missing(other) == (0, 0)
+        assert other.index_path == plan_of(config).index_path
 
 
-def test_each_dataset_has_an_index_of_its_own(config):
-    folders = {
-        plan_of(config).folder,
-        plan_of(config, dataset__repeats=2).folder,
-        plan_of(config, cache__vae_dtype="fp32").folder,
+def test_each_collection_has_an_index_of_its_own(config, images, tmp_path):
+    changes = [
+        {},
+        {"cache__vae_dtype": "fp32"},
+        {"dataset__trigger_word": "ohwx"},
+        {"dataset__flip": True},
+        {"dataset__resolution": 128},
+        {"cache__caption_chunks": 2},
+        {"cache__text": "online"},
+        {"cache__mode": "off"},
+    ]
+    plans = [plan_of(config, **change) for change in changes]
+    two = plan_of(config_of(tmp_path, config.model.path, images, add_images(tmp_path / "more", 3, colour=500)))
+    paths = [plan.index_path for plan in (*plans, two)]
+    assert len(set(paths)) == len(paths)
+    names = [Path(path).parent.name for path in paths]
+    assert all(name.startswith("images-") for name in names)
+    assert names[-1].startswith("images-and-1-")
+    assert plan_of(config, cache__mode="ondemand").index_path == paths[0]
+
+
+# ---- where it is encoded ---------------------------------------------------------------------------------------------
+
+
+def test_text_that_is_encoded_while_training_leaves_the_prompts(config):
+    plan = plan_of(config, cache__text="online", dataset__shuffle_tags=True)
+    assert missing(plan) == (20, 2)
+    assert next(iter(plan.text_shards())).captions == ("", "draw a cat")
+    assert all(sample.text_keys == sample.text_shards == () for sample in samples_of(plan))
+    assert samples_of(plan)[0].captions == ("caption of 00.png",)
+    fill(plan)
+    assert missing(plan_of(config, cache__text="online", dataset__shuffle_tags=True)) == (0, 0)
+
+
+def test_images_that_are_encoded_while_training_have_no_shards(config):
+    plan = plan_of(config, cache__mode="off")
+    assert missing(plan) == (0, 22)
+    assert list(plan.latent_shards()) == []
+    assert plan.missing_by_bucket() == Counter()
+    for sample in samples_of(plan):
+        assert sample.latent_shards == ("",)
+        assert len(sample.latent_keys[0]) == 32
+        assert sample.text_shards[0].startswith("text/")
+    assert [dataclasses.replace(each, latent_shards=()) for each in samples_of(plan)] == [
+        dataclasses.replace(each, latent_shards=()) for each in samples_of(plan_of(config))
+    ]
+
+
+def test_nothing_at_all_in_the_cache(config):
+    plan = plan_of(config, cache__mode="off", cache__text="online")
+    assert missing(plan) == (0, 2)
+    assert {(each.latent_shards, each.text_shards) for each in samples_of(plan)} == {(("",), ())}
+
+
+# ---- on demand: in the order in which training needs them ------------------------------------------------------------
+
+
+def test_on_demand_what_is_needed_first_is_encoded_first(config, monkeypatch):
+    monkeypatch.setattr(planning, "shard_length", lambda bucket: 8)
+    plan = plan_of(config)
+    usual = [len(shard.keys) for shard in plan.latent_shards()]
+    ranks = np.random.default_rng(0).permutation(20)
+    find_missing(plan, in_order=ranks)
+    samples = samples_of(plan)
+    rank_of = {sample.latent_keys[0]: rank for sample, rank in zip(samples, ranks.tolist(), strict=True)}
+    shards = [[rank_of[key] for key in shard.keys] for shard in plan.latent_shards()]
+    assert max(map(len, shards)) == 2 < max(usual)
+    assert all(shard == sorted(shard) for shard in shards)
+    assert [shard[0] for shard in shards] == sorted(shard[0] for shard in shards)
+    assert sorted(rank for shard in shards for rank in shard) == list(range(20))
+    captions = [caption for shard in plan.text_shards() for caption in shard.captions]
+    in_order = [
+        sample.captions[0] for _, sample in sorted(zip(ranks.tolist(), samples, strict=True), key=lambda it: it[0])
+    ]
+    assert captions == ["", "draw a cat", *in_order]
+    assert all(
+        text_key(text, plan.text_fingerprint) == key
+        for shard in plan.text_shards()
+        for key, text in zip(shard.keys, shard.captions, strict=True)
+    )
+
+
+def test_on_demand_a_copy_is_encoded_when_the_first_of_them_is_needed(config, images):
+    shutil.copy(images / "00.png", images / "99.png")
+    (images / "99.txt").write_text("the last one")
+    plan = plan_of(config)
+    ranks = np.arange(21)[::-1].copy()  # the copy first
+    find_missing(plan, in_order=ranks)
+    first = next(iter(plan.latent_shards()))
+    assert by_name(plan)["99.png"].latent_keys[0] == by_name(plan)["00.png"].latent_keys[0] == first.keys[0]
+
+
+def test_the_index_names_the_shard_to_come(config):
+    plan = plan_of(config)
+    shards = list(plan.latent_shards())
+    (Path(config.cache.path)).mkdir(exist_ok=True)
+    fill(plan)
+    (Path(config.cache.path) / shards[0].name).unlink()
+    again = plan_of(config, cache__mode="ondemand")
+    ranks = np.random.default_rng(1).permutation(20)
+    find_missing(again, in_order=ranks)
+    to_come = {key: shard.name for shard in again.latent_shards() for key in shard.keys}
+    here = {key: shard.name for shard in shards[1:] for key in shard.keys}
+    assert to_come.keys() == set(shards[0].keys)
+    for sample in samples_of(again):
+        (key,) = sample.latent_keys
+        assert sample.latent_shards == ((to_come | here)[key],)
+    fill(again)
+    assert missing(plan_of(config)) == (0, 0)
+    again.store.refresh()
+    find_missing(again)
+    assert missing(again) == (0, 0)
+    assert {each.latent_shards for each in samples_of(again)} == {
+        each.latent_shards for each in samples_of(plan_of(config))
     }
-    assert len(folders) == 3
-    assert all(folder.name.startswith("images-") for folder in folders)
+
+
+def test_captions_that_are_missing_too_have_their_shard_in_the_index(config):
+    plan = plan_of(config)
+    names = {key: shard.name for shard in plan.text_shards() for key in shard.keys}
+    assert all(sample.text_shards == tuple(names[key] for key in sample.text_keys) for sample in samples_of(plan))
+    fingerprint = plan.text_fingerprint
+    key = text_key("draw a cat", fingerprint)
+    assert plan.place_of_prompt("draw a cat") == {"shard": names[key], "key": key}
+    assert plan.place_of_prompt("something else") is None
+    fill(plan)
+    full = plan_of(config)
+    assert full.place_of_prompt("draw a cat") == {"shard": names[key], "key": key}
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -208,10 +443,49 @@ def test_each_dataset_has_an_index_of_its_own(config):
 def test_copies_of_an_image_are_encoded_once_and_stay_samples_of_their_own(config, images):
     shutil.copy(images / "00.png", images / "copy.png")
     shutil.copy(images / "00.txt", images / "copy.txt")
+    shutil.copy(images / "00.png", images / "zopy.png")
+    shutil.copy(images / "00.txt", images / "zopy.txt")
     plan = plan_of(config)
     assert missing(plan) == (20, 22)
-    assert len(plan.samples) == 21
-    assert len({sample.sample_id for sample in plan.samples}) == 21
+    samples = by_name(plan)
+    assert len(samples) == plan.num_samples == 22
+    first = samples["00.png"].sample_id
+    assert [samples[name].sample_id for name in ("copy.png", "zopy.png")] == [f"{first}-2", f"{first}-3"]
+    assert len({sample.sample_id for sample in samples.values()}) == 22
+
+
+def test_repeated_identities_are_numbered_across_pieces(config, images, monkeypatch):
+    for number in range(5):
+        shutil.copy(images / "00.png", images / f"copy {number}.png")
+        shutil.copy(images / "00.txt", images / f"copy {number}.txt")
+    before = [sample.sample_id for sample in samples_of(plan_of(config))]
+    monkeypatch.setattr(planning, "PIECE", 3)
+    monkeypatch.setattr(collection, "PIECE", 4)
+    plan = plan_of(config)
+    assert [sample.sample_id for sample in samples_of(plan)] == before
+    assert {identity.partition("-")[2] for identity in before} == {"", "2", "3", "4", "5", "6"}
+    assert len(list(plan.index_tables())) == 9
+
+
+def test_the_same_image_in_two_datasets_is_encoded_once(config, images, tmp_path, tiny_model):
+    other = tmp_path / "other"
+    shutil.copytree(images, other)
+    (other / "03.txt").write_text("seen by somebody else")
+    plan = plan_of(config_of(tmp_path, tiny_model, images, other))
+    assert missing(plan) == (20, 23)
+    samples = samples_of(plan)
+    assert Counter(sample.dataset for sample in samples) == {"images": 20, "other": 20}
+    assert len({sample.sample_id for sample in samples}) == 40
+    assert samples[3].latent_shards == samples[23].latent_shards
+    assert samples[3].sample_id != samples[23].sample_id.removesuffix("-2")
+    assert plan.num_images == 40
+
+
+def test_a_dataset_keeps_its_samples_when_another_joins(config, images, tmp_path, tiny_model):
+    alone = samples_of(plan_of(config))
+    joined = samples_of(plan_of(config_of(tmp_path, tiny_model, images, add_images(tmp_path / "b", 3, colour=500))))
+    assert joined[:20] == [dataclasses.replace(each, text_shards=after.text_shards, latent_shards=after.latent_shards)
+                           for each, after in zip(alone, joined, strict=False)]  # fmt: skip
 
 
 def test_one_image_with_two_captions_is_encoded_once(config, images):
@@ -219,36 +493,44 @@ def test_one_image_with_two_captions_is_encoded_once(config, images):
     (images / "copy.txt").write_text("another view")
     plan = plan_of(config)
     assert missing(plan) == (20, 23)
-    assert len({sample.sample_id for sample in plan.samples}) == 21
+    assert len({sample.sample_id for sample in samples_of(plan)}) == 21
 
 
 def test_samples_do_not_depend_on_where_the_folder_lies(config, images, tmp_path):
     def without_place(plan):
-        return [dataclasses.replace(sample, path=Path(sample.path).name) for sample in plan.samples]
+        return [dataclasses.replace(sample, path=name_of(sample)) for sample in samples_of(plan)]
 
     before = plan_of(config)
-    moved = tmp_path / "elsewhere" / "deep"
+    moved = tmp_path / "elsewhere" / "deep" / "images"
     shutil.copytree(images, moved)
-    after = plan_of(config, dataset__path=str(moved))
-    assert without_place(after) == without_place(before)
-    assert [sample.sample_id for sample in before.samples] == sorted(sample.sample_id for sample in before.samples)
+    assert without_place(plan_of(config, dataset__path=str(moved))) == without_place(before)
 
 
 def test_samples_say_what_happened_to_the_image(config, images):
-    plan = plan_of(config)
-    sample = next(each for each in plan.samples if each.path.endswith("00.png"))
-    record = plan.records[sample.latent_key]
+    sample = by_name(plan_of(config))["00.png"]
     assert sample.original_hw == (60, 80)
     assert sample.captions == ("caption of 00.png",)
-    assert sample.micro_conditioning == record.micro_conditioning
-    assert sample.repeats == 1
+    assert sample.image_hash == hashlib.sha256((images / "00.png").read_bytes()).hexdigest()
+    assert sample.dataset == "images"
+    assert sample.image_record().micro_conditioning == sample.micro_conditioning()
+    assert all(r >= b for r, b in zip(sample.resized_hw, sample.target_hw, strict=True))
 
 
 def test_long_captions_are_counted_from_the_headers(config):
     plan = plan_of(config)
-    keys = sorted({key for sample in plan.samples for key in sample.text_keys})
-    plan.store.num_tokens = dict.fromkeys(keys[:3], 78) | dict.fromkeys(keys[3:], 77)
-    assert plan.num_long_captions() == 3
+    for shard in plan.text_shards():
+        counts = [78 if "0" in caption else 77 for caption in shard.captions]
+        write_shard(
+            plan.store.folder,
+            shard.name,
+            shard.keys,
+            {"prompt_embeds": torch.zeros(len(counts), 1)},
+            {"num_tokens": str(counts)},
+        )
+    plan.store.refresh()
+    assert plan.num_long_captions() == sum("0" in f"{number:02d}" for number in range(20))
+    plan.num_chunks = 2
+    assert plan.num_long_captions() == 0
 
 
 # ---- unreadable images -----------------------------------------------------------------------------------------------
@@ -262,19 +544,20 @@ def spoil(images, num):
 def test_a_few_unreadable_images_are_skipped_with_their_reason(config, images):
     spoil(images, 3)
     plan = plan_of(config)
-    assert len(plan.samples) == 17
+    assert len(samples_of(plan)) == 17
     reason = "not an image that Pillow can read"
-    assert plan.skipped == [Skipped(str(images / f"{number:02d}.png"), reason) for number in range(3)]
+    assert plan.skipped == [Skipped(str(images / f"{number:02d}.png"), reason, "images") for number in range(3)]
     write_skipped(plan)
-    with plan.skipped_path.open(encoding="utf-8", newline="") as file:
-        assert list(csv.reader(file)) == [["path", "reason"], *([item.path, item.reason] for item in plan.skipped)]
-    assert list(plan.folder.iterdir()) == [plan.skipped_path]
+    with Path(plan.skipped_path).open(encoding="utf-8", newline="") as file:
+        rows = [[item.dataset, item.path, item.reason] for item in plan.skipped]
+        assert list(csv.reader(file)) == [["dataset", "path", "reason"], *rows]
+    assert [file.name for file in Path(plan.folder.path).iterdir()] == ["skipped.csv"]
 
 
 def test_unreadable_captions_count_like_unreadable_images(config, images):
     (images / "05.txt").write_bytes(b"\xe9")
     plan = plan_of(config)
-    assert [Path(item.path).name for item in plan.skipped] == ["05.png"]
+    assert [name_of(item) for item in plan.skipped] == ["05.png"]
     assert "is not UTF-8" in plan.skipped[0].reason
 
 
@@ -283,7 +566,8 @@ def test_too_many_unreadable_images_stop_the_run_and_are_listed(config, images):
     with pytest.raises(DatasetError) as error:
         plan_of(config)
     lines = str(error.value).splitlines()
-    assert lines[0] == "5 of 20 images cannot be used, more than dataset.max_unreadable = 0.2 allows:"
+    allowed = "more than dataset.max_unreadable = 0.2 allows:"
+    assert lines[0] == f"{images}: 5 of 20 images cannot be used, {allowed}"
     assert lines[1:6] == [f"  {images / f'{number:02d}.png'}: not an image that Pillow can read" for number in range(5)]
     assert lines[6].startswith("The whole list: ")
     assert lines[7] == "Repair or remove them, or raise dataset.max_unreadable."
@@ -291,95 +575,254 @@ def test_too_many_unreadable_images_stop_the_run_and_are_listed(config, images):
     assert len(written) == 6
 
 
+def test_the_limit_is_one_of_each_dataset(config, images, tmp_path, tiny_model):
+    """A hundred good images elsewhere do not excuse a dataset that cannot be read."""
+    other = add_images(tmp_path / "other", 4, colour=700)
+    spoil(other, 1)
+    with pytest.raises(DatasetError, match=rf"^{other}: 1 of 4 images cannot be used"):
+        plan_of(config_of(tmp_path, tiny_model, images, other))
+    plan = plan_of(config_of(tmp_path, tiny_model, images, other, max_unreadable=0.25))
+    assert plan.num_samples == 23
+
+
 def test_as_many_as_allowed_are_allowed(config, images):
     spoil(images, 4)
-    assert len(plan_of(config).samples) == 16
     plan = plan_of(config)
-    plan.num_images, plan.skipped = 100, [Skipped("x", "y")] * 29
-    check_readable(plan, 0.29)  # 0.29 * 100 is 28.999999999999996
+    assert plan.num_samples == 16
+    plan.collection.num_images["images"] = 100
+    plan.collection.skipped = [Skipped(str(number), "y", "images") for number in range(29)]
+    check_readable(plan, changed(config, dataset__max_unreadable=0.29).datasets)  # 0.29 * 100 is 28.999999999999996
     with pytest.raises(DatasetError, match=r"29 of 100 images .* more than dataset\.max_unreadable = 0\.28 allows"):
-        check_readable(plan, 0.28)
+        check_readable(plan, changed(config, dataset__max_unreadable=0.28).datasets)
+
+
+def test_what_was_left_out_by_choice_does_not_count(config, images):
+    for number in range(18):
+        add_image(images, f"small {number}.png", size=(20, 20), colour=700 + number)
+    plan = plan_of(config, dataset__min_size=30)
+    assert (plan.num_samples, plan.num_images, len(plan.skipped)) == (20, 38, 18)
+    spoil(images, 8)
+    with pytest.raises(DatasetError, match=r"8 of 38 images cannot be used, more than .* = 0\.2 allows"):
+        plan_of(config, dataset__min_size=30)
+
+
+def test_settings_that_leave_nothing_are_named(config, images):
+    with pytest.raises(DatasetError) as error:
+        plan_of(config, dataset__min_size=500)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{images}: 20 of 20 images cannot be used, which leaves none:"
+    assert "min_size" in lines[1]
+    assert lines[-1] == "Change the settings named here, or add images."
 
 
 def test_no_readable_image_at_all_is_an_error_whatever_is_allowed(config, images):
     spoil(images, 20)
-    with pytest.raises(DatasetError, match=r"^20 of 20 images cannot be used, which leaves none:"):
+    with pytest.raises(DatasetError, match=r": 20 of 20 images cannot be used, which leaves none:"):
         plan_of(config, dataset__max_unreadable=1.0)
 
 
-def test_a_bad_image_needs_no_caption(config, images):
-    spoil(images, 1)
-    (images / "00.txt").unlink()
-    assert len(plan_of(config).samples) == 19
-
-
-# ---- the memo --------------------------------------------------------------------------------------------------------
-
-
-def opened_by(config, **changes):
-    """The names of the files that a plan opens."""
+def test_a_file_that_could_not_be_read_is_tried_again_and_then_remembered(config, images, monkeypatch):
     opened = []
 
-    def scan(files, *, memo, max_pixels):
-        opened.extend(Path(file[0]).name for file in files if file not in memo)
-        return scan_images(files, memo=memo, max_pixels=max_pixels)
+    def scan(file, max_pixels, **changes):
+        opened.append(name_of(file))
+        scanned = scan_file(file, max_pixels, **changes)
+        is_offline = offline and "00.png" in file.path
+        return dataclasses.replace(scanned, problem="cannot be read: Input/output error") if is_offline else scanned
 
-    config = with_overrides(config, {key.replace("__", "."): value for key, value in changes.items()})
-    plan = plan_cache(config.dataset, config.model, config.cache, model_path=config.model.path, scan=scan)
-    return opened, plan
-
-
-def test_a_second_plan_opens_no_image(config, images):
-    spoil(images, 1)
-    assert len(opened_by(config)[0]) == 20
-    assert opened_by(config)[0] == []
-
-
-def test_the_limit_on_pixels_is_never_remembered_wrongly(config):
-    opened_by(config)
-    opened, plan = opened_by(config, dataset__max_pixels=64 * 64, dataset__max_unreadable=0.9)
-    assert len(plan.samples) == 6
-    assert len(opened) == 14
-    assert {item.reason for item in plan.skipped} == {
-        f"{size} is more than dataset.max_pixels = 4096" for size in ("80x60", "60x80")
-    }
-    opened, plan = opened_by(config)
-    assert len(plan.samples) == 20
+    monkeypatch.setattr("sdxl_ray.cache.scan.scan_file", scan)
+    offline = True
+    assert plan_of(config).num_samples == 19
+    offline = False
+    opened.clear()
+    assert plan_of(config).num_samples == 20
+    assert opened == ["00.png"]
+    plan_of(config)
+    assert opened == ["00.png"]
 
 
-def test_a_file_that_could_not_be_read_is_tried_again_and_then_remembered(config, images, monkeypatch):
-    def offline(file, max_pixels):
-        scanned = scan_file(file, max_pixels)
-        return (
-            dataclasses.replace(scanned, problem="cannot be read: Input/output error")
-            if "00.png" in file[0]
-            else scanned
-        )
-
-    with monkeypatch.context() as patch:
-        patch.setattr("sdxl_ray.cache.scan.scan_file", offline)
-        assert len(plan_of(config).samples) == 19
-    assert opened_by(config)[0] == ["00.png"]
-    assert opened_by(config)[0] == []
+# ---- images that turn out damaged when they are decoded --------------------------------------------------------------
 
 
 def test_images_that_cannot_be_decoded_are_dropped_with_their_copies_and_remembered(config, images):
     shutil.copy(images / "00.png", images / "copy.png")
     shutil.copy(images / "00.txt", images / "copy.txt")
     plan = plan_of(config)
-    memo = Path(config.cache.path) / "scan.parquet"
-    drop_undecodable(plan, [Skipped(str(images / "00.png"), "cannot be decoded: truncated")], memo)
+    bad = by_name(plan)["00.png"]
+    reason = "cannot be decoded: truncated"
+    drop_undecodable(plan, {bad.latent_keys[0]: Skipped(bad.path, reason)})
     find_missing(plan)
-    assert sorted(Path(item.path).name for item in plan.skipped) == ["00.png", "copy.png"]
+    assert [(name_of(item), item.dataset, item.reason) for item in plan.skipped] == [
+        ("00.png", "images", reason),
+        ("copy.png", "images", reason),
+    ]
     assert missing(plan) == (19, 21)
+    Memo(open_folder(config.cache.path)).mark({bad.image_hash: reason})
     again = plan_of(config)
-    assert again.samples == plan.samples
-    assert {item.reason for item in again.skipped} == {"cannot be decoded: truncated"}
+    assert samples_of(again) == samples_of(plan)
+    assert {item.reason for item in again.skipped} == {reason}
 
 
-def test_an_image_that_changed_meanwhile_is_not_remembered_as_bad(config, images):
+def test_an_image_in_several_sizes_is_reported_once(config):
+    plan = plan_of(config, dataset__resolution=[64, 128], dataset__flip=True)
+    bad = [sample for sample in samples_of(plan) if name_of(sample) == "07.png"]
+    assert len(bad) == 4
+    drop_undecodable(plan, {each.latent_keys[0]: Skipped(each.path, "cannot be decoded: cut") for each in bad})
+    assert [name_of(item) for item in plan.skipped] == ["07.png"]
+    assert plan.num_samples == 76
+    find_missing(plan)
+    assert "07.png" not in by_name(plan)
+
+
+def test_one_bad_crop_takes_the_whole_image_out(config):
+    plan = plan_of(config, dataset__crop="random", dataset__crop_variants=3)
+    bad = next(sample for sample in samples_of(plan) if len(sample.crops) == 3)
+    find_missing(plan, in_order=np.arange(20))
+    drop_undecodable(plan, {bad.latent_keys[1]: Skipped(bad.path, "changed while it was being cached")})
+    assert plan.num_samples == 19
+    find_missing(plan)
+    assert not set(bad.latent_keys) & {key for shard in plan.latent_shards() for key in shard.keys}
+
+
+def test_too_many_that_cannot_be_decoded_stop_the_run(config):
     plan = plan_of(config)
-    memo = Path(config.cache.path) / "scan.parquet"
-    drop_undecodable(plan, [Skipped(str(images / "00.png"), "changed while it was being cached")], memo)
-    assert len(plan.samples) == 19
-    assert len(plan_of(config).samples) == 20
+    bad = samples_of(plan)[:5]
+    drop_undecodable(plan, {each.latent_keys[0]: Skipped(each.path, "cannot be decoded: cut") for each in bad})
+    with pytest.raises(DatasetError, match="5 of 20 images cannot be used, more than"):
+        check_readable(plan, config.datasets)
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+ODD_NAMES = [
+    "line\nbreak.png",
+    "return\rhere.png",
+    "😺 猫 naïve.png",
+    "x" * 251 + ".png",
+    'quote",comma.png',
+    "-mask.png.png",
+    "=cmd().png",
+    "tar:512+9:a.png",
+    "row:1:image:b.png",
+    "s3:__bucket?region=x.png",
+    " space .png",
+    "%41.png",
+]
+
+
+def test_odd_names_survive_from_the_listing_to_the_index_and_the_list_of_skipped(tmp_path, tiny_model):
+    folder = tmp_path / "imag\nes 猫"
+    for number, name in enumerate(ODD_NAMES):
+        add_image(folder / "good", name, colour=number, caption=f"caption {number}")
+        (folder / "bad" / name).parent.mkdir(exist_ok=True)
+        (folder / "bad" / name).write_bytes(b"no image")
+    config = config_of(tmp_path, tiny_model, folder, max_unreadable=0.5)
+    plan = plan_of(config)
+    write_index(plan.index_path, plan.index_tables())
+    index = Index.read(plan.index_path)
+    samples = [index[row] for row in range(len(index))]
+    assert {sample.path: sample.captions for sample in samples} == {
+        str(folder / "good" / name): (f"caption {number}",) for number, name in enumerate(ODD_NAMES)
+    }
+    for sample in samples:
+        assert hashlib.sha256(Path(sample.path).read_bytes()).hexdigest() == sample.image_hash
+    write_skipped(plan)
+    rows = list(csv.reader(io.StringIO(plan.folder.read("skipped.csv").decode("utf-8"), newline="")))
+    assert rows[0] == ["dataset", "path", "reason"]
+    assert {path for _, path, _ in rows[1:]} == {str(folder / "bad" / name) for name in ODD_NAMES}
+    assert {reason for _, _, reason in rows[1:]} == {"not an image that Pillow can read"}
+    assert missing(plan_of(config)) == missing(plan)  # and from the memo
+
+
+def test_a_name_that_is_not_utf_8_is_reported_and_does_no_harm(config, images):
+    Path(os.fsdecode(os.fsencode(images) + b"/caf\xe9.png")).write_bytes((images / "00.png").read_bytes())
+    plan = plan_of(config)
+    assert plan.num_samples == 20
+    (item,) = plan.skipped
+    assert (item.path, item.reason) == (str(images / r"caf\xe9.png"), "cannot be read: No such file or directory")
+    write_skipped(plan)
+    write_index(plan.index_path, plan.index_tables())
+
+
+# ---- who belongs to whom ---------------------------------------------------------------------------------------------
+
+
+def test_every_pair_in_the_index_is_the_right_one(tmp_path, tiny_model, monkeypatch):
+    """Image and caption, latent and image, embedding and caption; with pieces, copies, and bad ones among them."""
+    monkeypatch.setattr(collection, "PIECE", 11)
+    monkeypatch.setattr(planning, "PIECE", 13)
+    monkeypatch.setattr(planning, "ENTRIES_PER_SHARD", 7)
+    draw = random.Random(5)
+    folders = [tmp_path / "b", tmp_path / "a"]
+    expected = []
+    for number in range(90):
+        folder = draw.choice(folders)
+        path = add_image(
+            folder,
+            f"{draw.randrange(10**6)}.png",
+            size=draw.choice([(80, 60), (64, 64)]),
+            colour=number * 3,
+            caption="x",
+        )
+        captions = tuple(f"{number} {word}" for word in draw.sample(("one", "two", "three"), draw.choice((1, 2))))
+        path.with_suffix(".txt").write_text("\n".join(captions), encoding="utf-8")
+        if number % 3 == 1:
+            draw.choice((path, path.with_suffix(".txt"))).write_bytes(b"\xe9")
+        else:
+            expected.append((folder.name, hashlib.sha256(path.read_bytes()).hexdigest(), captions))
+    plan = plan_of(config_of(tmp_path, tiny_model, *folders, flip=True, max_unreadable=0.9))
+    write_index(plan.index_path, plan.index_tables())
+    index = Index.read(plan.index_path)
+    samples = [index[row] for row in range(len(index))]
+    assert sorted((each.dataset, each.image_hash, each.captions) for each in samples if each.flip) == sorted(expected)
+    assert sorted((each.dataset, each.image_hash, each.captions) for each in samples if not each.flip) == sorted(
+        expected
+    )
+    latents = {
+        key: (shard.name, record)
+        for shard in plan.latent_shards()
+        for key, record in zip(shard.keys, shard.records, strict=True)
+    }
+    texts = {
+        key: (shard.name, caption)
+        for shard in plan.text_shards()
+        for key, caption in zip(shard.keys, shard.captions, strict=True)
+    }
+    for sample in samples:
+        assert latents[sample.latent_keys[0]] == (
+            sample.latent_shards[0],
+            dataclasses.replace(sample.image_record(), path=latents[sample.latent_keys[0]][1].path),
+        )
+        assert [texts[key] for key in sample.text_keys] == list(zip(sample.text_shards, sample.captions, strict=True))
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files(tmp_path, tiny_model):
+    """Hard links to eight images: only those are encoded. The second time nothing is opened."""
+    source = add_images(tmp_path / "source", 8)
+    for number in range(100_000):
+        folder = tmp_path / "images" / f"{number // 1000:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(source / f"{number % 8:02d}.png", folder / f"{number}.png")
+        os.link(source / f"{number % 8:02d}.txt", folder / f"{number}.txt")
+    config = config_of(tmp_path, tiny_model, tmp_path / "images")
+    started = time.monotonic()
+    plan = plan_of(config)
+    first_s = time.monotonic() - started
+    assert (plan.num_samples, missing(plan)) == (100_000, (8, 10))
+    fill(plan)
+    started = time.monotonic()
+    plan = plan_of(config)
+    write_index(plan.index_path, plan.index_tables())
+    assert time.monotonic() - started < first_s < 300
+    index = Index.read(plan.index_path)
+    assert len(np.unique(index.sample_ids())) == len(index) == 100_000
+    assert index[99_999].captions == ("caption of 07.png",)
+
+
+def test_the_model_may_be_asked_about_without_a_cache(config, tmp_path):
+    """As `sdxl-ray check` does: nothing is written but the memo."""
+    config = changed(config, cache__path=str(tmp_path / "elsewhere"))
+    plan = plan_cache(config.datasets, config.model, config.cache, model_path=config.model.path)
+    assert missing(plan) == (20, 21)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["scan.parquet"]

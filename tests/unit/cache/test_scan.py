@@ -170,7 +170,12 @@ def test_a_listing_is_identified_by_address_and_stamp(tmp_path):
         return scan_file(Listed(**listed), 10**6, by_listing=True).image_hash
 
     (tmp_path / "copy.png").write_bytes(encoded())
-    hashes = [image_hash(), image_hash(path="renamed"), image_hash(stamp="1-2"), image_hash(address=f"{path.parent}/copy.png")]
+    hashes = [
+        image_hash(),
+        image_hash(path="renamed"),
+        image_hash(stamp="1-2"),
+        image_hash(address=f"{path.parent}/copy.png"),
+    ]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
     assert hashlib.sha256(path.read_bytes()).hexdigest() not in hashes

@@ -226,19 +226,19 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path, tensor, row):
     assert check_shard(open_folder(tmp_path), name) == ["abc"[row]]
 
 
-def test_a_sound_shard_and_one_that_cannot_be_read_have_no_damaged_entries(tmp_path):
+def test_a_sound_shard_one_that_is_gone_and_one_that_cannot_be_read(tmp_path):
     name = write(tmp_path)
     assert check_shard(open_folder(tmp_path), name) == []
-    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
-    assert check_shard(open_folder(tmp_path), name) == []
     assert check_shard(open_folder(tmp_path), "text/gone.safetensors") == []
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+    assert check_shard(open_folder(tmp_path), name) is None
 
 
 def test_what_is_marked_as_damaged_is_kept_once_until_the_shard_is_written_again(tmp_path):
     name, folder = write(tmp_path), open_folder(tmp_path)
     assert read_marker(folder, name + DAMAGED_SUFFIX) == []
-    for key in "cac":
-        mark_damaged(str(tmp_path), name, key)
+    for keys in ("c", "a", "ca", ""):
+        mark_damaged(str(tmp_path), name, *keys)
     assert read_marker(folder, name + DAMAGED_SUFFIX) == ["c", "a"]
     write(tmp_path, ("x",))
     assert read_marker(folder, name + DAMAGED_SUFFIX) == ["c", "a"]

@@ -161,14 +161,14 @@ def test_a_run_with_equal_settings_can_be_resumed(config, index_path):
 
 def test_every_setting_that_differs_is_listed():
     saved = {"adapter.rank": 16, "run.seed": 7, "model.dtype": "bf16"}
-    current = {"adapter.rank": 8, "run.seed": 7, "model.dtype": "fp32", "dataset.repeats": 2}
+    current = {"adapter.rank": 8, "run.seed": 7, "model.dtype": "fp32", 'dataset "cats"': "repeats 2"}
     with pytest.raises(ConfigError) as error:
         check_resumable(saved, current, Path("runs/cat"))
     assert str(error.value) == (
         "runs/cat cannot be resumed with these settings:\n"
         "  adapter.rank: the checkpoint has 16, the config says 8\n"
         "  model.dtype: the checkpoint has 'bf16', the config says 'fp32'\n"
-        "  dataset.repeats: the checkpoint has None, the config says 2\n"
+        '  dataset "cats": the checkpoint has None, the config says 'repeats 2'\n'
         "Set them back, or start another run with run.name=..."
     )
 
@@ -188,7 +188,7 @@ def test_every_setting_that_differs_is_listed():
 def test_what_decides_the_data_or_the_weights_may_not_change(config, index_path, key, value):
     changed = with_overrides(config, {key: value})
     before, after = (run_identity(each, load_data(each, index_path)) for each in (config, changed))
-    with pytest.raises(ConfigError, match=f"  {key}: "):
+    with pytest.raises(ConfigError, match='  dataset "' if key.startswith("dataset") else f"  {key}: "):
         check_resumable(before, after, Path("runs/cat"))
 
 

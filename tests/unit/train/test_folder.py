@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_the_index_is_the_runs_own(run, tmp_path):
     source.mkdir()
     (source / "index.parquet").write_bytes(b"rows")
     (source / "manifest.json").write_text('{"prompts": {}}')
-    kept = keep_index(run, source / "index.parquet")
+    kept = Path(keep_index(run, str(source / "index.parquet")))
     (source / "index.parquet").write_bytes(b"other rows")
     assert kept.read_bytes() == b"rows"
     assert (kept.parent / "manifest.json").exists()

@@ -1,0 +1,47 @@
+"""Arrow tables made of many pieces: in memory while they are small, then in a temporary file that is memory-mapped.
+
+What lies in such a file takes address space and no memory of its own: the system reads what is touched and lets go of
+it when something else needs the room. So ten million images fit on a driver with a few GiB.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+from sdxl_ray.errors import storage_errors
+
+ROWS_IN_MEMORY = 500_000
+
+
+def gather(pieces: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
+    """One table, in the order of its pieces.
+
+    Raises:
+        StorageError: the folder for temporary files is full.
+    """
+    held: list[pa.Table] = []
+    num_rows = 0
+    pieces = iter(pieces)
+    for piece in pieces:
+        held.append(piece)
+        num_rows += len(piece)
+        if num_rows > ROWS_IN_MEMORY:
+            break
+    else:
+        return pa.concat_tables([schema.empty_table(), *held]).unify_dictionaries()
+    # Deleted at once; the mapping keeps it alive as long as the table is.
+    with (
+        storage_errors("planning", tempfile.gettempdir(), "Free some space there, or set TMPDIR to another folder."),
+        tempfile.NamedTemporaryFile(prefix="sdxl-ray-", suffix=".arrow") as file,
+    ):
+        with pa.ipc.new_stream(file, schema) as writer:
+            while held:
+                writer.write_table(held.pop(0))
+            for piece in pieces:
+                writer.write_table(piece)
+        file.flush()
+        mapped = pa.memory_map(file.name, "r")
+        return pa.ipc.open_stream(mapped).read_all().unify_dictionaries()
