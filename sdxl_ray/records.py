@@ -54,6 +54,7 @@ class Listed:
     text_file     address of its caption file, or empty
     texts         captions that a table's row or a tar file's .json brought along
     mask_file     address of its mask, or empty
+    mask_stamp    as `stamp`, of the mask; empty where the source does not know it
     focus_yx      point of interest from a table, as shares of height and width
     """
 
@@ -64,6 +65,7 @@ class Listed:
     text_file: str = ""
     texts: tuple[str, ...] = ()
     mask_file: str = ""
+    mask_stamp: str = ""
     focus_yx: tuple[float, float] | None = None
 
 

@@ -205,13 +205,13 @@ def _collect_one(
             if problem:
                 collection.skipped.append(Skipped(file.path, problem, section.name))
                 continue
-            if not captions[at]:
-                num_without += 1
-                without += [file] if num_without <= 10 else []
-                continue
             placements = place_all((found.height, found.width), found.image_hash, geometries, file.focus_yx)
             if isinstance(placements, Unfit):
                 collection.skipped.append(Skipped(file.path, placements.reason, section.name, by_choice=True))
+                continue
+            if not captions[at]:  # after the sizes: what is left out needs no caption
+                num_without += 1
+                without += [file] if num_without <= 10 else []
                 continue
             mask, mask_hash = "", ""
             if section.mask == "alpha":
@@ -263,7 +263,9 @@ def _mask_hashes(
 
 
 def _mask_stamp(file: Listed) -> str:
-    """A mask's own size and date where it is a local file; in a container, the image's."""
+    """A mask's own size and date; in a container, the image's."""
+    if file.mask_stamp:
+        return file.mask_stamp
     try:
         status = os.stat(file.mask_file)  # noqa: PTH116  (for every image)
     except (OSError, ValueError):

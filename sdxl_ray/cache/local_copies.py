@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import threading
+import time
 import uuid
 from collections import defaultdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from sdxl_ray.errors import storage_errors
 from sdxl_ray.storage import Folder
 
 GIB = 2**30
+_BEING_OPENED_NS = 10**9  # between `fetch` and opening what it returned
 
 
 class LocalCopies:
@@ -74,8 +76,9 @@ class LocalCopies:
         self._bytes = sum(size for _, size, _ in held)
         if self._bytes <= self.limit_bytes:
             return  # another process has made room
-        for _, size, path in sorted(held):
-            if self._bytes <= 0.9 * self.limit_bytes:
+        in_use_since_ns = time.time_ns() - _BEING_OPENED_NS
+        for used_ns, size, path in sorted(held):
+            if self._bytes <= 0.9 * self.limit_bytes or used_ns > in_use_since_ns:
                 return
             if path != keep:
                 path.unlink(missing_ok=True)

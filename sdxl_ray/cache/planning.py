@@ -240,7 +240,7 @@ class CachePlan:
         """Where a prompt's embedding is or will be, for the manifest."""
         key = text_key(prompt, self.text_fingerprint, self.num_chunks)
         shard = self.store.shard_of(key)
-        if shard is None:
+        if shard is None and key in self.prompts.values():
             shard = next((item.name for item in self.text_shards() if key in item.keys), None)
         return None if shard is None else {"shard": shard, "key": key}
 

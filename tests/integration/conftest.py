@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_ray.cache.index import Index
+from sdxl_ray.cache.shards import ShardReader
 from sdxl_ray.config.load import config_from_dict
 from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import connect
@@ -28,7 +30,10 @@ def shared_cache(tmp_path_factory) -> Path:
 
 
 def small_config(output: Path, cache: Path, name: str, model: str, **changes) -> Config:
-    """The photographs of the package at 64 px, a few steps. `changes` are sections: train={"num_workers": 2}."""
+    """The photographs of the package at 64 px, a few steps. `changes` are sections: train={"num_workers": 2}.
+
+    A list is what [[dataset]] says instead: dataset=[{"path": ...}, {"path": ...}].
+    """
     settings = {
         "run": {"name": name, "output": str(output)},
         "model": {"path": model, "dtype": "fp32"},
@@ -43,5 +48,27 @@ def small_config(output: Path, cache: Path, name: str, model: str, **changes) ->
         "cluster": {"accelerator": "cpu"},
     }
     for section, values in changes.items():
-        settings.setdefault(section, {}).update(values)
+        if isinstance(values, list):
+            settings[section] = values
+        else:
+            settings.setdefault(section, {}).update(values)
     return config_from_dict(settings)
+
+
+def must_not_connect() -> None:
+    """For `build_cache` over a cache to which nothing is missing."""
+    raise AssertionError("a complete cache needs no Ray")
+
+
+def read_all(cache: str, index_path: str) -> tuple[int, int]:
+    """Read every entry that an index names, with its checksum; how many different latents and captions there are."""
+    index, reader = Index.read(index_path), ShardReader(cache)
+    latents: dict[str, str] = {}
+    captions: dict[str, str] = {}
+    for row in range(len(index)):
+        sample = index[row]
+        latents.update(zip(sample.latent_keys, sample.latent_shards, strict=True))
+        captions.update(zip(sample.text_keys, sample.text_shards, strict=True))
+    for key, shard in (latents | captions).items():
+        assert reader.read(shard, key)
+    return len(latents), len(captions)

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
-from sdxl_ray.cache import pipeline
+from sdxl_ray.cache import ray_jobs
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.config.load import BUILTIN_PHOTOGRAPHS, dump_config, with_overrides
 from sdxl_ray.connection import connect
 from sdxl_ray.errors import CacheError, DatasetError, ModelError
 from sdxl_ray.sdxl.tiny import write_tiny_sdxl
 
-from .conftest import small_config
+from .conftest import must_not_connect, read_all, small_config
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -43,15 +43,13 @@ def shard_times(cache: Path) -> dict[str, int]:
     return {str(path.relative_to(cache)): path.stat().st_mtime_ns for path in cache.glob("**/*.safetensors")}
 
 
-def must_not_connect() -> None:
-    raise AssertionError("a complete cache needs no Ray")
-
-
 def test_a_second_run_encodes_nothing_and_a_deleted_shard_only_itself(config, photographs):
     cache = Path(config.cache.path)
     first = build_cache(config)
     assert first.num_samples == first.num_latents_encoded == 21
     assert first.num_captions_encoded > 21  # several captions for some, and the empty prompt
+
+    assert read_all(config.cache.path, first.index_path) == (21, first.num_captions_encoded - 1)
 
     second = build_cache(config, connect=must_not_connect)
     assert (second.num_latents_encoded, second.num_captions_encoded) == (0, 0)
@@ -81,7 +79,7 @@ def test_runs_with_other_validation_prompts_keep_each_others(config):
     second = build_cache(with_overrides(config, {"validation.prompts": ["a blue house"]}))
     assert (second.num_latents_encoded, second.num_captions_encoded) == (0, 1)
     assert first.index_path == second.index_path
-    manifest = json.loads((second.index_path.parent / "manifest.json").read_text())
+    manifest = json.loads(Path(second.index_path).with_name("manifest.json").read_text())
     assert {"a red house", "a blue house", ""} <= manifest["prompts"].keys()
 
 
@@ -89,7 +87,7 @@ def test_runs_with_other_validation_prompts_keep_each_others(config):
 def test_a_scan_on_ray_is_the_scan_of_threads_and_shows_itself(config, monkeypatch):
     by_threads = build_cache(config)
     (Path(config.cache.path) / "scan.parquet").unlink()
-    monkeypatch.setattr(pipeline, "SCAN_ON_RAY_FROM", 1)
+    monkeypatch.setattr(ray_jobs, "SCAN_ON_RAY_FROM", 1)
     seen = []
     by_ray = build_cache(config, progress=lambda *event: seen.append(event))
     assert (by_ray.num_samples, by_ray.num_latents_encoded) == (by_threads.num_samples, 0)
@@ -145,7 +143,7 @@ def test_unreadable_images_are_skipped_listed_and_not_tried_again(config, photog
     reasons = {Path(item.path).name: item.reason for item in result.skipped}
     assert all("cannot be decoded" in reasons[f"damaged_{number}.jpg"] for number in range(3))
     assert all("not an image" in reasons[name] for name in ("astronaut.jpg", "retina.png", "grass.jpg"))
-    listed = result.skipped_path.read_text()
+    listed = Path(result.skipped_path).read_text()
     assert all(name in listed for name in reasons)
     for row in pq.read_table(result.index_path).to_pylist():
         expected = Path(row["path"]).with_suffix(".txt").read_text().splitlines()
@@ -188,6 +186,5 @@ def test_a_killed_driver_loses_at_most_unfinished_shards(config, tmp_path):
     result = build_cache(config, connect=lambda: connect("local"))
     assert result.num_samples == 21
     assert finished.items() <= shard_times(cache).items()
-    num_entries = len(set(pq.read_table(result.index_path)["latent_key"].to_pylist()))
-    assert num_entries == 21
+    assert read_all(config.cache.path, result.index_path)[0] == 21
     assert build_cache(config, connect=must_not_connect).num_latents_encoded == 0

@@ -29,7 +29,15 @@ ROWS = [
 
 # Library -> the modules that may import it.
 HOMES = {
-    "ray": ["cache.pipeline", "cache.ray_jobs", "train.launch", "train.worker", "sweeps.*", "doctor.cluster", "connection"],
+    "ray": [
+        "cache.pipeline",
+        "cache.ray_jobs",
+        "train.launch",
+        "train.worker",
+        "sweeps.*",
+        "doctor.cluster",
+        "connection",
+    ],
     "peft": ["sdxl.adapters", "export.formats"],
     "wandb": ["tracking.trackers"],
     "huggingface_hub": [

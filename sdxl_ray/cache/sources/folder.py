@@ -158,6 +158,7 @@ def _listed(level: _Level, rules: _Rules) -> Iterator[Listed]:
             stamp=stamp,
             text_file=address(_caption_of(image, level, rules)),
             mask_file=address(mask if mask in level.masks else ""),
+            mask_stamp=level.stamps.get(mask, "") if mask in level.masks else "",
         )
 
 

@@ -168,7 +168,7 @@ def test_every_setting_that_differs_is_listed():
         "runs/cat cannot be resumed with these settings:\n"
         "  adapter.rank: the checkpoint has 16, the config says 8\n"
         "  model.dtype: the checkpoint has 'bf16', the config says 'fp32'\n"
-        '  dataset "cats": the checkpoint has None, the config says 'repeats 2'\n'
+        "  dataset \"cats\": the checkpoint has None, the config says 'repeats 2'\n"
         "Set them back, or start another run with run.name=..."
     )
 
