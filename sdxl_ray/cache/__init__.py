@@ -1,13 +1,21 @@
 """Stage 1: images and captions to encoded shards. Files in the order in which data meets them.
 
-scan.py      folder -> files with content hash and size; unreadable ones with their reason
-captions.py  files -> captions, never the wrong one
-buckets.py   size -> bucket, resize, crop
-images.py    file -> pixels: colour, orientation, resize, crop
-encode.py    pixels -> VAE posterior; captions -> embeddings of both text encoders
-shards.py    tensors <-> content-addressed .safetensors files; the index
-planning.py  what the cache should hold, and what is still missing (no Ray, no torch)
-actors.py    what runs on the nodes: scan and decode tasks, encoding actors (no Ray)
-pipeline.py  the missing shards through Ray Data
-manifest.py  what an index was made with, and where the embeddings of prompts lie
+sources/         folder, tar files, tables, Hugging Face; local or in a bucket -> images, listed but not opened
+scan.py          images -> content hash and size; unreadable ones with their reason       memo.py: what is known already
+captions.py      images -> captions, never the wrong one; their variants
+buckets.py       size -> bucket, resize, crops
+collection.py    all of these, in pieces -> columns                                       tables.py: large ones on disk
+planning.py      what the cache should hold, and what is still missing (no Ray, no torch)
+images.py        file -> pixels: colour, orientation, resize, crop; masks
+encode.py        pixels -> VAE posterior; captions -> embeddings of both text encoders
+shards.py        tensors <-> content-addressed .safetensors files                         local_copies.py: of a bucket's
+store.py         key -> shard
+actors.py        what runs on the nodes: scan and decode tasks, encoding actors (no Ray)
+pools.py         how much of a cluster they take
+ray_jobs.py      the Ray Data jobs
+pipeline.py      the whole stage; in the background of a run with cache.mode = "ondemand"
+index.py         index.parquet: one row per sample                                        manifest.py: prompts
+live.py          one image or caption, encoded on the spot by a training worker
+maintenance.py   what is in a cache folder, is it whole, what is unused
+preview.py       the contact sheet
 """

@@ -146,8 +146,8 @@ def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
         (
             {"shuffle_tags": True},
             "caption_variants",
-            "is 1, but with dataset.shuffle_tags or dataset.tag_dropout every epoch would see the same order. Set it to "
-            '8, say; or cache.text = "online", which makes a new variant each time.',
+            "is 1, but with dataset.shuffle_tags or dataset.tag_dropout every epoch would see the same order. Set it "
+            'to 8, say; or cache.text = "online", which makes a new variant each time.',
         ),
         (
             {"caption_variants": 8},
