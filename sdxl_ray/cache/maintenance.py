@@ -91,6 +91,9 @@ def verify(cache: str, progress: Callable[[int, int], None] = lambda done, total
             damaged = _keys_of(store, number) if result is None else result
             if damaged:
                 mark_damaged(cache, name, *damaged)
+                places = store.find(keys_from_hex(damaged))
+                damaged = [key for key, place in zip(damaged, places.tolist(), strict=True) if place in (-1, number)]
+            if damaged:  # and not replaced in another shard since it was found
                 found[name] = damaged
             progress(number + 1, len(store.names))
     for name in store.damaged:

@@ -24,8 +24,8 @@ from sdxl_ray.cache.index import Index, write_index
 from sdxl_ray.cache.manifest import write_manifest
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.planning import CachePlan, check_readable, drop_undecodable, find_missing, plan_cache, write_skipped
-from sdxl_ray.cache.ray_jobs import Clock, Progress, Reserved, encode_latents, encode_text, scan_on_ray
-from sdxl_ray.errors import CacheError, SdxlRayError
+from sdxl_ray.cache.ray_jobs import Clock, Progress, Reserved, Undecodable, encode_latents, encode_text, scan_on_ray
+from sdxl_ray.errors import CacheError, DatasetError, SdxlRayError
 from sdxl_ray.sdxl.components import resolve_model
 from sdxl_ray.storage import open_folder
 
@@ -120,11 +120,12 @@ def encode_missing(config: Config, plan: CachePlan, progress: Progress, clock: C
     clock = clock or Clock()
     clock.counts["captions"] = encode_text(config, plan, progress, clock)
     clock.stage("text")
-    clock.counts["images"], undecodable = encode_latents(config, plan, progress, clock)
+    undecodable: list[Undecodable] = []
+    clock.counts["images"] = encode_latents(config, plan, progress, clock, undecodable)
     clock.stage("images")
     if undecodable:
         _remember(config, undecodable)
-        drop_undecodable(plan, {key: item for key, item, _ in undecodable})
+        drop_undecodable(plan, {item.key: item.skipped for item in undecodable})
     plan.store.refresh()
     find_missing(plan)
     if plan.missing_text or plan.missing_latents:
@@ -140,14 +141,20 @@ class Background:
     def __init__(self, config: Config, plan: CachePlan) -> None:
         self.config, self.plan = config, plan
         self.error: SdxlRayError | None = None
-        self.skipped: list[Skipped] = []
+        self._undecodable: list[Undecodable] = []
         self.progress: dict[str, tuple[int, int]] = {}  # stage -> done, total
+        self._reserved: Reserved = (0.0, 0.0)
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def start(self, *, reserved_cpus: float, reserved_gpus: float) -> None:
-        """Begin; what the training workers need stays free."""
-        self._reserved: Reserved = (reserved_cpus, reserved_gpus)
+    def reserve(self, *, cpus: float, gpus: float) -> None:
+        """What the training workers have stays theirs."""
+        self._reserved = (cpus, gpus)
+
+    def start(self) -> None:
+        """Begin, unless it has begun."""
+        if self._threads:
+            return
         self._threads = [
             threading.Thread(target=self._work, args=(work,), daemon=True) for work in (self._text, self._latents)
         ]
@@ -178,24 +185,39 @@ class Background:
         encode_text(self.config, self.plan, self._progress, Clock(), reserved=self._reserved)
 
     def _latents(self) -> None:
-        _, undecodable = encode_latents(self.config, self.plan, self._progress, Clock(), reserved=self._reserved)
-        self.skipped = [item for _, item, _ in undecodable]
-        if undecodable:
-            _remember(self.config, undecodable)
+        # Not remembered as damaged, other than in a run of `cache`: they are rows of this run's index, and without them
+        # the run could not be resumed.
+        encode_latents(self.config, self.plan, self._progress, Clock(), self._undecodable, reserved=self._reserved)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Images that turned out damaged; they count nothing in the batches of the run."""
+        return [item.skipped for item in self._undecodable]
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         self.progress[stage] = (done, total)
         if self._stop.is_set():
             raise _Stopped
+        allowed = max(dataset.max_unreadable for dataset in self.config.datasets)
+        if len(self._undecodable) > allowed * self.plan.num_images:
+            shown = "\n".join(f"  {item.path}: {item.reason}" for item in self.skipped[:20])
+            raise DatasetError(
+                f"{len(self._undecodable)} of {self.plan.num_images} images cannot be decoded, more than "
+                f"dataset.max_unreadable = {allowed:g} allows:\n{shown}\nRepair or remove them, or raise it."
+            )
 
 
 class _Stopped(Exception):
     """Nobody needs the rest."""
 
 
-def _remember(config: Config, undecodable: Sequence[tuple[str, Skipped, str]]) -> None:
+def _remember(config: Config, undecodable: Sequence[Undecodable]) -> None:
     """Damaged images are not tried again until they change. What was wrong only with a mask, or now, is."""
-    problems = {digest: item.reason for _, item, digest in undecodable if item.reason.startswith("cannot be decoded")}
+    problems = {
+        item.image_hash: item.skipped.reason
+        for item in undecodable
+        if item.skipped.reason.startswith("cannot be decoded")
+    }
     if problems:
         Memo(open_folder(config.cache.path)).mark(problems)
 

@@ -59,15 +59,19 @@ def share_cluster(
     """
     num_cpus = max(0.0, sum(node.cpus for node in nodes) - reserved_cpus)
     able = [node for node in nodes if not accelerator_type or accelerator_type in node.accelerators]
-    # A fraction lies on one GPU: of encoders that take 0.4, two fit on each.
-    num_gpus = sum(int(node.gpus) for node in able) - (0 if accelerator_type else int(reserved_gpus))
-    # May still come: the pool waits for a node that the autoscaler starts.
-    if (num_gpus > 0 or accelerator == "gpu") and accelerator != "cpu":
-        room = max(num_gpus, 1) * max(1, int(1 / gpus_per_encoder)) if num_gpus > 0 else num_encoders or 1
+    spare = int(sum(node.gpus for node in nodes) - reserved_gpus)
+    num_gpus = min(spare, sum(int(node.gpus) for node in able))
+    # None there, but asked for, and nobody has taken it: the pool waits for a node that the autoscaler starts. Beside a
+    # run that has taken them all, waiting would last until the run is over, which itself waits for us.
+    may_come = accelerator == "gpu" and not reserved_gpus
+    if (num_gpus > 0 or may_come) and accelerator != "cpu":
+        gpus_per_actor = gpus_per_encoder / num_pools  # the pools share each GPU
+        # A fraction lies on one GPU: of encoders that take 0.4, two fit on each.
+        room = num_gpus * max(1, int(1 / gpus_per_encoder)) if num_gpus > 0 else num_encoders or 1
         num_actors = max(1, min(num_encoders or num_gpus, room, num_items))
         most = max(num_actors, min(max_encoders, num_items))
         cpus_per_decode = 1.0 if max((node.cpus for node in nodes), default=0) >= 1 and num_cpus >= 1 else 0.4
-        return Share(num_actors, most, 0.0, gpus_per_encoder, cpus_per_decode, "cuda")
+        return Share(num_actors, most, 0.0, gpus_per_actor, cpus_per_decode, "cuda")
     device = "mps" if accelerator != "cpu" and len(nodes) == 1 else "cpu"  # Ray does not count Apple's GPU
     cores = max(1, int(num_cpus))
     num_actors = max(1, min(num_encoders or 1, cores, num_items))

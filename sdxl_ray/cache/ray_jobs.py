@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import ray.data
@@ -42,9 +42,19 @@ if TYPE_CHECKING:
 SCAN_ON_RAY_FROM = 5_000
 # Shards of one Ray Data job. The work items of millions of images at once would fill the object store.
 _SHARDS_AT_ONCE = 2_048
+# What encoders of captions and images and their decode tasks take at least (`share_cluster`).
+_SPARE_CPUS = 0.5
 
 Progress = Callable[[str, int, int], None]  # stage ("scan", "text", "images"), done, total
 Reserved = tuple[float, float]  # CPUs and GPUs that training has; only beside a training run
+
+
+class Undecodable(NamedTuple):
+    """An image whose pixels turned out damaged."""
+
+    key: str  # of its latent
+    image_hash: str
+    skipped: Skipped
 
 
 class Clock:
@@ -131,12 +141,17 @@ def encode_text(
 
 
 def encode_latents(
-    config: Config, plan: CachePlan, progress: Progress, clock: Clock, reserved: Reserved | None = None
-) -> tuple[int, list[tuple[str, Skipped, str]]]:
-    """(number encoded, (latent key, what to report, image hash) of each image that cannot be decoded)"""
-    total, done, skipped = plan.num_missing_latents, 0, []
+    config: Config,
+    plan: CachePlan,
+    progress: Progress,
+    clock: Clock,
+    undecodable: list[Undecodable],
+    reserved: Reserved | None = None,
+) -> int:
+    """Every image that is missing; how many were encoded. Those that cannot be decoded are added to `undecodable`."""
+    total, done = plan.num_missing_latents, 0
     if not total:
-        return 0, []
+        return 0
     progress("images", 0, total)
     share = _share(config, len(plan.missing_latents), reserved, text=False)
     arguments = {
@@ -155,13 +170,15 @@ def encode_latents(
         )
         for row in _results(dataset):
             found = json.loads(str(row["skipped"]))
-            skipped += [(item["key"], Skipped(item["path"], item["reason"]), item["image_hash"]) for item in found]
+            undecodable += [
+                Undecodable(item["key"], item["image_hash"], Skipped(item["path"], item["reason"])) for item in found
+            ]
             done += int(row["num"])
             clock.workers["encode"] += float(row["encode_s"])
             clock.workers["decode"] += float(row["decode_s"])
             clock.counts["tiled"] += int(row["tiled"])
-            progress("images", done, total - len(skipped))
-    return done, skipped
+            progress("images", done, total - len(undecodable))
+    return done
 
 
 # ---- shared by text and images ---------------------------------------------------------------------------------------
@@ -199,6 +216,30 @@ def _pool(config: Config, share: Share) -> dict[str, Any]:
         if config.cache.accelerator_type:
             needs["accelerator_type"] = config.cache.accelerator_type
     return {"compute": ray.data.ActorPoolStrategy(min_size=share.num_actors, max_size=share.max_actors), **needs}
+
+
+def check_spare(config: Config, reserved: Reserved) -> None:
+    """Refuse what would wait for ever: training for entries, and their encoder for room that training has taken.
+
+    Raises:
+        ClusterError: this machine has no room left beside the training workers. A cluster may still grow.
+    """
+    if not connection.is_local():
+        return
+    total, cache = ray.cluster_resources(), config.cache
+    spare_cpus, spare_gpus = total.get("CPU", 0) - reserved[0], total.get("GPU", 0) - reserved[1]
+    if spare_cpus < _SPARE_CPUS:
+        raise ClusterError(
+            f'cache.mode = "ondemand" needs a CPU core beside the training workers, which take {reserved[0]:g} of '
+            f'{total.get("CPU", 0):g}. Lower train.num_workers or cluster.cpus_per_worker, or set cache.mode = "disk".'
+        )
+    needed = max(cache.gpus_per_encoder, cache.gpus_per_text_encoder)
+    if config.cluster.accelerator == "gpu" and spare_gpus < needed:
+        raise ClusterError(
+            f'cache.mode = "ondemand" needs {needed:g} GPU beside the training workers, which take {reserved[1]:g} of '
+            f'{total.get("GPU", 0):g}. Lower train.num_workers; or set cluster.accelerator = "auto", which encodes on '
+            'CPUs then, or cache.mode = "disk" or "off".'
+        )
 
 
 def _share(config: Config, num_items: int, reserved: Reserved | None, *, text: bool) -> Share:

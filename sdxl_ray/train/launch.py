@@ -19,6 +19,7 @@ from ray.train.torch import TorchTrainer
 
 from sdxl_ray import errors
 from sdxl_ray.cache.pipeline import Background, build_cache
+from sdxl_ray.cache.ray_jobs import check_spare
 from sdxl_ray.config.load import load_config, with_overrides
 from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import check_room, connect, is_local, worker_resources
@@ -60,6 +61,7 @@ class RunMonitor:
         self.events: list[str] = []
         self.stop = False
         self.fatal: tuple[str, str] | None = None
+        self.encoded = True  # with cache.mode = "ondemand": whether nothing more will be
 
     def post(self, event: str) -> None:
         self.events.append(event)
@@ -76,6 +78,12 @@ class RunMonitor:
 
     def report_fatal(self, kind: str, text: str) -> None:
         self.fatal = self.fatal or (kind, text)
+
+    def set_encoded(self, encoded: bool) -> None:
+        self.encoded = encoded
+
+    def encoding_state(self) -> tuple[tuple[str, str] | None, bool]:
+        return self.fatal, self.encoded
 
     def fatal_error(self) -> tuple[str, str] | None:
         return self.fatal
@@ -133,12 +141,15 @@ def fit(
     connect(address)
     resources = worker_resources(config.cluster.accelerator, config.cluster.cpus_per_worker)
     check_room(config.train.num_workers, resources, growing=not is_local())
+    reserved_cpus, reserved_gpus = (config.train.num_workers * resources.get(kind, 0.0) for kind in ("CPU", "GPU"))
+    if background is not None:
+        check_spare(config, (reserved_cpus, reserved_gpus))
     claim_folder(run_folder, config, resume=resume)
     on_folder()
     index_path = keep_index(run_folder, index_path)
 
     on_event({"event": "line", "text": f"starting {config.train.num_workers} workers"})
-    monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
+    monitor: Any = ray.remote(num_cpus=0)(RunMonitor).remote()
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # its result comes back in `return_value`
         train_loop_config={
@@ -169,10 +180,8 @@ def fit(
         ),
     )
     if background is not None:
-        num_workers = config.train.num_workers
-        background.start(
-            reserved_cpus=num_workers * resources.get("CPU", 0), reserved_gpus=num_workers * resources.get("GPU", 0)
-        )
+        background.reserve(cpus=reserved_cpus, gpus=reserved_gpus)
+        ray.get(monitor.set_encoded.remote(False))
     try:
         returned = _run_and_watch(trainer, monitor, on_event, background)
     finally:
@@ -217,13 +226,15 @@ def _run_and_watch(
 
     thread = threading.Thread(target=work, daemon=True)
     shown: dict[str, tuple[int, int]] = {}
+    placed = False
     with _signals_heard() as asked:
         thread.start()
         told = False
         while thread.is_alive():
             thread.join(0.25)
-            _show_events(monitor, on_event)
-            if background is not None:
+            placed = _show_events(monitor, on_event) or placed
+            # Once the workers run: encoders that came first might take what the workers need.
+            if background is not None and placed:
                 _watch_background(background, monitor, on_event, shown)
             if asked.is_set() and not told:
                 told = True
@@ -241,19 +252,29 @@ def _run_and_watch(
 def _watch_background(
     background: Background, monitor: Any, on_event: Callable[[Event], None], shown: dict[str, tuple[int, int]]
 ) -> None:
-    """Show how far encoding on demand is; where it failed, tell the workers that wait for it."""
+    """Start encoding on demand; show how far it is; where it failed, tell the workers that wait for it."""
+    background.start()
     for stage, (done, total) in list(background.progress.items()):
         if shown.get(stage) != (done, total):
             shown[stage] = (done, total)
             on_event({"event": "progress", "stage": stage, "done": done, "total": total})
+    if not background.running and "end" not in shown:
+        shown["end"] = (0, 0)
+        monitor.set_encoded.remote(True)
+        for item in background.skipped:
+            text = f"note: {item.path}: {item.reason}; it counts nothing in this run"
+            on_event({"event": "line", "text": text})
     if background.error is not None and "error" not in shown:
         shown["error"] = (0, 0)
         monitor.report_fatal.remote(type(background.error).__name__, str(background.error))
 
 
-def _show_events(monitor: Any, on_event: Callable[[Event], None]) -> None:
-    for event in ray.get(monitor.drain.remote()):
+def _show_events(monitor: Any, on_event: Callable[[Event], None]) -> bool:
+    """Whether there were any."""
+    events = ray.get(monitor.drain.remote())
+    for event in events:
         on_event(json.loads(event))
+    return bool(events)
 
 
 @contextmanager

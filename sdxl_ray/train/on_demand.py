@@ -24,7 +24,7 @@ def order_of_need(config: Config, index: Index, position: int) -> np.ndarray:
     order = data_order(config, parts)
     epochs = [int(order.epochs_at(position))]
     epochs.append(epochs[0] + 1)  # a run that goes on in the middle of an epoch meets the rest in the next
-    needed = []
+    needed = [np.empty(0, np.int64)]
     for number in epochs:
         with contextlib.suppress(IndexError):  # the last dataset has ended
             epoch = order.epoch(number)

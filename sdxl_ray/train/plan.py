@@ -159,6 +159,8 @@ class DataOrder:
         whole step; nothing is dropped or doubled. Where a border in steps cuts the epoch, its end is left out.
         """
         phase, after = self._phase_of(epoch)
+        if not phase.micro_batches_per_epoch:
+            raise IndexError(f"epoch {epoch}: no dataset takes part from {phase.border} on")
         entries = self._entries_of(phase)
         draw = keyed_generator(self.seed, epoch, "order")
         size = self.micro_batch_size

@@ -27,6 +27,7 @@ from sdxl_ray.sdxl.checkpointing import set_gradient_checkpointing
 from sdxl_ray.sdxl.components import load_scheduler_config, load_unet, resolve_model
 from sdxl_ray.sdxl.conditioning import predict
 from sdxl_ray.sdxl.devices import DTYPES
+from sdxl_ray.storage import is_uri
 from sdxl_ray.train.batches import BatchBuilder, prefetch
 from sdxl_ray.train.checkpoints import load_checkpoint
 from sdxl_ray.train.data import Data, Samples, build_plan, data_order
@@ -189,11 +190,16 @@ def build_training(
         eval_objective=objective_class(schedule),  # unweighted, so that runs with other weightings can be compared
         num_eval_timesteps=config.eval.num_timesteps,
         scheduler_config=scheduler_config,
-        # Decoding takes a core's time, and the encoder should never wait for it.
-        prefetching=Prefetching(depth=16, num_threads=min(8, os.cpu_count() or 1))
-        if config.cache.mode == "off"
-        else Prefetching(),
+        prefetching=_prefetching(config),
     )
+
+
+def _prefetching(config: Config) -> Prefetching:
+    if config.cache.mode == "off":  # decoding takes a core's time, and the encoder should never wait for it
+        return Prefetching(depth=16, num_threads=min(8, os.cpu_count() or 1))
+    if is_uri(config.cache.path):  # a shard that is copied from a bucket takes a second of waiting
+        return Prefetching(depth=16, num_threads=8)
+    return Prefetching()
 
 
 def build_entries(config: Config, data: Data, *, device: torch.device, report: Callable[[str], None]) -> CacheEntries:

@@ -4,6 +4,7 @@ and again after a failure."""
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from sdxl_ray.train.state import TrainState, Workers
 from sdxl_ray.train.validation import draw_share
 
 _STOP_POLL_S = 0.5
+_LATE_S = 30.0  # a network drive may show a new file that much later
+_TELL_S = 60.0
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -61,7 +64,9 @@ def _train(config: Config, workers: Workers, settings: dict[str, Any]) -> dict[s
     run_folder = Path(settings["run_folder"])
     started_at = time.time()
     monitor = settings["monitor"]
-    data = load_data(config, settings["index_path"], wait=lambda shard: _wait_for(shard, monitor))
+    data = load_data(
+        config, settings["index_path"], wait=_Waiting(monitor) if config.cache.mode == "ondemand" else None
+    )
     checkpoint = _latest(settings["resume_from"], ray.train.get_checkpoint())
     if workers.world_rank == 0:
         monitor.post.remote(json.dumps({"event": "line", "text": f"loading {config.model.path}"}))
@@ -107,11 +112,33 @@ def _train(config: Config, workers: Workers, settings: dict[str, Any]) -> dict[s
     }
 
 
-def _wait_for(shard: str, monitor: Any) -> None:
-    """Called while a shard is still to be encoded (cache.mode = "ondemand"): go on, or hear that it is in vain."""
-    fatal = ray.get(monitor.fatal_error.remote())
-    if fatal:
-        raise CacheError(f"{shard} will not come: {fatal[1]}")
+class _Waiting:
+    """Called again and again while a shard is still to be encoded (cache.mode = "ondemand")."""
+
+    def __init__(self, monitor: Any) -> None:
+        self.monitor = monitor
+        self._since: dict[str, float] = {}
+        self._told: set[str] = set()
+
+    def __call__(self, shard: str) -> None:
+        """Go on waiting, or hear that it is in vain.
+
+        Raises:
+            CacheError: encoding has failed; or it is over, and the shard is not where this worker looks for it.
+        """
+        waited = time.monotonic() - self._since.setdefault(shard, time.monotonic())
+        fatal, done = ray.get(self.monitor.encoding_state.remote())
+        if fatal:
+            raise CacheError(f"{shard} will not come: {fatal[1]}")
+        if done and waited > _LATE_S:
+            raise CacheError(
+                f"everything is encoded, and {shard} is not there for the worker on {socket.gethostname()}. Is "
+                "cache.path the same folder on all machines, and has nobody deleted from it?"
+            )
+        if waited > _TELL_S and shard not in self._told:
+            self._told.add(shard)
+            text = f"waiting for {shard} to be encoded"
+            self.monitor.post.remote(json.dumps({"event": "line", "text": text}))
 
 
 def _out_of_memory(config: Config, workers: Workers, error: Exception) -> str:

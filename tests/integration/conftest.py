@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.shards import ShardReader
 from sdxl_ray.config.load import config_from_dict
 from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import connect
+from sdxl_ray.tracking.metrics import read_metrics
 
 
 @pytest.fixture(scope="package")
@@ -29,7 +31,7 @@ def shared_cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def small_config(output: Path, cache: Path, name: str, model: str, **changes) -> Config:
+def small_config(output: Path, cache: Path, name: str, model: str, /, **changes) -> Config:
     """The photographs of the package at 64 px, a few steps. `changes` are sections: train={"num_workers": 2}.
 
     A list is what [[dataset]] says instead: dataset=[{"path": ...}, {"path": ...}].
@@ -55,6 +57,14 @@ def small_config(output: Path, cache: Path, name: str, model: str, **changes) ->
     return config_from_dict(settings)
 
 
+def actor_processes(class_name: str) -> list[int]:
+    """Process ids of the living actors of this Ray whose class is called so. Other Rays of the machine are not met."""
+    from ray.util.state import list_actors
+
+    alive = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+    return sorted(actor.pid for actor in alive if class_name in actor.class_name)
+
+
 def must_not_connect() -> None:
     """For `build_cache` over a cache to which nothing is missing."""
     raise AssertionError("a complete cache needs no Ray")
@@ -72,3 +82,27 @@ def read_all(cache: str, index_path: str) -> tuple[int, int]:
     for key, shard in (latents | captions).items():
         assert reader.read(shard, key)
     return len(latents), len(captions)
+
+
+def assert_same_training(found: Path, expected: Path) -> None:
+    """To the bit: the losses of every step and evaluation, and every tensor of the exported LoRA."""
+    for name in ("train/loss", "eval/loss"):
+        values = [
+            {line["step"]: line[name] for line in read_metrics(folder / "metrics.jsonl") if name in line}
+            for folder in (found, expected)
+        ]
+        assert values[0] == values[1], name
+        assert values[1], name
+    files = [sorted((folder / "export").glob("*.safetensors")) for folder in (found, expected)]
+    assert len(files[0]) == len(files[1]) > 0
+    for mine, theirs in zip(*files, strict=True):
+        tensors, others = load_file(mine), load_file(theirs)
+        assert tensors.keys() == others.keys()
+        assert all(tensors[name].equal(other) for name, other in others.items())
+
+
+def flip_a_bit(shard: Path) -> None:
+    """In the last tensor of a shard: its header stays readable, one entry's checksum does not fit any more."""
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 0x10
+    shard.write_bytes(content)

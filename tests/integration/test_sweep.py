@@ -14,8 +14,7 @@ from sdxl_ray.sweeps.ranking import read_trials
 from sdxl_ray.sweeps.tuner import sweep
 from sdxl_ray.tracking.metrics import read_metrics
 
-from .conftest import small_config
-from .test_train import ray_train_workers
+from .conftest import actor_processes, small_config
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +91,10 @@ def assert_nothing_left(timeout_s: float = 30) -> None:
     while True:
         groups = [group for group in list_placement_groups() if group.state not in ("REMOVED",)]
         free = ray.available_resources().get("CPU", 0), ray.cluster_resources()["CPU"]
-        if not groups and free[0] == free[1] and not ray_train_workers():
+        workers = actor_processes("RayTrainWorker")
+        if not groups and free[0] == free[1] and not workers:
             return
-        assert time.monotonic() < deadline, (groups, free, ray_train_workers())
+        assert time.monotonic() < deadline, (groups, free, workers)
         time.sleep(0.5)
 
 

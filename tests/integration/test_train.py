@@ -22,7 +22,7 @@ from sdxl_ray.generate import generate_images
 from sdxl_ray.tracking.metrics import read_metrics
 from sdxl_ray.train.launch import FitResult, export_lora, fit
 
-from .conftest import small_config
+from .conftest import actor_processes, small_config
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -92,18 +92,6 @@ def test_a_run_leaves_behind_what_it_should(plain, config):
     assert not list(folder.glob("**/.tmp-*"))
 
 
-def ray_train_workers() -> list[int]:
-    """Process ids of Ray Train's workers on this machine."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-                found.append(int(process.name))
-        except OSError:  # it has just ended
-            continue
-    return sorted(found)
-
-
 def test_a_stopped_robbed_resumed_and_killed_run_comes_to_the_same_bytes(config, plain, tmp_path):
     """SIGTERM in the middle, the newest checkpoint lost, --resume with another number to keep, SIGKILL of a worker."""
     stopped = with_overrides(config, {"run.name": "stopped", "validation.prompts": []})
@@ -133,7 +121,7 @@ def test_a_stopped_robbed_resumed_and_killed_run_comes_to_the_same_bytes(config,
         if event["event"] == "started":
             starts.append(event["step"])
         if event["event"] == "checkpoint" and event["step"] >= starts[0] + 10 and not killed:
-            killed.append(ray_train_workers()[-1])
+            killed.append(actor_processes("RayTrainWorker")[-1])
             os.kill(killed[0], signal.SIGKILL)
 
     # With one checkpoint to keep, the one it began with is gone by the time of the kill.

@@ -14,7 +14,7 @@ from sdxl_ray.cache import pipeline, ray_jobs
 from sdxl_ray.cache.collection import Skipped
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.pipeline import Background, build_cache
-from sdxl_ray.cache.ray_jobs import scan_on_ray
+from sdxl_ray.cache.ray_jobs import Undecodable, scan_on_ray
 from sdxl_ray.cache.scan import scan_images
 from sdxl_ray.cache.shards import ShardReader, write_shard
 from sdxl_ray.errors import CacheError, DatasetError, StorageError
@@ -55,20 +55,19 @@ class Jobs:
             progress("text", len(shard.keys), plan.num_missing_text)
         return plan.num_missing_text
 
-    def latents(self, config, plan, progress, clock, reserved=None):
-        skipped = []
+    def latents(self, config, plan, progress, clock, undecodable, reserved=None):
         for shard in plan.latent_shards():
             assert self.go_on.wait(10)
             good = []
             for key, record in zip(shard.keys, shard.records, strict=True):
                 reason = self.bad.get(Path(record.path).name)
                 if reason:
-                    skipped.append((key, Skipped(record.path, reason), record.image_hash))
+                    undecodable.append(Undecodable(key, record.image_hash, Skipped(record.path, reason)))
                 else:
                     good.append(key)
             self.write(plan, shard, "mean", good)
             progress("images", len(good), plan.num_missing_latents)
-        return plan.num_missing_latents - len(skipped), skipped
+        return plan.num_missing_latents - len(undecodable)
 
     def write(self, plan, shard, tensor, keys=None):
         import torch
@@ -222,7 +221,8 @@ def on_demand(config, jobs, ranks=None):
 
 
 def start(result):
-    result.background.start(reserved_cpus=1, reserved_gpus=0)
+    result.background.reserve(cpus=1, gpus=0)
+    result.background.start()
     for thread in result.background._threads:
         thread.join(10)
     assert not result.background.running
@@ -273,13 +273,24 @@ def test_the_command_that_fills_a_cache_fills_it_in_every_mode(config, jobs):
     assert (result.background, result.num_latents_encoded) == (None, 9)
 
 
-def test_on_demand_what_is_damaged_is_told_and_remembered(config, jobs):
+def test_on_demand_what_is_damaged_is_told_and_stays_a_row_so_that_the_run_can_be_resumed(config, jobs):
     jobs.bad = {"03.png": "cannot be decoded: truncated"}
     result = on_demand(config, jobs)
-    assert result.num_samples == 9  # nobody knows yet
+    before = [sample.sample_id for sample in index_of(result)]
     start(result)
     assert [Path(item.path).name for item in result.background.skipped] == ["03.png"]
-    assert on_demand(config, jobs).num_samples == 8
+    assert result.background.error is None
+    assert [sample.sample_id for sample in index_of(on_demand(config, jobs))] == before
+
+
+def test_on_demand_too_many_damaged_images_end_the_run(config, jobs):
+    jobs.bad = {f"0{number}.png": "cannot be decoded: truncated" for number in range(3)}
+    result = on_demand(config, jobs)
+    start(result)
+    assert type(result.background.error) is DatasetError
+    assert str(result.background.error).startswith(
+        "2 of 9 images cannot be decoded, more than dataset.max_unreadable = 0.2 allows:\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -302,7 +313,8 @@ def test_on_demand_it_stops_after_the_shards_at_hand(config, jobs):
     result = on_demand(config, jobs)
     jobs.go_on.clear()
     background = result.background
-    background.start(reserved_cpus=1, reserved_gpus=0)
+    background.reserve(cpus=1, gpus=0)
+    background.start()
     assert background.running
     stopping = threading.Thread(target=background.stop)
     stopping.start()

@@ -117,3 +117,22 @@ def test_by_default_every_gpu_encodes():
 def test_an_encoder_lies_on_one_gpu():
     with pytest.raises(ValueError, match="less than or equal to 1"):
         CacheSection(gpus_per_encoder=2.0)
+
+
+@pytest.mark.parametrize("settings", [{"accelerator": "gpu"}, {"accelerator_type": "L4"}, {}])
+def test_beside_a_run_that_has_every_gpu_encoding_is_on_cpus(settings):
+    """Waiting for a GPU that the run gives back at its end, while it waits for the encoder, would never end."""
+    found = share([Node(8, 2, ("L4",))], reserved_cpus=2, reserved_gpus=2, num_pools=2, **settings)
+    assert found.device in ("cpu", "mps")
+    assert found.gpus_per_actor == 0
+
+
+def test_beside_a_run_captions_and_images_share_each_gpu_that_is_left():
+    found = share([(16, 4)], reserved_gpus=3, reserved_cpus=3, num_pools=2)
+    assert (found.device, found.num_actors, found.gpus_per_actor) == ("cuda", 1, 0.5)
+
+
+def test_encoders_on_a_type_of_their_own_leave_the_others_to_the_run():
+    nodes = [Node(8, 8, ("H100",)), Node(8, 4, ("L4",))]
+    found = share(nodes, accelerator_type="L4", reserved_gpus=8, reserved_cpus=8, num_pools=2)
+    assert (found.device, found.num_actors, found.gpus_per_actor) == ("cuda", 4, 0.5)

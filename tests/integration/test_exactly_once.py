@@ -1,0 +1,102 @@
+"""Killed encoders and several jobs at once: every entry is there once, whole, and is not encoded again."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sdxl_ray.cache.pipeline import build_cache
+from sdxl_ray.cache.store import ShardStore
+from sdxl_ray.config.load import dump_config, with_overrides
+from tests.s3 import answering
+
+from .conftest import actor_processes, must_not_connect, read_all, small_config
+from .test_datasets import image_bytes, write_folder
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.slow]
+
+
+def test_a_killed_encoder_is_replaced_and_loses_nothing(tmp_path, tiny_model):
+    """kill -9 after the first shard, while images of the others are still on their way."""
+    held_back = threading.Event()
+    sizes = ((80, 80), (72, 110), (120, 90), (64, 140))
+
+    def answer(number: int, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+        at = int(Path(path).stem)
+        if at >= 100:
+            held_back.wait(120)
+        content = image_bytes(at, *sizes[at // 50])
+        return 200, {"Content-Length": str(len(content))}, content
+
+    with answering(answer) as (address, _):
+        with (tmp_path / "images.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(("image", "caption", "height", "width"))
+            for number in range(200):
+                rows.writerow((f"{address}/{number}.png", f"picture {number}", *sizes[number // 50]))
+        dataset = {"path": str(tmp_path / "images.csv"), "resolution": 64, "bucket_step": 16}
+        config = small_config(tmp_path / "runs", tmp_path / "cache", "killed", tiny_model, dataset=[dataset])
+        killed: list[int] = []
+
+        def kill(stage: str, done: int, total: int) -> None:
+            if stage == "images" and done and not killed:
+                killed.extend(actor_processes("WriteLatentShard"))
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
+                held_back.set()
+
+        result = build_cache(config, progress=kill)
+    assert killed
+    assert result.num_latents_encoded == result.num_samples == 200
+    assert read_all(config.cache.path, result.index_path) == (200, 200)
+    assert_each_once(config.cache.path)
+    assert not list(Path(config.cache.path).glob("**/.tmp-*"))
+    assert build_cache(config, connect=must_not_connect).num_latents_encoded == 0
+
+
+def assert_each_once(cache: str) -> None:
+    keys = Counter(ShardStore(cache).keys.tolist())
+    assert max(keys.values()) == 1
+
+
+def test_two_jobs_may_fill_one_cache_at_the_same_time(tmp_path, tiny_model):
+    """Two drivers, each with a Ray of its own, datasets that overlap in half."""
+    both = write_folder(tmp_path / "both", range(24))
+    configs = []
+    for name, numbers in (("one", range(24, 36)), ("two", range(36, 48))):
+        own = write_folder(tmp_path / name, numbers)
+        datasets = [{"path": str(path), "resolution": 64, "bucket_step": 16} for path in (both, own)]
+        config = small_config(tmp_path / "runs", tmp_path / "cache", name, tiny_model, dataset=datasets)
+        (tmp_path / f"{name}.toml").write_text(dump_config(config))
+        configs.append(config)
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "sdxl_ray", "cache", str(tmp_path / f"{config.run.name}.toml")],
+            env={**os.environ, "RAY_ADDRESS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for config in configs
+    ]
+    try:
+        said = [job.communicate(timeout=280)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0, 0], said
+    for config in configs:
+        again = build_cache(config, connect=must_not_connect)
+        assert (again.num_latents_encoded, again.num_captions_encoded) == (0, 0)
+        assert read_all(config.cache.path, again.index_path) == (36, 72)
+    union = with_overrides(configs[0], {"dataset": [*configs[0].dataset, configs[1].dataset[1]]})
+    assert build_cache(union, connect=must_not_connect).num_samples == 48
+    assert not list(Path(configs[0].cache.path).glob("**/.tmp-*"))
