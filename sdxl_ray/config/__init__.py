@@ -1,6 +1,7 @@
 """What the user asked for: one strict schema, read from TOML.
 
-schema.py          every setting with its unit, range, default and reason: the only place where they are written down
+schema.py          every setting with its unit, range, default and reason: the only place where they are written down,
+                   with data.py for datasets and the cache, made of fields.py
 units.py           durations and shares that carry their unit ("2000 steps", "10 epochs", "5 %")
 contradictions.py  settings that are fine alone but not together
 names.py           what datasets are called where nobody gave them a name
