@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdxl_ray import errors
-from sdxl_ray.cache.images import UnreadableImage, load_mask, load_pixels
+from sdxl_ray.cache.images import UnreadableImage
 from sdxl_ray.cache.planning import TextShard
-from sdxl_ray.cache.scan import CANNOT_BE_READ, ScannedFile, scan_file
+from sdxl_ray.cache.reading import is_web, load_image, reason_of
+from sdxl_ray.cache.scan import CANNOT_BE_READ, ScannedFile, scan_file, scan_images
 from sdxl_ray.cache.shards import write_shard
 from sdxl_ray.errors import CacheError, SdxlRayError, StorageError
 from sdxl_ray.records import ImageRecord, Listed
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 # ---- scan ------------------------------------------------------------------------------------------------------------
 
 
+_READ_AGAIN = 20  # files of one row
+
+
 class ScanChunk:
     """Ray Data task: some files of the list that the driver made."""
 
@@ -40,11 +44,14 @@ class ScanChunk:
         self.max_pixels = max_pixels
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        scanned = [
-            asdict(scan_file(listed, self.max_pixels, by_listing=trusted))
-            for listed, trusted in listed_from(str(row["files"]))
-        ]
-        return {"first": row["first"], "scanned": json.dumps(scanned), "node": socket.gethostname()}
+        files = listed_from(str(row["files"]))
+        scanned = [asdict(scan_file(listed, self.max_pixels, by_listing=trusted)) for listed, trusted in files]
+        return {
+            "first": row["first"],
+            "scanned": json.dumps(scanned),
+            "by_listing": json.dumps([trusted for _, trusted in files]),
+            "node": socket.gethostname(),
+        }
 
 
 def files_as_row(first: int, files: Sequence[Listed], trusted: Sequence[bool]) -> dict[str, Any]:
@@ -67,19 +74,26 @@ def listed_from(text: str) -> list[tuple[Listed, bool]]:
 def scanned_files(row: Mapping[str, Any], files: Sequence[Listed], max_pixels: int) -> list[ScannedFile]:
     """The files of one row of `ScanChunk`, on the driver.
 
+    What the node could not read is read here again, at most 20 of them: a network drive may have stumbled. What neither
+    can read is skipped like any other.
+
     Raises:
-        CacheError: the node cannot read a file that the driver can. What neither can read is skipped like any other.
+        CacheError: the node cannot read more than 20 files that the driver can, which is no stumbling.
     """
     scanned = [ScannedFile(**item) for item in json.loads(str(row["scanned"]))]
-    first = int(row["first"])
-    for number, found in enumerate(scanned):
-        if found.problem.startswith(CANNOT_BE_READ):
-            file = files[first + number]
-            scanned[number] = scan_file(file, max_pixels)
-            if not scanned[number].problem.startswith(CANNOT_BE_READ):
-                raise _unreadable_on_node(
-                    str(row["node"]), file.path, found.problem.removeprefix(f"{CANNOT_BE_READ}: ")
-                )
+    by_listing, first = json.loads(str(row["by_listing"])), int(row["first"])
+    failed = [at for at, found in enumerate(scanned) if found.problem.startswith(CANNOT_BE_READ)]
+    # Spread over all of them, so that they tell what the others are like.
+    chosen = failed[:: -(-len(failed) // _READ_AGAIN)] if failed else []
+    again = scan_images(
+        [files[first + at] for at in chosen], max_pixels=max_pixels, by_listing=[by_listing[at] for at in chosen]
+    )
+    readable = [at for at, found in zip(chosen, again, strict=True) if not found.problem.startswith(CANNOT_BE_READ)]
+    if len(readable) * len(failed) > _READ_AGAIN * len(chosen):
+        reason = scanned[readable[0]].problem.removeprefix(f"{CANNOT_BE_READ}: ")
+        raise _unreadable_on_node(str(row["node"]), files[first + readable[0]].path, reason)
+    for at, found in zip(chosen, again, strict=True):
+        scanned[at] = found
     return scanned
 
 
@@ -128,7 +142,8 @@ def decode_shard(row: dict[str, Any]) -> dict[str, Any]:
     """Ray Data task: the pixels of one shard, (N, H, W, 3) uint8; N is smaller where images are damaged.
 
     With masks, "masks" is (N, H/8, W/8) uint8, else it has no pixels. An image that is damaged is skipped. One that
-    this node cannot read is an error: the driver has read it.
+    this node cannot read is an error where the driver has read it; where the listing was trusted instead, it is skipped
+    if it is not there, or if its web server does not give it.
     """
     shard = json.loads(str(row["shard"]))
     started = time.perf_counter()
@@ -138,19 +153,19 @@ def decode_shard(row: dict[str, Any]) -> dict[str, Any]:
     for key, fields in zip(shard["keys"], shard["records"], strict=True):
         record = _record(fields)
         try:
-            image = load_pixels(record)
-            masks += [load_mask(record)] if record.mask else []
+            image, mask = _load(record)
         except UnreadableImage as error:
             header["skipped"].append(
                 {"key": key, "path": record.path, "image_hash": record.image_hash, "reason": str(error)}
             )
             continue
         except (OSError, StorageError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            header["error"] = error_text(_unreadable_on_node(socket.gethostname(), record.path, reason))
+            header["error"] = error_text(_unreadable_on_node(socket.gethostname(), record.path, reason_of(error)))
             pixels.clear()
+            masks.clear()
             break
         pixels.append(image)
+        masks += [] if mask is None else [mask]
         header["keys"].append(key)
         header["paths"].append(record.path)
     height, width = shard["records"][0]["bucket_hw"]
@@ -161,6 +176,16 @@ def decode_shard(row: dict[str, Any]) -> dict[str, Any]:
         "pixels": np.stack(pixels) if pixels else np.zeros((0, height, width, 3), np.uint8),
         "masks": np.stack(masks) if masks else np.zeros((len(pixels), *cells), np.uint8),
     }
+
+
+def _load(record: ImageRecord) -> tuple[np.ndarray, np.ndarray | None]:
+    """`load_image`. A list of addresses holds dead servers too, and dataset.max_unreadable limits how many."""
+    try:
+        return load_image(record)
+    except OSError as error:
+        if record.verify or not is_web(error):
+            raise
+        raise UnreadableImage(f"{CANNOT_BE_READ}: {reason_of(error)}") from None
 
 
 class WriteLatentShard:

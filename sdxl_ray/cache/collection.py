@@ -12,6 +12,7 @@ import binascii
 import hashlib
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
 PIECE = 100_000  # images at a time
 ID_BYTES = 12
 
-Scan = Callable[..., list[ScannedFile]]
+_HAND_ON_EVERY_S = 15.0  # to the memo, which writes it down now and then
+
+# (files, max_pixels=, by_listing=): what was found of each file, in their order
+Scan = Callable[..., Iterable[ScannedFile]]
 
 _NAMES = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
@@ -165,7 +169,8 @@ def collect(
     Args:
         vae, text: fingerprints.
         text_online: captions are varied and encoded while training: no keys for them.
-        scan: how new files are scanned; the pipeline passes one that shows progress, and uses Ray for many.
+        scan: how new files are scanned; the pipeline passes one that shows progress, and uses Ray for many. What it
+            yields before it is interrupted is remembered.
 
     Raises:
         DatasetError: no images; ambiguous or missing captions.
@@ -176,7 +181,10 @@ def collect(
         for section in datasets
         for piece in _collect_one(section, collection, memo, vae, text, num_chunks, text_online, scan)
     )
-    collection.table = gather(pieces, SCHEMA)
+    try:
+        collection.table = gather(pieces, SCHEMA)
+    finally:  # also what an interrupted scan has found
+        memo.write()
     return collection
 
 
@@ -224,7 +232,6 @@ def _collect_one(
     if num_without:
         raise no_captions_error(without, num_without, num_images, rules)
     collection.num_images[section.name] = num_images
-    memo.write()
 
 
 def _pieces(files: Iterator[Listed]) -> Iterator[list[Listed]]:
@@ -241,11 +248,25 @@ def _scan(files: Sequence[Listed], section: DatasetSection, memo: Memo, scan: Sc
     trusted = [_trusted(file, section) for file in files]
     known = memo.find(files, trusted, section.max_pixels)
     unknown = [at for at, found in enumerate(known) if found is None]
-    new = [files[at] for at in unknown]
-    scanned = scan(new, max_pixels=section.max_pixels, by_listing=[trusted[at] for at in unknown]) if new else []
-    memo.add(new, [trusted[at] for at in unknown], scanned)
+    new, by_listing = [files[at] for at in unknown], [trusted[at] for at in unknown]
+    scanned: list[ScannedFile] = []
+    num_handed_on, handed_on = 0, time.monotonic()
+
+    def hand_on() -> None:
+        nonlocal num_handed_on, handed_on
+        rows = slice(num_handed_on, len(scanned))
+        memo.add(new[rows], by_listing[rows], scanned[rows])
+        num_handed_on, handed_on = len(scanned), time.monotonic()
+
+    try:
+        for found in scan(new, max_pixels=section.max_pixels, by_listing=by_listing) if new else []:
+            scanned.append(found)
+            if time.monotonic() - handed_on > _HAND_ON_EVERY_S:
+                hand_on()
+    finally:
+        hand_on()
     fresh = dict(zip(unknown, scanned, strict=True))
-    return [found or fresh[at] for at, found in enumerate(known)]
+    return [known_file or fresh[at] for at, known_file in enumerate(known)]
 
 
 def _mask_hashes(

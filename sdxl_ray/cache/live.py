@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from sdxl_ray.cache.encode import LatentEncoder, TextEncoder, loading
-from sdxl_ray.cache.images import UnreadableImage, load_mask, load_pixels
-from sdxl_ray.errors import CacheError
+from sdxl_ray.cache.images import UnreadableImage
+from sdxl_ray.cache.reading import load_image
+from sdxl_ray.errors import CacheError, StorageError
 from sdxl_ray.records import EncodedSample
 
 _CAPTIONS_KEPT = 128  # 40 MB
@@ -58,15 +59,15 @@ class LiveEntries:
         self.text = functools.lru_cache(maxsize=_CAPTIONS_KEPT)(self._text)
 
     def latents(self, sample: EncodedSample, variant: int) -> dict[str, torch.Tensor] | None:
-        """ "mean", "std" (4, h, w) bf16, and "mask" (h, w) uint8 where the sample has one; None: it cannot be decoded.
+        """ "mean", "std" (4, h, w) bf16, and "mask" (h, w) uint8 where the sample has one; None: it cannot be decoded,
+        or its listing was trusted and it is not there.
 
         Raises:
-            CacheError: this machine cannot read the image's file.
+            CacheError: this machine cannot read the image's file, twice.
         """
         record = sample.image_record(variant)
         try:
-            pixels = load_pixels(record)
-            mask = torch.from_numpy(np.array(load_mask(record))) if record.mask else None
+            pixels, mask = load_image(record)
         except UnreadableImage as error:
             with self._lock:
                 is_known = record.path in self._unreadable
@@ -74,7 +75,7 @@ class LiveEntries:
             if not is_known:
                 self.report(f"{record.path}: {error}; it does not count in training")
             return None
-        except OSError as error:
+        except (OSError, StorageError) as error:
             raise CacheError(
                 f"{record.path}: cannot be read on this machine ({error}), and its encoded form is not in the cache. "
                 'Make the images visible to all machines that train; or set cache.mode = "disk" and encode them where '
@@ -92,7 +93,7 @@ class LiveEntries:
                 "Their latents differ a little from those of the cache"
             )
         entry = {name: tensor[0] for name, tensor in encoded.items()}
-        return entry if mask is None else {**entry, "mask": mask}
+        return entry if mask is None else {**entry, "mask": torch.from_numpy(np.array(mask))}
 
     def _text(self, caption: str) -> dict[str, torch.Tensor]:
         """ "prompt_embeds" (77, 2048), 77 for each chunk, and "pooled_prompt_embeds" (1280,), bf16."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import threading
 import time
 import uuid
@@ -16,22 +17,30 @@ from sdxl_ray.storage import Folder
 
 GIB = 2**30
 _BEING_OPENED_NS = 10**9  # between `fetch` and opening what it returned
+_COUNT_EVERY_S = 60.0
+_STALE_TEMPORARY_NS = 24 * 3600 * 10**9
+_CACHE_FOLDER = re.compile("[0-9a-f]{12}")  # nothing else below `path` is ours
 
 
 class LocalCopies:
     """A folder of copies, shared by the processes of a machine. Safe to share between threads.
+
+    The limit is for the copies of all caches together. What is there is counted on the disk, since other processes copy
+    and delete too: once a minute, and so often that eight processes together stay below the limit.
 
     A copy that another process removes while this one has it mapped stays readable: Linux keeps the data until then.
     """
 
     def __init__(self, folder: Folder, path: str, *, limit_gib: float) -> None:
         self.folder = folder
+        self.path = Path(path).expanduser()
         # Two caches may have shards of the same name.
-        self.root = Path(path).expanduser() / hashlib.sha256(folder.path.encode()).hexdigest()[:12]
+        self.root = self.path / hashlib.sha256(folder.path.encode()).hexdigest()[:12]
         self.limit_bytes = int(limit_gib * GIB)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
-        self._bytes = sum(size for _, size, _ in self._held())
+        self._bytes_to_count = 0  # that may be written before the next count
+        self._counted = 0.0
 
     def fetch(self, name: str) -> Path:
         """The copy's path; copied now if it is not there.
@@ -56,39 +65,45 @@ class LocalCopies:
                 finally:
                     temporary.unlink(missing_ok=True)
         with self._lock:
-            self._bytes += len(content)
-            if self._bytes > self.limit_bytes:
+            self._bytes_to_count -= len(content)
+            if self._bytes_to_count < 0 or time.monotonic() - self._counted > _COUNT_EVERY_S:
                 self._make_room(keep=path)
         return path
 
     def remove(self, name: str) -> None:
         """Forget a copy that is not as it should be: the next `fetch` makes a new one."""
-        path = self.root / name
-        with contextlib.suppress(FileNotFoundError):
-            size = path.stat().st_size
-            path.unlink()
-            with self._lock:
-                self._bytes -= size
+        (self.root / name).unlink(missing_ok=True)
 
     def _make_room(self, keep: Path) -> None:
-        """Delete the least recently used until nine tenths of the limit are left."""
+        """Where there is more than the limit, delete the least recently used until nine tenths of it are left."""
         held = self._held()
-        self._bytes = sum(size for _, size, _ in held)
-        if self._bytes <= self.limit_bytes:
-            return  # another process has made room
-        in_use_since_ns = time.time_ns() - _BEING_OPENED_NS
-        for used_ns, size, path in sorted(held):
-            if self._bytes <= 0.9 * self.limit_bytes or used_ns > in_use_since_ns:
-                return
-            if path != keep:
-                path.unlink(missing_ok=True)
-                self._bytes -= size
+        num_bytes = sum(size for _, size, _ in held)
+        if num_bytes > self.limit_bytes:
+            in_use_since_ns = time.time_ns() - _BEING_OPENED_NS
+            for used_ns, size, path in sorted(held):
+                if num_bytes <= 0.9 * self.limit_bytes or used_ns > in_use_since_ns:
+                    break
+                if path != keep:
+                    path.unlink(missing_ok=True)
+                    num_bytes -= size
+        self._counted = time.monotonic()
+        self._bytes_to_count = min(self.limit_bytes // 20, (self.limit_bytes - num_bytes) // 8)
 
     def _held(self) -> list[tuple[int, int, Path]]:
-        """(last use in ns, bytes, path) of each copy."""
+        """(last use in ns, bytes, path) of each copy of any cache. Deletes what killed processes left a day ago."""
         held = []
-        for path in self.root.rglob("*.safetensors"):
-            with contextlib.suppress(FileNotFoundError):  # another process made room
-                status = path.stat()
-                held.append((status.st_mtime_ns, status.st_size, path))
+        with contextlib.suppress(FileNotFoundError):
+            caches = [entry.path for entry in os.scandir(self.path) if _CACHE_FOLDER.fullmatch(entry.name)]
+            for folder, _, names in (found for cache in caches for found in os.walk(cache)):
+                for path in (Path(folder, name) for name in names):
+                    with contextlib.suppress(FileNotFoundError):  # another process made room
+                        status = path.stat()
+                        if path.suffix == ".safetensors":
+                            held.append((status.st_mtime_ns, status.st_size, path))
+                        elif path.name.startswith(".tmp-") and _is_stale(status.st_mtime_ns):
+                            path.unlink()
         return held
+
+
+def _is_stale(written_ns: int) -> bool:
+    return time.time_ns() - written_ns > _STALE_TEMPORARY_NS

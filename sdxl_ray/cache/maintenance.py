@@ -5,9 +5,10 @@ from __future__ import annotations
 import binascii
 import io
 import json
+import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -34,7 +35,8 @@ class Stats:
     num_entries: dict[str, int]  # of each bucket, and of "text"
     gib: dict[str, float]
     num_unused: int  # entries that no index mentions
-    unusable: list[str]  # files that are damaged, or of another version of the format
+    unusable: list[str]  # files that are damaged
+    other_versions: list[str]  # shards of another version of the format
     datasets: dict[str, tuple[int, float]]  # name -> samples, days since it was used
 
     def lines(self) -> list[str]:
@@ -46,6 +48,11 @@ class Stats:
             f"dataset {name}: {num:,} samples, used {days:.0f} days ago" for name, (num, days) in self.datasets.items()
         ]
         lines.append(f"{self.num_unused:,} entries are in no dataset (sdxl-ray cache --prune)")
+        if self.other_versions:
+            lines.append(
+                f"{len(self.other_versions):,} shards are of another version of sdxl-ray, and stay: "
+                f"{', '.join(self.other_versions[:3])}{', ...' if len(self.other_versions) > 3 else ''}"
+            )
         lines += [f"cannot be used: {name}" for name in self.unusable]
         return lines
 
@@ -72,6 +79,7 @@ def stats(cache: str) -> Stats:
         gib=dict(size),
         num_unused=int((~np.isin(store.keys, used)).sum()),
         unusable=[*store.damaged, *unreadable],
+        other_versions=store.other_versions,
         datasets=datasets,
     )
 
@@ -79,9 +87,14 @@ def stats(cache: str) -> Stats:
 def verify(cache: str, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, list[str]]:
     """Read every shard and compare every checksum. Damaged entries are marked, so that they count as missing.
 
+    What is marked already is told again only where a dataset needs it and no other shard has it.
+
     Returns:
         the damaged keys of each shard: all of them where it cannot be read to its end, and none where the file is no
         shard, which counts as missing anyway.
+
+    Raises:
+        StorageError: a file cannot be read for a reason that says nothing about what is in it.
     """
     store = ShardStore(cache)
     found: dict[str, list[str]] = {}
@@ -91,14 +104,30 @@ def verify(cache: str, progress: Callable[[int, int], None] = lambda done, total
             damaged = _keys_of(store, number) if result is None else result
             if damaged:
                 mark_damaged(cache, name, *damaged)
-                places = store.find(keys_from_hex(damaged))
-                damaged = [key for key, place in zip(damaged, places.tolist(), strict=True) if place in (-1, number)]
-            if damaged:  # and not replaced in another shard since it was found
                 found[name] = damaged
             progress(number + 1, len(store.names))
+    known = {key for name, damaged in found.items() for key in damaged if key in store.marked.get(name, ())}
+    if known:
+        told = known - _settled(store, sorted(known))
+        found = {
+            name: [key for key in damaged if key in told or key not in store.marked.get(name, ())]
+            for name, damaged in found.items()
+        }
+    found = {name: damaged for name, damaged in found.items() if damaged}
     for name in store.damaged:
-        found[name] = []
+        if name not in store.marked:
+            mark_damaged(cache, name)
+            found[name] = []
     return found
+
+
+def _settled(store: ShardStore, keys: list[str]) -> set[str]:
+    """Those of the keys that another shard has, or that no dataset mentions."""
+    wanted, indexes = keys_from_hex(keys), list(_indexes(store.folder))
+    settled = store.find(wanted) >= 0  # the store does not count what is marked
+    if not any(index_found.problem for index_found in indexes):
+        settled |= ~np.isin(wanted, np.concatenate([np.empty(0, "S16"), *(each.keys for each in indexes)]))
+    return {key for key, is_settled in zip(keys, settled.tolist(), strict=True) if is_settled}
 
 
 def _keys_of(store: ShardStore, number: int) -> list[str]:
@@ -160,7 +189,18 @@ def prune(cache: str, *, keep_days: float, dry_run: bool) -> Pruned:
         for name in old:
             for entry in folder.list(f"datasets/{name}"):
                 folder.delete(entry.name)
+        _remove_empty_folders(folder, old)
     return Pruned(shards, old, sum(entries[name].size for name in shards) / GIB)
+
+
+def _remove_empty_folders(folder: Folder, emptied: Sequence[str]) -> None:
+    """Those of datasets with nothing in them but what is hidden, the manifest's lock: emptied now, or a day ago."""
+    if folder.local is None:  # a bucket has no folders
+        return
+    for path in (folder.local / "datasets").glob("*/"):
+        is_young = time.time() - path.stat().st_mtime < _YOUNG_S
+        if (path.name in emptied or not is_young) and all(inside.name.startswith(".") for inside in path.iterdir()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,24 @@
 """What earlier scans found, so that a second run over unchanged files only lists them.
 
 Remembered by (path, stamp); 60 bytes for each image. A memo is never needed for correctness: a damaged one is as good
-as none, and of two jobs that write one at once the later wins.
+as none, and of two jobs that write one at once the later wins. With another Pillow or other plug-ins for it, what was
+wrong with an image is looked at again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import time
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
+import PIL
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sdxl_ray.cache.scan import CANNOT_BE_READ, TOO_LARGE, ScannedFile
@@ -22,6 +26,10 @@ from sdxl_ray.records import Listed
 from sdxl_ray.storage import Folder
 
 FILE_NAME = "scan.parquet"
+_WRITE_EVERY_S = 60.0
+_READERS = b"sdxl_ray.readers"  # in the file's metadata: what images were looked at with
+_PLUGINS = ("pillow_heif", "pillow_jxl")
+_NEEDS_PACKAGE = "pip install"
 _SCHEMA = pa.schema(
     [
         ("identity", pa.binary(16)),
@@ -40,13 +48,13 @@ class Memo:
         self.folder = folder
         self._table = _read(folder)  # sorted by identity
         self._new: list[pa.Table] = []
-        self._written = time.monotonic()
+        self._written, self._write_every_s = time.monotonic(), _WRITE_EVERY_S
 
     def find(self, files: Sequence[Listed], by_listing: Sequence[bool], max_pixels: int) -> list[ScannedFile | None]:
         """What is known of each file; None where it has to be looked at.
 
-        Looked at again: what was refused for its size, since the limit may have changed, and what could not be read,
-        since a network drive may be back.
+        Looked at again: what was refused for its size, since the limit may have changed; what could not be read, since
+        a network drive may be back; what needs a package, since another machine may have it.
         """
         identities = _identities(files, by_listing)
         known = _column(self._table)
@@ -58,8 +66,7 @@ class Memo:
         rows = self._table.take(pa.array(places[hits])).to_pylist()
         for place, row in zip(hits.tolist(), rows, strict=True):
             file = ScannedFile(row["image_hash"].hex(), row["height"], row["width"], row["problem"])
-            fits = file.height * file.width <= max_pixels
-            if fits and TOO_LARGE not in file.problem and not file.problem.startswith(CANNOT_BE_READ):
+            if file.height * file.width <= max_pixels and not _may_be_over(file.problem):
                 found[place] = file
         return found
 
@@ -68,7 +75,7 @@ class Memo:
         if not files:
             return
         self._new.append(_table(_identities(files, by_listing), scanned))
-        if time.monotonic() - self._written > 60:
+        if time.monotonic() - self._written > self._write_every_s:
             self.write()
 
     def write(self) -> None:
@@ -77,16 +84,21 @@ class Memo:
         Raises:
             StorageError: the disk is full or read-only.
         """
+        started = time.monotonic()
         if self._new:
             table = pa.concat_tables([*reversed(self._new), self._table]).unify_dictionaries()  # the later first
             self._table, self._new = _sorted(table), []
             self.folder.write_by(
                 FILE_NAME,
-                lambda file: pq.write_table(self._table, file, compression="zstd"),
+                lambda file: pq.write_table(
+                    self._table.replace_schema_metadata({_READERS: _readers()}), file, compression="zstd"
+                ),
                 doing="writing the list of scanned images",
                 cure="Free some space; nothing encoded is lost.",
             )
         self._written = time.monotonic()
+        # That of ten million images takes half a minute to write.
+        self._write_every_s = max(_WRITE_EVERY_S, 10 * (self._written - started))
 
     def mark(self, problems: dict[str, str]) -> None:
         """Remember what turned out about images with these hashes: not tried again until they change."""
@@ -98,6 +110,17 @@ class Memo:
         marked = [dataclasses.replace(file, problem=problems[file.image_hash]) for file in found]
         self._new.append(_table(_column(taken), marked))
         self.write()
+
+
+def _may_be_over(problem: str) -> bool:
+    """Whether it may have gone without a change of the file."""
+    return TOO_LARGE in problem or problem.startswith(CANNOT_BE_READ) or _NEEDS_PACKAGE in problem
+
+
+def _readers() -> bytes:
+    """What decides which images can be read: Pillow's version, and the plug-ins that are installed."""
+    installed = [name for name in _PLUGINS if importlib.util.find_spec(name) is not None]
+    return " ".join([f"Pillow {PIL.__version__}", *installed]).encode()
 
 
 def _sorted(table: pa.Table) -> pa.Table:
@@ -146,7 +169,9 @@ def _read(folder: Folder) -> pa.Table:
         return _SCHEMA.empty_table()
     try:
         table = pq.read_table(io.BytesIO(folder.read(FILE_NAME)), read_dictionary=["problem"])
-        return _sorted(table.select(_SCHEMA.names).cast(_SCHEMA))
+        with_others = (table.schema.metadata or {}).get(_READERS) != _readers()
+        table = table.select(_SCHEMA.names).cast(_SCHEMA)
+        return _sorted(table.filter(pc.equal(table.column("problem"), "")) if with_others else table)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         warnings.warn(f"{folder.path}/{FILE_NAME}: {reason}; the images are scanned again", stacklevel=2)

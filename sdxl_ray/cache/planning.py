@@ -364,9 +364,11 @@ def drop_undecodable(plan: CachePlan, undecodable: dict[str, Skipped]) -> None:
     bad = np.isin(keys, keys_from_hex(undecodable))
     rows = np.repeat(np.arange(len(counts)), counts)[bad]
     reasons = dict(zip(rows.tolist(), hex_strings(keys[bad]).to_pylist(), strict=True))
+    known = set(plan.skipped)
     for row, values in zip(reasons, plan.collection.rows(list(reasons)), strict=True):
         item = Skipped(values["path"], undecodable[reasons[row]].reason, values["dataset"])
-        if item not in plan.skipped:  # an image in several resolutions
+        if item not in known:  # an image in several resolutions
+            known.add(item)
             plan.skipped.append(item)
     kept = np.ones(len(counts), bool)
     kept[list(reasons)] = False

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sdxl_ray.cache.images import UnreadableImage, load_mask, load_pixels
-from sdxl_ray.errors import storage_errors
+from sdxl_ray.errors import StorageError, storage_errors
 from sdxl_ray.records import EncodedSample
 
 SAMPLES_PER_BUCKET = 24
@@ -108,7 +108,7 @@ def _card(sample: EncodedSample) -> str:
     name = html.escape(Path(sample.path).name)
     try:
         pictures = _pictures(sample, name)
-    except (UnreadableImage, OSError) as error:
+    except (UnreadableImage, OSError, StorageError) as error:
         pictures = f'<p class="problem">{html.escape(str(error))}</p>'
     captions = "".join(f"<li>{html.escape(caption) or '(empty)'}</li>" for caption in sample.captions[:_CAPTIONS_SHOWN])
     if len(sample.captions) > _CAPTIONS_SHOWN:

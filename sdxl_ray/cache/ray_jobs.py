@@ -218,27 +218,17 @@ def _pool(config: Config, share: Share) -> dict[str, Any]:
     return {"compute": ray.data.ActorPoolStrategy(min_size=share.num_actors, max_size=share.max_actors), **needs}
 
 
-def check_spare(config: Config, reserved: Reserved) -> None:
-    """Refuse what would wait for ever: training for entries, and their encoder for room that training has taken.
+def check_spare(reserved: Reserved) -> None:
+    """Refuse what would wait for ever: training for entries, and their encoder for a core that training has taken.
 
     Raises:
-        ClusterError: this machine has no room left beside the training workers. A cluster may still grow.
+        ClusterError: this machine has no core left beside the training workers. A cluster may still grow.
     """
-    if not connection.is_local():
-        return
-    total, cache = ray.cluster_resources(), config.cache
-    spare_cpus, spare_gpus = total.get("CPU", 0) - reserved[0], total.get("GPU", 0) - reserved[1]
-    if spare_cpus < _SPARE_CPUS:
+    total = ray.cluster_resources().get("CPU", 0)
+    if connection.is_local() and total - reserved[0] < _SPARE_CPUS:
         raise ClusterError(
             f'cache.mode = "ondemand" needs a CPU core beside the training workers, which take {reserved[0]:g} of '
-            f'{total.get("CPU", 0):g}. Lower train.num_workers or cluster.cpus_per_worker, or set cache.mode = "disk".'
-        )
-    needed = max(cache.gpus_per_encoder, cache.gpus_per_text_encoder)
-    if config.cluster.accelerator == "gpu" and spare_gpus < needed:
-        raise ClusterError(
-            f'cache.mode = "ondemand" needs {needed:g} GPU beside the training workers, which take {reserved[1]:g} of '
-            f'{total.get("GPU", 0):g}. Lower train.num_workers; or set cluster.accelerator = "auto", which encodes on '
-            'CPUs then, or cache.mode = "disk" or "off".'
+            f'{total:g}. Lower train.num_workers or cluster.cpus_per_worker, or set cache.mode = "disk" or "off".'
         )
 
 

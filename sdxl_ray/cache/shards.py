@@ -2,7 +2,8 @@
 
     <cache>/latents/832x1216/<shard>.safetensors    mean, std (and mask)    one bucket a folder
     <cache>/text/<shard>.safetensors                prompt_embeds, pooled_prompt_embeds
-    <cache>/**/<shard>.safetensors.damaged          keys in it that turned out damaged: not used any more
+    <cache>/**/<shard>.safetensors.damaged          keys in it that turned out damaged: not used any more; none of them
+                                                    where the file is no shard, which has been reported
 
 A shard's name is a hash of the keys it holds, so two jobs that write the same shard write the same content. Its header
 holds the keys in row order and a CRC-32 per row: a row is found by its key and never by a number alone, the index can
@@ -12,6 +13,7 @@ is whole.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import threading
@@ -36,11 +38,19 @@ _POLL_S = 0.2
 
 
 class MissingEntry(CacheError):
-    """The shard is there without this entry: its image turned out damaged when it was encoded."""
+    """The shard is there without this entry. With cache.mode = "ondemand", its image turned out damaged."""
 
 
 class DamagedEntry(CacheError):
     """The entry's checksum does not fit its bytes."""
+
+
+class UnreadableShard(CacheError):
+    """The shard is gone, cut short, or not given by its disk or store."""
+
+
+class OtherVersion(CacheError):
+    """The shard was written by a version of this program with another format. It is sound, but not for us."""
 
 
 def latent_key(
@@ -105,8 +115,9 @@ def write_shard(
 def mark_damaged(cache: str, shard: str, *keys: str) -> None:
     """From now on these entries count as missing, so that the next `sdxl-ray cache` encodes them again."""
     folder = open_folder(cache)
-    known = read_marker(folder, shard + DAMAGED_SUFFIX) if folder.exists(shard + DAMAGED_SUFFIX) else []
-    if not set(keys) <= set(known):
+    is_marked = folder.exists(shard + DAMAGED_SUFFIX)
+    known = read_marker(folder, shard + DAMAGED_SUFFIX) if is_marked else []
+    if not is_marked or not set(keys) <= set(known):
         folder.write(shard + DAMAGED_SUFFIX, json.dumps([*dict.fromkeys([*known, *keys])]).encode())
 
 
@@ -122,7 +133,13 @@ _FIRST_READ = 64 * 1024  # holds the header of a usual shard
 
 
 def read_header(folder: Folder, name: str, size: int) -> dict[str, Any] | None:
-    """The header of a shard with its metadata, or None where the file is cut short or no shard of ours."""
+    """The header of a shard with its metadata, or None where the file is cut short or no shard of ours.
+
+    Raises:
+        FileNotFoundError: the file is not there any more.
+        StorageError: it cannot be read, which says nothing about what is in it.
+        OtherVersion: see there.
+    """
     try:
         start = folder.read_range(name, 0, min(_FIRST_READ, size))
         length = int.from_bytes(start[:8], "little")
@@ -130,42 +147,66 @@ def read_header(folder: Folder, name: str, size: int) -> dict[str, Any] | None:
             return None
         if len(start) < 8 + length:
             start += folder.read_range(name, len(start), 8 + length - len(start))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreadable(folder, name, error) from None
+    try:
         header: dict[str, Any] = json.loads(start[8 : 8 + length])
         metadata = header["__metadata__"]
+        if metadata["sdxl_ray.version"] != FORMAT_VERSION:
+            raise OtherVersion(f"{folder.path}/{name}: is of version {metadata['sdxl_ray.version']} of the format")
         tensors = [value for key, value in header.items() if key != "__metadata__"]
         num_rows = {len(json.loads(metadata[f"sdxl_ray.{name}"])) for name in ("keys", "crc32")}
         num_rows |= {tensor["shape"][0] for tensor in tensors}
         is_whole = size == 8 + length + max(tensor["data_offsets"][1] for tensor in tensors)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    return header if is_whole and len(num_rows) == 1 and metadata["sdxl_ray.version"] == FORMAT_VERSION else None
+    return header if is_whole and len(num_rows) == 1 else None
+
+
+def _unreadable(folder: Folder, name: str, error: OSError) -> StorageError:
+    reason = error.strerror or str(error)
+    cures = {
+        errno.EMFILE: "Allow more open files: `ulimit -n 65536`.",
+        errno.ENFILE: "The machine has too many open files: end what holds them.",
+        errno.EACCES: "Allow the user that runs this to read it.",
+        errno.EPERM: "Allow the user that runs this to read it.",
+    }
+    cure = cures.get(error.errno or 0, "Check the disk; if this file is lost, delete it: it is encoded again.")
+    return StorageError(f"{folder.path}/{name}: cannot be read ({reason}). {cure}")
+
+
+_OPEN_FILES = 4096
+_OPEN_COPIES = 64  # what is deleted to make room takes its room until it is closed
 
 
 class ShardReader:
     """Entries of memory-mapped shards, checked against their CRC. Safe to share between prefetch threads.
 
     The shards read last stay open, at most `max_open`: Linux allows a process 65,530 memory maps. Shards of a cloud
-    address are copied to `local_path` first.
+    address are copied to `local_path` first, and of copies few stay open.
     """
 
     def __init__(
         self,
         cache: str | Path,
         *,
-        max_open: int = 4096,
+        max_open: int = 0,
         local_path: str = "",
         local_gib: float = 50.0,
         wait: Callable[[str], None] | None = None,
     ) -> None:
         """
         Args:
+            max_open: 0: 4096 shards, or 64 copies.
             wait: called again and again with the name of a shard that is not there yet, until it is; it raises where
                 waiting is over. None: a shard that is not there is an error.
         """
         self.cache = str(cache)
         self.folder = open_folder(self.cache)
         self.copies = None if self.folder.local else LocalCopies(self.folder, local_path, limit_gib=local_gib)
-        self.max_open = max_open
+        self.max_open = max_open or (_OPEN_FILES if self.copies is None else _OPEN_COPIES)
         self.wait = wait
         self._open: OrderedDict[str, tuple[Any, dict[str, int], list[int]]] = OrderedDict()  # the one read last is last
         self._fetched_again: set[str] = set()
@@ -175,12 +216,12 @@ class ShardReader:
         """The tensors of one entry, without the row dimension.
 
         Raises:
-            MissingEntry, DamagedEntry: see there.
-            CacheError: the shard is gone or cannot be read.
+            MissingEntry, DamagedEntry, UnreadableShard: see there.
+            CacheError: a folder of shards is missing as a whole; or what `wait` raises.
         """
         file, rows, checksums = self._file(shard)
         if key not in rows:
-            raise MissingEntry(f"{self.cache}/{shard}: has no entry {key}")
+            raise MissingEntry(f"{self.cache}/{shard}: has no entry {key}. Run `sdxl-ray cache`.")
         row = rows[key]
         tensors = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118  (not a dict)
         found = _row_checksum(tensors)
@@ -221,11 +262,10 @@ class ShardReader:
     def _load(self, shard: str) -> tuple[Any, dict[str, int], list[int]]:
         from safetensors import SafetensorError
 
-        if self.wait is not None:
-            while not self.folder.exists(shard):
+        try:
+            while self.wait is not None and not self.folder.exists(shard):
                 self.wait(shard)
                 time.sleep(_POLL_S)
-        try:
             if self.copies is None:
                 return _open_shard(Path(self.cache) / shard)
             try:
@@ -234,7 +274,13 @@ class ShardReader:
                 self.copies.remove(shard)  # cut short on this disk, perhaps, or removed by another process just now
                 return _open_shard(self.copies.fetch(shard))
         except (OSError, StorageError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CacheError(
+            path = Path(self.cache) / shard
+            if self.copies is None and not path.parent.is_dir():
+                raise CacheError(
+                    f"{path.parent}: is not there. Is cache.path = {self.cache} the same folder on all machines? "
+                    "If it was deleted, run `sdxl-ray cache`."
+                ) from None
+            raise UnreadableShard(
                 f"{self.cache}/{shard}: cannot be read ({error}). "
                 "Run `sdxl-ray cache`: only what is missing is encoded."
             ) from None
@@ -251,7 +297,11 @@ def _open_shard(path: Path) -> tuple[Any, dict[str, int], list[int]]:
 
 
 def check_shard(folder: Folder, name: str) -> list[str] | None:
-    """The keys of its damaged entries; None where it cannot be read at all, empty where it is gone."""
+    """The keys of its damaged entries; None where it is not whole or its disk has lost it, empty where it is gone.
+
+    Raises:
+        StorageError: it cannot be read for another reason, which says nothing about what is in it.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -263,7 +313,11 @@ def check_shard(folder: Folder, name: str) -> list[str] | None:
         keys, checksums = json.loads(metadata["sdxl_ray.keys"]), json.loads(metadata["sdxl_ray.crc32"])
     except FileNotFoundError:
         return []
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return None
+        raise _unreadable(folder, name, error) from None
+    except (SafetensorError, ValueError, KeyError, TypeError):
         return None
     rows = ({kind: tensor[row] for kind, tensor in tensors.items()} for row in range(len(keys)))
     return [key for key, row, expected in zip(keys, rows, checksums, strict=True) if _row_checksum(row) != expected]

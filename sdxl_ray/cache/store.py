@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_ray.cache.shards import DAMAGED_SUFFIX, KEY_BYTES, read_header, read_marker
+from sdxl_ray.cache.shards import DAMAGED_SUFFIX, KEY_BYTES, OtherVersion, read_header, read_marker
 from sdxl_ray.storage import Folder, open_folder
 
 _STALE_TEMPORARY_S = 24 * 3600
@@ -27,6 +27,8 @@ class ShardStore:
         self.names: list[str] = []
         self.sizes: list[int] = []
         self.damaged: list[str] = []  # files that are no whole shards
+        self.other_versions: list[str] = []  # shards that another version of this program can use
+        self.marked: dict[str, set[str]] = {}  # keys that are noted as damaged, by shard
         self._keys = np.empty(0, f"S{KEY_BYTES}")  # sorted
         self._shards = np.empty(0, np.int32)
         self._tokens = np.empty(0, np.int16)
@@ -36,11 +38,15 @@ class ShardStore:
         return len(self._keys)
 
     def refresh(self) -> None:
-        """Read all headers again."""
-        self.names, self.sizes, self.damaged = [], [], []
+        """Read all headers again.
+
+        Raises:
+            StorageError: a file cannot be read, which says nothing about what is in it.
+        """
+        self.names, self.sizes, self.damaged, self.other_versions = [], [], [], []
         entries = [*self.folder.list("latents"), *self.folder.list("text")]
         shards = [entry for entry in entries if entry.name.endswith(".safetensors")]
-        bad = {
+        self.marked = {
             entry.name.removesuffix(DAMAGED_SUFFIX): set(read_marker(self.folder, entry.name))
             for entry in entries
             if entry.name.endswith(DAMAGED_SUFFIX)
@@ -51,12 +57,14 @@ class ShardStore:
         with ThreadPoolExecutor(1 if self.folder.local else 32) as threads:
             headers = threads.map(lambda entry: _entries_of(self.folder, entry.name, entry.size), shards)
             for entry, found in zip(shards, headers, strict=True):
-                if found is None:
-                    self.damaged.append(entry.name)
+                if isinstance(found, str):
+                    self.damaged += [entry.name] if found == "damaged" else []
+                    self.other_versions += [entry.name] if found == "other version" else []
                     continue
                 here, counts = found
-                if entry.name in bad:
-                    kept = [number for number, key in enumerate(here) if key.hex() not in bad[entry.name]]
+                if entry.name in self.marked:
+                    bad = self.marked[entry.name]
+                    kept = [number for number, key in enumerate(here) if key.hex() not in bad]
                     here, counts = [here[number] for number in kept], counts[kept]
                 self.names.append(entry.name)
                 self.sizes.append(entry.size)
@@ -116,20 +124,26 @@ class ShardStore:
         return removed
 
 
-def _entries_of(folder: Folder, name: str, size: int) -> tuple[list[bytes], np.ndarray] | None:
-    header = read_header(folder, name, size)
+def _entries_of(folder: Folder, name: str, size: int) -> tuple[list[bytes], np.ndarray] | str:
+    """(keys, number of tokens of each), or why it has none for us: "damaged", "other version", "gone"."""
+    try:
+        header = read_header(folder, name, size)
+    except FileNotFoundError:  # deleted since it was listed
+        return "gone"
+    except OtherVersion:
+        return "other version"
     if header is None:
-        return None
+        return "damaged"
     metadata = header["__metadata__"]
     try:
         keys = [bytes.fromhex(key) for key in json.loads(metadata["sdxl_ray.keys"])]
         counts = json.loads(metadata.get("sdxl_ray.num_tokens", "null")) or [0] * len(keys)
         tokens = np.minimum(counts, np.iinfo(np.int16).max).astype(np.int16)
     except (ValueError, TypeError):
-        return None
+        return "damaged"
     # One key of another length, and each that follows would be read at the wrong place.
     is_sound = tokens.shape == (len(keys),) and all(len(key) == KEY_BYTES for key in keys)
-    return (keys, tokens) if is_sound else None
+    return (keys, tokens) if is_sound else "damaged"
 
 
 def keys_from_hex(keys: Iterable[str]) -> np.ndarray:

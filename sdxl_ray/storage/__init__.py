@@ -26,22 +26,36 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from sdxl_ray.errors import StorageError, storage_errors
-from sdxl_ray.storage.addresses import check_address, is_uri, join, local_path, place_of
+from sdxl_ray.storage.addresses import (
+    check_address,
+    is_uri,
+    join,
+    local_path,
+    normalized,
+    place_of,
+    shown,
+    split_options,
+)
 from sdxl_ray.storage.clouds import FileEntry, cloud_errors, file_status, filesystem, listing
+from sdxl_ray.storage.outages import Outages
 
 __all__ = [
     "FileEntry",
     "Folder",
+    "Outages",
     "check_address",
     "is_uri",
     "join",
     "list_level",
     "local_path",
+    "normalized",
     "open_arrow",
     "open_buffered",
     "open_folder",
     "read_bytes",
     "reading_errors",
+    "shown",
+    "split_options",
     "status",
 ]
 
@@ -281,7 +295,9 @@ class _CloudFolder(Folder):
         address = join(self.path, name)
         place = place_of(address)
         if place.scheme == "hf":
-            raise StorageError(f"{address}: the Hub is only read here. Choose a folder, s3://, gs:// or abfs://.")
+            raise StorageError(
+                f"{shown(address)}: the Hub is only read here. Choose a folder, s3://, gs:// or abfs://."
+            )
         with cloud_errors(address, doing), filesystem(place).open_output_stream(place.key) as file:
             file.write(content)
 

@@ -10,10 +10,11 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from sdxl_ray.errors import ConfigError, StorageError
-from sdxl_ray.storage.addresses import CREDENTIALS, Place, place_of
+from sdxl_ray.storage.addresses import CREDENTIALS, Place, place_of, shown
+from sdxl_ray.storage.outages import Outages
 
 CONNECT_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 60.0
@@ -118,6 +119,7 @@ def _hub_filesystem() -> Any:
 # ---- what can go wrong -----------------------------------------------------------------------------------------------
 
 _AWS = re.compile(r"AWS Error (\w+) during \w+ operation: ?(.*)", re.DOTALL)
+_CHECK_NETWORK = "Check the network between this machine and the store, then run again: what is done is kept."
 _REASONS = (  # what an error's text holds -> the reason, and what to do
     (
         r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|TOKEN|(?:HTTP status|code) 40[13]|Forbidden|Unauthorized|"
@@ -139,7 +141,7 @@ _REASONS = (  # what an error's text holds -> the reason, and what to do
     (
         r"curlCode: 28|[Tt]imed? ?out|TIMEOUT|DEADLINE",
         "timed out",
-        "Check the network between this machine and the store, then run again: what is done is kept.",
+        _CHECK_NETWORK,
     ),
     (
         r"NETWORK_CONNECTION|curlCode|[Oo]ffline|[Cc]onnection|UNAVAILABLE|resolve host",
@@ -151,36 +153,52 @@ _SECRETS = (
     *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     *("AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN", "HF_TOKEN"),
 )
+_NO_ANSWER = ("timed out", "cannot be reached")  # of the reasons
+_outages = Outages()
 _HUB_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
 
 
 @contextlib.contextmanager
 def cloud_errors(uri: str, doing: str) -> Iterator[None]:
-    """Turn what pyarrow and the Hub raise into a StorageError with reason and cure; not found stays not found."""
+    """Turn what pyarrow and the Hub raise into a StorageError with reason and cure; not found stays not found.
+
+    A store that has failed to answer many times in a row is not asked at all for a while.
+    """
     from pyarrow import ArrowException
 
+    place = place_of(uri)
+    store = f"{place.scheme}://{place.bucket}"
+    silent = _outages.reason(store)
+    if silent:
+        raise StorageError(f"{shown(uri)}: {silent}. {_CHECK_NETWORK}")
     try:
         yield
     except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from None
+        _outages.answered(store)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(uri)) from None
     except Exception as error:
         library = type(error).__module__.partition(".")[0]
         if isinstance(error, OSError | ArrowException) or library in _HUB_LIBRARIES:
-            _raise_named(error, uri, doing)
+            reason, text = _named(error, place, doing)
+            (_outages.failed if reason in _NO_ANSWER else _outages.answered)(store)
+            raise StorageError(f"{shown(uri)}: {text}") from None
         raise
+    else:
+        _outages.answered(store)
 
 
-def _raise_named(error: Exception, uri: str, doing: str) -> NoReturn:
+def _named(error: Exception, place: Place, doing: str) -> tuple[str, str]:
+    """(reason, the text of an error); the reason is empty where it is not known."""
     aws = _AWS.search(str(error))  # without the file's name, which may be "503"
     told = f"{aws[1]}: {aws[2]}" if aws else f"{type(error).__name__}: {error}"
     for pattern, reason, cure in _REASONS:
         if re.search(pattern, told):
-            cure = cure.format(credentials=CREDENTIALS[place_of(uri).scheme])
             # The store's own words are left out: with a wrong key they may quote it.
-            raise StorageError(f"{uri}: {reason} while {doing}. {cure}") from None
+            return reason, f"{reason} while {doing}. {cure.format(credentials=CREDENTIALS[place.scheme])}"
     for secret in filter(None, map(os.environ.get, _SECRETS)):
         told = told.replace(secret, "***")
-    raise StorageError(f"{uri}: failed while {doing}: {' '.join(told.split())}") from None
+    told = re.sub(r"\?[\w.%-]+=[^\s'\"]*", "?***", told)  # of an address that it quotes
+    return "", f"failed while {doing}: {' '.join(told.split())}"
 
 
 # ---- listings --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
     the index names a shard     read it                         cache.mode = "disk" and "ondemand"
     it names none               encode it now                   cache.mode = "off", cache.text = "online"
     the entry is damaged        encode it now, on the CPU       and note it: `sdxl-ray cache` will replace it
-    the shard lacks it          None: its image is damaged      cache.mode = "ondemand"
+    the shard cannot be read    encode it now, on the CPU       cache.mode = "ondemand" first waits until it is there
+    the shard lacks it          encode it now, on the CPU
+                                None: its image is damaged      cache.mode = "ondemand"
 
 The tensors are the same to the bit, as far as the encoder's device computes the same.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from sdxl_ray.cache.shards import ShardReader
 
 _REPAIRED_KEPT = 256  # 64 MiB of latents at 1024 px
+_TRY_AGAIN_S = 600.0  # a shard that could not be read: a store that does not answer takes minutes to say so
 
 
 class Entries(Protocol):
@@ -53,19 +57,23 @@ class CacheEntries:
         repair: LiveEntries,
         rules: Mapping[str, CaptionRules],
         report: Callable[[str], None],
+        on_demand: bool = False,
     ) -> None:
         """
         Args:
             live: for what has no shard, on the worker's device.
-            repair: for what is damaged, on the CPU: training has taken the memory of the device.
+            repair: for what is damaged or lost, on the CPU: training has taken the memory of the device.
             rules: of the datasets, by name, whose captions are varied and encoded while training.
             report: told in one line about everything that is not as it should be, once.
+            on_demand: cache.mode = "ondemand", where a shard lacks the entries of damaged images.
         """
         self.reader = reader
         self.live = live
         self.repair = repair
         self.rules = rules
         self.report = report
+        self.on_demand = on_demand
+        self._unreadable_until: dict[str, float] = {}  # by shard
         self._known: set[str] = set()
         self._lock = threading.Lock()
         self._repaired = functools.lru_cache(maxsize=_REPAIRED_KEPT)(repair.latents)
@@ -74,28 +82,25 @@ class CacheEntries:
         """See `Entries`.
 
         Raises:
-            CacheError: the shard cannot be read; or neither the entry nor the image.
+            CacheError: neither the entry nor the image can be read.
         """
         shard = sample.latent_shards[variant] if sample.latent_shards else ""
         if not shard:
             return self.live.latents(sample, variant)
         key = sample.latent_keys[variant]
         try:
-            return self.reader.read(shard, key)
-        except shards.MissingEntry:
-            if self._is_new(key):
-                self.report(f"{sample.path}: could not be encoded; it does not count in training")
-            return None
-        except shards.DamagedEntry as error:
-            self._note_damage(shard, key, error)
-            return self._repaired(sample, variant)
+            found = self._read(shard, key)
+        except shards.MissingEntry as error:
+            if self.on_demand:
+                if self._is_new(key):
+                    self.report(f"{sample.path}: could not be encoded; it does not count in training")
+                return None
+            self._note_loss(shard, error)
+            found = None
+        return self._repaired(sample, variant) if found is None else found
 
     def text(self, sample: EncodedSample, caption: int, draw: np.random.Generator | None) -> Mapping[str, torch.Tensor]:
-        """See `Entries`.
-
-        Raises:
-            CacheError: the shard cannot be read.
-        """
+        """See `Entries`."""
         text = sample.captions[caption]
         rules = self.rules.get(sample.dataset)
         if rules is not None:
@@ -108,10 +113,33 @@ class CacheEntries:
         if not shard:
             return self.live.text(text)
         try:
+            found = self._read(shard, key)
+        except shards.MissingEntry as error:
+            self._note_loss(shard, error)
+            found = None
+        return self.repair.text(text) if found is None else found
+
+    def _read(self, shard: str, key: str) -> Mapping[str, torch.Tensor] | None:
+        """An entry; None where it is damaged, or its shard cannot be read.
+
+        Raises:
+            MissingEntry: the shard lacks it.
+        """
+        if time.monotonic() < self._unreadable_until.get(shard, 0.0):
+            return None
+        try:
             return self.reader.read(shard, key)
         except shards.DamagedEntry as error:
             self._note_damage(shard, key, error)
-            return self.repair.text(text)
+        except shards.UnreadableShard as error:
+            self._unreadable_until[shard] = time.monotonic() + _TRY_AGAIN_S
+            self._note_loss(shard, error)
+        return None
+
+    def _note_loss(self, shard: str, error: Exception) -> None:
+        """A whole shard, or some of its entries: the store of the next `sdxl-ray cache` sees that by itself."""
+        if self._is_new(shard):
+            self.report(f"{error} For this run what it lacks is encoded anew.")
 
     def _note_damage(self, shard: str, key: str, error: Exception) -> None:
         if not self._is_new(key):
@@ -122,9 +150,9 @@ class CacheEntries:
         except (OSError, StorageError) as problem:
             self.report(f"{shard}: the damaged entry could not be noted in the cache: {problem}")
 
-    def _is_new(self, key: str) -> bool:
+    def _is_new(self, name: str) -> bool:
         with self._lock:
-            if key in self._known:
+            if name in self._known:
                 return False
-            self._known.add(key)
+            self._known.add(name)
             return True

@@ -143,7 +143,7 @@ def fit(
     check_room(config.train.num_workers, resources, growing=not is_local())
     reserved_cpus, reserved_gpus = (config.train.num_workers * resources.get(kind, 0.0) for kind in ("CPU", "GPU"))
     if background is not None:
-        check_spare(config, (reserved_cpus, reserved_gpus))
+        check_spare((reserved_cpus, reserved_gpus))
     claim_folder(run_folder, config, resume=resume)
     on_folder()
     index_path = keep_index(run_folder, index_path)

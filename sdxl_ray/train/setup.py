@@ -221,7 +221,14 @@ def build_entries(config: Config, data: Data, *, device: torch.device, report: C
     # On Apple's MPS the CPU encodes: two threads must not use that device at once.
     live = encoders(device) if device.type in ("cuda", "cpu") and (is_off or is_online) else repair
     rules = {section.name: CaptionRules.of(section) for section in data.sections.values()} if is_online else {}
-    return CacheEntries(data.reader, live=live, repair=repair, rules=rules, report=report)
+    return CacheEntries(
+        data.reader,
+        live=live,
+        repair=repair,
+        rules=rules,
+        report=report,
+        on_demand=config.cache.mode == "ondemand",
+    )
 
 
 def validation_prompts(config: Config, data: Data) -> Prompts | None:

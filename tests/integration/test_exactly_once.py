@@ -15,7 +15,7 @@ import pytest
 
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.cache.store import ShardStore
-from sdxl_ray.config.load import dump_config, with_overrides
+from sdxl_ray.config.load import dump_config
 from tests.s3 import answering
 
 from .conftest import actor_processes, must_not_connect, read_all, small_config
@@ -25,13 +25,13 @@ pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.slow]
 
 
 def test_a_killed_encoder_is_replaced_and_loses_nothing(tmp_path, tiny_model):
-    """kill -9 after the first shard, while images of the others are still on their way."""
+    """kill -9 once shards are there, while the images of the last one are still on their way."""
     held_back = threading.Event()
-    sizes = ((80, 80), (72, 110), (120, 90), (64, 140))
+    sizes = ((64, 140), (72, 110), (80, 80), (120, 90))  # the tallest are in the last shard
 
     def answer(number: int, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
         at = int(Path(path).stem)
-        if at >= 100:
+        if at >= 150:
             held_back.wait(120)
         content = image_bytes(at, *sizes[at // 50])
         return 200, {"Content-Length": str(len(content))}, content
@@ -97,6 +97,7 @@ def test_two_jobs_may_fill_one_cache_at_the_same_time(tmp_path, tiny_model):
         again = build_cache(config, connect=must_not_connect)
         assert (again.num_latents_encoded, again.num_captions_encoded) == (0, 0)
         assert read_all(config.cache.path, again.index_path) == (36, 72)
-    union = with_overrides(configs[0], {"dataset": [*configs[0].dataset, configs[1].dataset[1]]})
+    datasets = [{"path": str(tmp_path / name), "resolution": 64, "bucket_step": 16} for name in ("both", "one", "two")]
+    union = small_config(tmp_path / "runs", tmp_path / "cache", "union", tiny_model, dataset=datasets)
     assert build_cache(union, connect=must_not_connect).num_samples == 48
     assert not list(Path(configs[0].cache.path).glob("**/.tmp-*"))

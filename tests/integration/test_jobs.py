@@ -22,6 +22,9 @@ from pathlib import Path
 import psutil
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
+from safetensors.torch import load_file, save_file
+
+from sdxl_ray.sdxl.tiny import write_tiny_sdxl
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -160,14 +163,15 @@ def test_the_uploaded_folder_is_small(head, finished):
 
 
 @pytest.fixture(scope="module")
-def failed(head, finished) -> dict[str, Job]:
-    """Jobs that have to fail, side by side: most of their time is starting."""
+def troubled(head, finished) -> dict[str, Job]:
+    """Jobs that meet trouble, side by side: most of their time is starting."""
     shards = sorted((head.folder / "cache" / "latents").rglob("*.safetensors"))
     assert shards
     for shard in shards:  # the last bytes of the tensors: the header stays readable, the checksum no longer fits
         content = shard.read_bytes()
         shard.write_bytes(content[:-4096] + bytes(byte ^ 0xFF for byte in content[-4096:]))
     jobs = {
+        "no_number": [*short_run(head, "no_number"), f"model.path={model_without_a_number(head.folder / 'model')}"],
         "misspelt": [*short_run(head, "misspelt"), "optimizer.learning_rat=1e-4"],
         "crowded": [*short_run(head, "crowded"), "train.num_workers=5"],
         "damaged": short_run(head, "damaged", duration="4 epochs"),
@@ -177,23 +181,40 @@ def failed(head, finished) -> dict[str, Job]:
     return {name: future.result() for name, future in futures.items()}
 
 
-def test_bad_input_ends_the_driver_with_2(failed):
-    job = failed["misspelt"]
+def model_without_a_number(folder: Path) -> Path:
+    """A tiny SDXL whose U-Net answers with NaN."""
+    write_tiny_sdxl(folder)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_out.bias"].fill_(float("nan"))
+    save_file(weights, path, {"format": "pt"})
+    return folder
+
+
+def test_bad_input_ends_the_driver_with_2(troubled):
+    job = troubled["misspelt"]
     assert (job.client_exit_code, job.driver_exit_code, job.status) == (1, 2, JobStatus.FAILED)
     assert "Did you mean optimizer.learning_rate?" in job.output
 
 
-def test_a_run_without_room_ends_the_driver_with_1(failed):
-    job = failed["crowded"]
+def test_a_run_without_room_ends_the_driver_with_1(troubled):
+    job = troubled["crowded"]
     assert (job.client_exit_code, job.driver_exit_code, job.status) == (1, 1, JobStatus.FAILED)
     assert "error: train.num_workers = 5 with 1 CPU each do not fit" in job.output
     assert "Traceback" not in job.output
 
 
-def test_a_worker_that_fails_ends_the_driver_with_1(failed):
-    job = failed["damaged"]
-    assert (job.client_exit_code, job.driver_exit_code, job.status) == (1, 1, JobStatus.FAILED)
+def test_a_worker_that_fails_ends_the_driver_with_1(troubled):
+    job = troubled["no_number"]
+    assert (job.client_exit_code, job.driver_exit_code, job.status) == (1, 1, JobStatus.FAILED), job.output
+    assert "error: step 1: loss nan" in job.output
+
+
+def test_a_damaged_cache_is_repaired_on_the_way(troubled):
+    job = troubled["damaged"]
+    assert (job.client_exit_code, job.driver_exit_code, job.status) == (0, 0, JobStatus.SUCCEEDED), job.output
     assert "is damaged (checksum" in job.output
+    assert "For this run it is encoded anew" in job.output
 
 
 def test_doctor_describes_the_cluster(head):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sdxl_ray.cache import ray_jobs
@@ -52,6 +54,16 @@ def one_thread():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_jobs, "share_cluster", lambda *args, **kw: replace(share_cluster(*args, **kw), threads=1))
         yield
+
+
+# The same for a driver in a process of its own.
+ONE_THREAD = """
+from dataclasses import replace
+from sdxl_ray.__main__ import main
+from sdxl_ray.cache import pools, ray_jobs
+ray_jobs.share_cluster = lambda *args, **kw: replace(pools.share_cluster(*args, **kw), threads=1)
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +148,7 @@ def test_without_a_cache_and_with_captions_encoded_online_it_comes_to_the_same(c
     assert shards <= {"text"}  # the empty prompt at most
 
 
+@pytest.mark.slow
 def test_damaged_entries_are_encoded_on_the_spot_with_the_same_losses(config, disk, tmp_path):
     """A flipped bit in every shard. The run says so, and the next `sdxl-ray cache` encodes these entries only."""
     config = another(config, tmp_path, "repaired")
@@ -165,6 +178,7 @@ def test_every_other_combination_comes_to_the_same(config, disk, tmp_path, mode,
     assert_same_training(result.run_folder, disk.run_folder)
 
 
+@pytest.mark.slow
 def test_encoding_that_fails_ends_the_run_with_its_error(config, tmp_path):
     """The VAE is cut short once everything is planned, as on a node to which the model was not copied whole."""
     model = Path(shutil.copytree(config.model.path, tmp_path / "model"))
@@ -209,11 +223,11 @@ def test_an_image_with_damaged_pixels_counts_nothing_and_the_run_goes_on(config,
     assert_same_training(results["off"].run_folder, results["ondemand"].run_folder)
     for heard in lines.values():
         told = [line for line in heard if "04.png" in line]
-        assert len(told) == 1
-        assert "does not count in training" in told[0]
+        assert any("does not count in training" in line for line in told)
+        assert any("cannot be decoded" in line for line in told)
 
-    # Now that it is known, it is left out before training.
-    again = build_cache(another(config, tmp_path / "ondemand", "later"), connect=must_not_connect)
+    # With mode = "disk" it is left out before training.
+    again = build_cache(another(config, tmp_path / "ondemand", "later"))
     assert again.num_latents_encoded == 0
     assert [(Path(item.path).name, "cannot be decoded" in item.reason) for item in again.skipped] == [("04.png", True)]
 
@@ -226,7 +240,7 @@ def test_a_killed_run_goes_on_where_it_was_with_what_was_encoded(config, disk, w
     settings.write_text(dump_config(config))
     web.go_on.clear()
     driver = subprocess.Popen(
-        [sys.executable, "-m", "sdxl_ray", "train", str(settings)],
+        [sys.executable, "-c", ONE_THREAD, "train", str(settings)],
         env={**os.environ, "RAY_ADDRESS": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -241,7 +255,12 @@ def test_a_killed_run_goes_on_where_it_was_with_what_was_encoded(config, disk, w
                 break
     finally:
         alarm.cancel()
-        os.killpg(driver.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(family, 30)
         driver.wait()
         web.go_on.set()
     checkpoints = sorted((Path(config.run.output) / "killed" / "checkpoints").glob("step_*"))
@@ -250,7 +269,9 @@ def test_a_killed_run_goes_on_where_it_was_with_what_was_encoded(config, disk, w
     assert encoded
     starts = []
     result = fit(
-        config, resume=True, on_event=lambda event: starts.append(event["step"]) if event["event"] == "started" else None
+        config,
+        resume=True,
+        on_event=lambda event: starts.append(event["step"]) if event["event"] == "started" else None,
     )
     assert starts == [int(checkpoints[-1].name.removeprefix("step_"))]
     assert_same_training(result.run_folder, disk.run_folder)

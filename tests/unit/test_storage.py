@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,8 @@ def test_options_may_stand_before_what_is_appended(server, bucket, monkeypatch):
             "environment instead: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
         ),
         ("s3:///x", "s3:///x: names no bucket. Write s3://bucket/folder."),
-        ("s3://b/x?regoin=eu", 's3://b/x?regoin=eu: unknown option "regoin". There are: region, scheme, endpoint_'),
+        ("s3://AKIA:sec/ret@bucket/x", "s3://***@bucket/x: holds a key, and addresses land in logs."),
+        ("s3://b/x?regoin=eu", 's3://b/x: unknown option "regoin". There are: region, scheme, endpoint_'),
     ],
 )
 def test_an_address_that_can_never_work_is_refused(address, text):
@@ -193,6 +195,64 @@ def test_an_address_that_can_never_work_is_refused(address, text):
         open_folder(address)
     assert str(error.value).startswith(text)
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("s3://b/x?access_key=HIDDEN&secret_key=HID/DEN", 's3://b/x: unknown option "access_key". There are: '),
+        ("s3://b/x?region=eu&secret_key=HIDDEN", 's3://b/x: unknown option "secret_key". There are: '),
+        ("s3://b?region=eu/x?secret_key=HIDDEN", 's3://b: unknown option "secret_key". There are: '),
+        ("s3://?secret_key=HIDDEN", 's3://: unknown option "secret_key". There are: '),
+        ("hf://org/name?token=HIDDEN", 'hf://org/name: unknown option "token". There are: '),
+        ("s3://AKIA:HIDDEN@b/x?sig=HIDDEN", "s3://***@b/x: holds a key"),
+        ("ftp://me:HIDDEN@host/x?sig=HIDDEN", "ftp://***@host/x: ftp:// cannot be read."),
+        ("https://account.blob.core.windows.net/c/x?sv=1&sig=HIDDEN", "https://account.blob.core.windows.net/c/x: "),
+        (
+            "abfs://c@account.dfs.core.windows.net/x?sv=1&sig=HIDDEN%3D",
+            'abfs://c@account.dfs.core.windows.net/x: unknown option "sv". There are: ',
+        ),
+    ],
+)
+def test_a_key_in_an_address_is_never_shown(address, shown):
+    with pytest.raises(ConfigError) as error:
+        open_folder(address)
+    assert str(error.value).startswith(shown)
+    assert "HID" not in str(error.value)
+    assert "HID" not in storage.shown(address)
+
+
+def test_what_is_not_there_is_named_without_a_key(bucket):
+    with pytest.raises(FileNotFoundError) as error:
+        read_bytes(f"{bucket}/cat.jpg?secret_key=HIDDEN")
+    assert error.value.filename == f"{bucket}/cat.jpg"
+
+
+@pytest.mark.parametrize("address", ["s3://b/100%?.jpg", "s3://b?endpoint_override=h:9/me@home.jpg", "/a:b@c?d=e"])
+def test_an_address_without_a_key_is_shown_whole(address):
+    assert storage.shown(address) == address
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("s3://b/t/list.csv?region=eu", "s3://b?region=eu/t/list.csv"),
+        ("s3://b/x/*.tar?region=eu&scheme=http", "s3://b?region=eu&scheme=http/x/*.tar"),
+        ("s3://b/x?region=eu/y", "s3://b?region=eu/x/y"),
+        ("s3://b/x/?region=eu", "s3://b?region=eu/x"),
+        ("s3://b?region=eu/x", "s3://b?region=eu/x"),
+        ("s3://b?region=eu", "s3://b?region=eu"),
+        ("s3://b/what?.jpg", "s3://b/what?.jpg"),
+        ("abfs://c@a.dfs.core.windows.net/x?request_timeout=9", "abfs://c@a.dfs.core.windows.net?request_timeout=9/x"),
+        ("file:///data/a%20b", "/data/a b"),
+        ("/data/x?region=eu", "/data/x?region=eu"),
+    ],
+)
+def test_options_go_behind_the_bucket(address, expected):
+    assert storage.normalized(address) == expected
+    assert storage.normalized(expected) == expected
+    if address.startswith(("s3", "abfs")):
+        assert clouds.place_of(address) == clouds.place_of(expected)
 
 
 @pytest.mark.parametrize("option", ["request_timeout=soon", "project_id=x"])
@@ -326,6 +386,62 @@ def test_a_store_that_asks_for_fewer_requests_for_ever(monkeypatch):
     assert len(requests) == 3
 
 
+@pytest.fixture
+def outages(monkeypatch):
+    """Of two failures in a row."""
+    monkeypatch.setattr("sdxl_ray.storage.outages.LIMIT", 2)
+    monkeypatch.setattr(clouds, "_outages", storage.Outages())
+    monkeypatch.setattr(clouds, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(clouds, "REQUEST_TIMEOUT_S", 1)
+
+
+def test_a_store_that_is_gone_is_left_alone_for_a_while(outages, monkeypatch):
+    answers = []
+    found = (200, {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT", "Content-Length": "5"}, b"meow!")
+    with s3.answering(lambda *_: answers[0] if answers else None) as (endpoint, requests):
+        s3.use(monkeypatch, endpoint)
+        for _ in range(2):
+            with pytest.raises(StorageError, match="timed out while opening"):
+                read_bytes("s3://bucket/cat.jpg")
+        asked = len(requests)
+        for call in (lambda: read_bytes("s3://bucket/dog.jpg"), lambda: open_folder("s3://bucket/x").list()):
+            with pytest.raises(StorageError) as error:
+                call()
+            assert ": s3://bucket has not answered for the last 2 requests. Check the network" in str(error.value)
+        assert len(requests) == asked
+        answers.append(found)
+        assert read_bytes("s3://another/cat.jpg") == b"meow!"
+        monkeypatch.setattr("time.monotonic", lambda clock=time.monotonic: clock() + 61)
+        assert read_bytes("s3://bucket/cat.jpg") == b"meow!"
+    assert clouds._outages._failures == {}
+
+
+def test_a_store_that_refuses_has_answered(outages, monkeypatch):
+    answers = [s3.s3_error(403, "AccessDenied", ""), s3.s3_error(404, "NoSuchKey", "")]
+    with s3.answering(lambda number, *_: answers[number % 2]) as (endpoint, _):
+        s3.use(monkeypatch, endpoint)
+        for _ in range(6):
+            with pytest.raises((StorageError, FileNotFoundError), match=r"denied|No such file"):
+                read_bytes("s3://bucket/cat.jpg")
+
+
+def test_outages_are_counted_by_many_threads(monkeypatch):
+    outages = storage.Outages()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: outages.failed("a"), range(19)))
+        assert outages.reason("a") == ""
+        outages.answered("a")
+        list(threads.map(lambda _: outages.failed("a"), range(19)))
+        assert outages.reason("a") == ""
+        outages.failed("a")
+    assert outages.reason("a") == "a has not answered for the last 20 requests"
+    assert outages.reason("b") == ""
+    monkeypatch.setattr("time.monotonic", lambda clock=time.monotonic: clock() + 61)
+    assert outages.reason("a") == ""
+    outages.failed("a")  # still gone
+    assert outages.reason("a") != ""
+
+
 def test_an_answer_that_nobody_expects_is_shown(monkeypatch):
     teapot = s3.s3_error(418, "Teapot", "short and stout, secret-of-the-tests")
     with s3.answering(lambda number, method, path: teapot) as (endpoint, _):
@@ -334,6 +450,11 @@ def test_an_answer_that_nobody_expects_is_shown(monkeypatch):
             open_folder("s3://bucket/cats").list()
     assert str(error.value).startswith("s3://bucket/cats: failed while listing: ")
     assert "short and stout, ***" in str(error.value)
+    teapot = s3.s3_error(418, "Teapot", "no x?sig=HIDDEN here")
+    with s3.answering(lambda number, method, path: teapot) as (endpoint, _):
+        s3.use(monkeypatch, endpoint)
+        with pytest.raises(StorageError, match=r"failed while listing: .* no x\?\*\*\* here"):
+            open_folder("s3://bucket/cats").list()
 
 
 def test_the_hub_is_only_read():

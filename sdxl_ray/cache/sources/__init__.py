@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from sdxl_ray import storage
 from sdxl_ray.cache.sources.address import read_bytes, read_start
 from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, setting_of
 from sdxl_ray.cache.sources.folder import list_entries, list_folder
@@ -39,7 +40,7 @@ def list_dataset(section: DatasetSection) -> Iterator[Listed]:
         StorageError: a store refuses or cannot be reached.
     """
     try:
-        yield from _list(section)
+        yield from _list(section.model_copy(update={"path": storage.normalized(section.path)}))
     except OSError as error:
         raise DatasetError(
             f"{setting_of(section)}: {error.filename or section.path} cannot be read: {error.strerror or error}."
@@ -51,7 +52,7 @@ def _list(section: DatasetSection) -> Iterator[Listed]:
     if layout.kind == "webdataset":
         listed = list_tars(section, layout.files)
     elif layout.kind == "table":
-        listed = list_tables(section, layout.files)
+        listed = list_tables(section, layout.files, layout.within)
     elif layout.entries is not None:
         listed = list_entries(section, layout.root, layout.entries)
     else:

@@ -98,7 +98,13 @@ def is_pattern(path: str) -> bool:
     """Whether it stands for several files; a folder that is really called "[2024] cats" does not."""
     if not storage.is_uri(path):
         return _PATTERN.search(path) is not None and not os.path.lexists(path)
-    return _PATTERN.search(re.sub(r"\?\w+=[^/]*", "", path)) is not None  # without the options of an address
+    return _PATTERN.search(storage.split_options(path)[0]) is not None
+
+
+def pattern_folder(pattern: str) -> str:
+    """The folder above the first part of a pattern that is not plain."""
+    address, options = storage.split_options(pattern)
+    return storage.normalized(re.split(r"[*?\[{]", address)[0].rpartition("/")[0] + options)
 
 
 def expand_braces(path: str) -> list[str]:
@@ -141,8 +147,7 @@ def find_files(section: DatasetSection) -> list[tuple[str, FileEntry]]:
 def _glob(pattern: str) -> list[tuple[str, FileEntry | None]]:
     if not storage.is_uri(pattern):
         return [(path, storage.status(path)) for path in glob.glob(pattern, recursive=True)]  # noqa: PTH207
-    folder = pattern[: pattern.index("://") + 3] + re.split(r"[*\[{]|\?(?!\w+=)", pattern.partition("://")[2])[0]
-    folder = folder.rpartition("/")[0]
+    folder = pattern_folder(pattern)
     fits = _as_expression(pattern.removeprefix(folder + "/"))
     return [
         (storage.join(folder, entry.name), entry)

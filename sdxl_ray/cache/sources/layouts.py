@@ -4,7 +4,10 @@ a pattern or a file                   data/*.tar, data/{000..099}.tar, captions.
 a folder                              images; or, where it holds no image, tar files or tables
 metadata.csv, metadata.jsonl          beside images: a table of their captions, with a column file_name
 save_to_disk of Hugging Face          state.json with data-00000-of-00001.arrow; splits where dataset_dict.json is
-a dataset of the Hub, or its clone    train-00000-of-00002.parquet, data/train/..., train/...; README.md beside them
+a dataset of the Hub, or its clone    train-00000-of-00002.parquet, data/train/..., train/...
+
+The names of files and folders tell splits of what comes from the Hub only. A folder of one's own may be called "train"
+beside others that are meant as well.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from sdxl_ray.cache.sources.files import (
     find_files,
     is_image,
     is_pattern,
+    pattern_folder,
     setting_of,
 )
 from sdxl_ray.cache.sources.splits import in_split, no_split, of_split
@@ -42,12 +46,16 @@ _Files = list[tuple[str, FileEntry]]
 
 @dataclass(frozen=True)
 class Layout:
-    """`kind`: folder, webdataset or table. A folder is its `root`, with `entries` where they are listed already."""
+    """`kind`: folder, webdataset or table. A folder is its `root`, with `entries` where they are listed already.
+
+    `within`: the folder that what tables name must be in; empty: the user named the tables, and answers for them.
+    """
 
     kind: str
     root: str
     files: Sequence[tuple[str, FileEntry]] = ()
     entries: Sequence[FileEntry] | None = None
+    within: str = ""
 
 
 def find_layout(section: DatasetSection) -> Layout:
@@ -104,7 +112,7 @@ def _agreed(section: DatasetSection, kind: str) -> str:
 
 def _root_of(path: str) -> str:
     """The folder that names are relative to."""
-    return re.split(r"[*?\[{]", path)[0].rpartition("/")[0] if is_pattern(path) else path.rpartition("/")[0]
+    return pattern_folder(path) if is_pattern(path) else path.rpartition("/")[0]
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -114,10 +122,12 @@ def _of_folder(section: DatasetSection, root: str) -> Layout:
     saved = _saved_to_disk(section, root)
     if saved is not None:
         return saved
-    is_clone = storage.status(storage.join(root, "README.md")) is not None
-    metadata = _metadata(section, root)
-    if metadata is not None and section.format in ("auto", "table"):
-        return Layout("table", root, [metadata])
+    is_clone = _is_clone(root)
+    metadata = _metadata(section, root) if section.format in ("auto", "table") else None
+    if metadata is not None:
+        if not is_clone and section.format == "auto":
+            _refuse_others(section, root, metadata[0])
+        return Layout("table", root, [metadata], within=root)
     kinds, files = _look_around(section, root)
     if "folder" in kinds and section.format == "auto":
         return Layout("folder", _split_folder(section, root) if is_clone else root)
@@ -134,7 +144,43 @@ def _of_folder(section: DatasetSection, root: str) -> Layout:
         chosen = of_split(section, chosen)
     if not chosen:
         raise DatasetError(f'{setting_of(section)}: {root} holds no files for dataset.format = "{wanted}".')
-    return Layout(wanted, root, [(storage.join(root, entry.name), entry) for entry in chosen])
+    return Layout(wanted, root, [(storage.join(root, entry.name), entry) for entry in chosen], within=root)
+
+
+_FRONT_MATTER = re.compile(rb"---\s*\n(?:.*\n)??(?:dataset_info|configs)\s*:", re.DOTALL)
+
+
+def _is_clone(root: str) -> bool:
+    """Whether the folder was once a dataset of the Hub. A README.md alone does not tell: anybody may write one."""
+    if storage.status(storage.join(root, "dataset_infos.json")) is not None:
+        return True
+    notes = _start_of(storage.join(root, ".gitattributes"))
+    if b"filter=lfs" in notes and b"parquet" in notes:
+        return True
+    card = _start_of(storage.join(root, "README.md"))
+    return _FRONT_MATTER.match(card.partition(b"\n---")[0]) is not None
+
+
+def _start_of(path: str) -> bytes:
+    """Up to 1 MiB; nothing where there is no such file. A dataset's card may have thousands of lines of `configs`."""
+    return storage.read_bytes(path, 0, 2**20).replace(b"\r\n", b"\n") if storage.status(path) is not None else b""
+
+
+def _refuse_others(section: DatasetSection, root: str, metadata: str) -> None:
+    """
+    Raises:
+        DatasetError: the table lies in a subfolder, and there are images that are not in this one.
+    """
+    folder = metadata.removeprefix(storage.join(root, "")).rpartition("/")[0]
+    other = folder and next(
+        (name for name in _names_below(root) if is_image(name) and not name.startswith(f"{folder}/")), ""
+    )
+    if other:
+        raise DatasetError(
+            f"{setting_of(section)}: {root} has a table in {folder}/, and images outside of it, such as {other}. Set "
+            f'dataset.path to {storage.join(root, folder)}, or dataset.format = "folder" for all images without the '
+            "table."
+        )
 
 
 def _look_around(section: DatasetSection, root: str) -> tuple[set[str], list[FileEntry]]:
@@ -222,7 +268,7 @@ def _saved_to_disk(section: DatasetSection, root: str) -> Layout | None:
         return None
     else:
         files = _arrow_files(root)
-    return Layout(_agreed(section, "table"), root, files)
+    return Layout(_agreed(section, "table"), root, files, within=root)
 
 
 def _arrow_files(folder: str) -> _Files:
@@ -269,7 +315,7 @@ def _of_hub(section: DatasetSection) -> Layout:
         for name in sorted(names):
             is_metadata = name.rpartition("/")[2] in _METADATA
             if is_metadata and in_split(section, name) and _has_file_names(storage.join(root, name)):
-                return Layout("table", root, [(storage.join(root, name), names[name])])
+                return Layout("table", root, [(storage.join(root, name), names[name])], within=root)
     order = ("webdataset", "folder", "table") if section.format == "auto" else (section.format,)
     parquet = [entry for entry in files if entry.name.endswith(".parquet")]
     if parquet and section.format in ("auto", "table"):
@@ -284,7 +330,7 @@ def _of_hub(section: DatasetSection) -> Layout:
         # Captions and masks lie beside the images; their names need not tell the split.
         folders = {entry.name.rpartition("/")[0] for entry in chosen}
         return Layout("folder", root, entries=[entry for entry in files if entry.name.rpartition("/")[0] in folders])
-    return Layout(kind, root, [(storage.join(root, entry.name), entry) for entry in chosen])
+    return Layout(kind, root, [(storage.join(root, entry.name), entry) for entry in chosen], within=root)
 
 
 def _kept(section: DatasetSection, files: _Files) -> _Files:

@@ -7,16 +7,19 @@ pieces read last stay in memory, up to 256 MiB in a process, so that neighbourin
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import os
 import struct
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from sdxl_ray import storage
+from sdxl_ray.errors import ConfigError
 
 MAX_BYTES = 256 * 2**20
 _MAX_OPEN = 32  # tables; each keeps an open file and its footer
@@ -32,6 +35,9 @@ class _Table(Protocol):
     def piece(self, number: int, column: str) -> Any:
         """The column of a piece, as a pyarrow array."""
 
+    def piece_bytes(self, number: int, column: str) -> int:
+        """How large this is, about, told without reading it."""
+
 
 class _ParquetTable:
     def __init__(self, path: str) -> None:
@@ -41,12 +47,39 @@ class _ParquetTable:
         metadata = self._file.metadata
         groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self.starts = list(itertools.accumulate(groups, initial=0))
+        self._metadata = metadata
         self.names = self._file.schema_arrow.names
         self._lock = threading.Lock()  # pyarrow's reader serves one thread at a time
 
     def piece(self, number: int, column: str) -> Any:
         with self._lock:
             return self._file.read_row_group(number, columns=[column]).column(column)
+
+    def piece_bytes(self, number: int, column: str) -> int:
+        return group_bytes(self._metadata, number, column)
+
+
+def warn_of_large_groups(path: str, metadata: Any, column: str) -> None:
+    """Say so where a Parquet file's images can only be had many at a time."""
+    size = max((group_bytes(metadata, number, column) for number in range(metadata.num_row_groups)), default=0)
+    if size > MAX_BYTES:
+        warnings.warn(
+            f'{path}: up to {size / 2**20:,.0f} MiB of its column "{column}" are read for one image, which is slow '
+            "where images come in random order. Rewrite it with smaller row groups: "
+            "pyarrow.parquet.write_table(..., row_group_size=256)",
+            stacklevel=2,
+        )
+
+
+def group_bytes(metadata: Any, number: int, column: str) -> int:
+    """How large a column of a row group of a Parquet file is in memory, about."""
+    group = metadata.row_group(number)
+    chunks = [group.column(at) for at in range(group.num_columns)]
+    return sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.path_in_schema == column or chunk.path_in_schema.startswith(f"{column}.")
+    )
 
 
 class ArrowTable:
@@ -63,6 +96,7 @@ class ArrowTable:
         import pyarrow as pa
 
         local = storage.local_path(path)
+        self._mapped = local is not None
         self._file = pa.memory_map(os.fspath(local)) if local is not None else storage.open_arrow(path)
         self._size = self._file.size()
         start = self._file.read_at(min(8, self._size), 0)
@@ -111,6 +145,9 @@ class ArrowTable:
     def piece(self, number: int, column: str) -> Any:
         return self.batch(number).column(column)
 
+    def piece_bytes(self, number: int, column: str) -> int:
+        return 0 if self._mapped else self._batches[number][1]  # all columns come along
+
 
 _SCHEMA, _DICTIONARY, _RECORD_BATCH = 1, 2, 3
 
@@ -147,7 +184,7 @@ class _Cache:
         self._bytes = 0
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}  # of tables
-        self._pid = os.getpid()
+        self._large = threading.Lock()  # one piece above MAX_BYTES is read at a time
 
     def value(self, path: str, row: int, column: str) -> Any:
         """
@@ -182,14 +219,21 @@ class _Cache:
             if key in self._pieces:
                 self._pieces.move_to_end(key)
                 return self._pieces[key]
-        piece = table.piece(key[2], key[3])
-        with self._lock:
-            self._pieces[key] = piece
-            self._bytes += piece.nbytes
-            while self._bytes > MAX_BYTES and len(self._pieces) > 1:  # the one just read stays, however large
-                _, gone = self._pieces.popitem(last=False)
-                self._bytes -= gone.nbytes
+        expected = table.piece_bytes(key[2], key[3])
+        with self._large if expected > MAX_BYTES else contextlib.nullcontext():
+            with self._lock:
+                self._make_room(expected)  # before it is read: two large ones may be more than the machine has
+            piece = table.piece(key[2], key[3])
+            with self._lock:
+                self._make_room(piece.nbytes)
+                self._pieces[key] = piece  # however large
+                self._bytes += piece.nbytes
         return piece
+
+    def _make_room(self, num_bytes: int) -> None:
+        while self._pieces and self._bytes + num_bytes > MAX_BYTES:
+            _, gone = self._pieces.popitem(last=False)
+            self._bytes -= gone.nbytes
 
 
 def _version(path: str) -> str:
@@ -204,12 +248,13 @@ def _version(path: str) -> str:
 _cache = _Cache()
 
 
-def read_row(container: str, row: int, column: str) -> bytes | str:
-    """The bytes of an image in a table, or the address of the file that the row names.
+def read_row(container: str, row: int, column: str, within: str = "") -> bytes | str:
+    """The bytes of an image in a table, or the address of the file that the row names. `within`: as for `beside`.
 
     Raises:
         OSError, StorageError: the table cannot be read.
-        ValueError: the cell is empty, is not there, or holds no image; or the table is damaged.
+        ValueError: the cell is empty, is not there, or holds no image, or names what it may not; or the table is
+            damaged.
     """
     import pyarrow as pa
 
@@ -228,28 +273,64 @@ def read_row(container: str, row: int, column: str) -> bytes | str:
     if value is None or value == "" or value == b"":
         raise ValueError(f'the column "{column}" is empty in {where}')
     if isinstance(value, str):
-        return beside(container, value)
+        return beside(container, value, within)
     if not isinstance(value, bytes):
         raise ValueError(f'the column "{column}" holds no image in {where}')
     return value
 
 
-def beside(container: str, name: str) -> str:
-    """The address of a file that a table names: as it stands where it is complete, else beside the table."""
-    if storage.is_uri(name):
-        local = storage.local_path(name)
-        return name if local is None else os.fspath(local)
+def beside(container: str, name: str, within: str = "") -> str:
+    """The address of a file that a table names: as it stands where it is complete, else beside the table.
+
+    Whoever made a table decides what is read; so one that was downloaded may not ask for files all over this machine.
+
+    Args:
+        within: the folder that files of this machine must be in, judged by their names, as the Hub's own cache is made
+            of links; empty: anywhere.
+
+    Raises:
+        ValueError: the table may not name this; the text says why.
+    """
+    container = storage.normalized(container)
+    scheme, mark, rest = name.partition("://")
+    if storage.is_uri(name) and scheme.lower() in ("http", "https"):
+        return scheme.lower() + mark + rest
+    if storage.is_uri(name) and scheme.lower() != "file":
+        try:
+            storage.check_address(name)
+        except ConfigError as error:
+            raise ValueError(f"the table {container} names {error}") from None
+        return storage.normalized(name)
+    name = storage.normalized(name)
+    if storage.is_uri(container):
+        return _in_store(container, name)
+    path = os.path.join(container.rpartition("/")[0], name.removeprefix("./"))  # noqa: PTH118  (a Path changes the name)
+    if within and not is_inside(path, within):
+        raise ValueError(
+            f"the table {container} names {name}, which is outside of {within}. If you trust it, set dataset.path to "
+            "the table itself"
+        )
+    return path
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """By their names alone."""
+    folder = os.path.abspath(folder)  # noqa: PTH100  (for every row)
+    return f"{os.path.abspath(path)}/".startswith(folder.rstrip("/") + "/")  # noqa: PTH100
+
+
+def _in_store(container: str, name: str) -> str:
+    """A store knows no ".."."""
     if name.startswith("/"):
-        return name
-    folder = container.rpartition("/")[0]
-    if storage.is_uri(container):  # a store knows no ".."
-        parts: list[str] = []
-        for part in PurePosixPath(name).parts:
-            if part == ".." and parts:
-                parts.pop()
-            elif part == "..":
-                folder = folder.rpartition("/")[0]
-            else:
-                parts.append(part)
-        return storage.join(folder, "/".join(parts))
-    return os.path.join(folder, name.removeprefix("./"))  # noqa: PTH118  (a Path would change the name)
+        raise ValueError(f"the table {container} names {name}, and a table in a store may not name files of a machine")
+    scheme, _, rest = container.partition("://")
+    parts = rest.split("/")[:-1]
+    first = 3 if scheme == "hf" else 1  # datasets/org/name, or the bucket
+    for part in PurePosixPath(name).parts:
+        if part != "..":
+            parts.append(part)
+        elif len(parts) > first:
+            parts.pop()
+        else:
+            raise ValueError(f"the table {container} names {name}, which is outside of {scheme}://{'/'.join(parts)}")
+    return f"{scheme}://{'/'.join(parts)}"

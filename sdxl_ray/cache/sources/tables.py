@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdxl_ray import storage
-from sdxl_ray.cache.sources.address import row_address
-from sdxl_ray.cache.sources.files import local_stamps, setting_of, stamp_of
-from sdxl_ray.cache.sources.rows import ArrowTable, beside
+from sdxl_ray.cache.sources.address import is_in_table, refused_address, row_address
+from sdxl_ray.cache.sources.files import setting_of, stamp_of
+from sdxl_ray.cache.sources.rows import ArrowTable, beside, warn_of_large_groups
+from sdxl_ray.cache.sources.stamps import Stamps
 from sdxl_ray.cache.sources.values import focus_of, size_of, texts_of
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import Listed
@@ -41,56 +42,76 @@ class _Columns:
     bytes_in: frozenset[str] = frozenset()
 
 
-def list_tables(section: DatasetSection, files: Sequence[tuple[str, FileEntry]]) -> Iterator[Listed]:
+def list_tables(section: DatasetSection, files: Sequence[tuple[str, FileEntry]], within: str = "") -> Iterator[Listed]:
     """Every row of these tables, given as (path, entry), in order.
 
-    A row whose image is a null is listed too; reading it says so.
+    A row whose image is a null is listed too, and one that names what it may not; reading it says so.
+
+    Args:
+        within: the folder that files of this machine must be in which the tables name; empty: anywhere.
 
     Raises:
         DatasetError: a table is damaged, or has no column for the image; or there is no row.
         StorageError: a store refuses.
     """
     found = False
+    stamps = Stamps()
     for path, entry in files:
-        for listed in _list_table(section, path, entry):
+        for listed in _list_table(section, path, entry, within, stamps):
             found = True
             yield listed
     if not found:
         raise DatasetError(f"{setting_of(section)}: no rows in {', '.join(path for path, _ in files[:3])}.")
 
 
-def _list_table(section: DatasetSection, path: str, entry: FileEntry) -> Iterator[Listed]:
+def _list_table(section: DatasetSection, path: str, entry: FileEntry, within: str, stamps: Stamps) -> Iterator[Listed]:
     for columns, start, rows in _read(section, path):
-        stamp = stamp_of(entry)
-        images = [_address_in(path, start + number, columns.image, row, columns) for number, row in enumerate(rows)]
-        local = [address for address in images if not storage.is_uri(address) and not address.startswith("row:")]
-        stamps = dict(zip(local, local_stamps(local), strict=True))
-        for number, (row, address) in enumerate(zip(rows, images, strict=True), start):
+        cells = _Cells(path, columns, within)
+        images = [cells.address(number, columns.image, row) for number, row in enumerate(rows, start)]
+        masks = [cells.mask(number, row) for number, row in enumerate(rows, start)]
+        named = [address for address in (*images, *masks) if address and not is_in_table(address)]
+        known = stamps.of(named)
+        for number, (row, address, mask) in enumerate(zip(rows, images, masks, strict=True), start):
             original_hw = size_of(row, section.size_columns)
-            in_table = address.startswith("row:")
+            in_table = is_in_table(address)
             yield Listed(
                 path=_shown(path, number, row.get(columns.image)) if in_table else address,
-                stamp=stamps.get(address, stamp),
+                stamp=known.get(address) or stamp_of(entry),
                 address=address if in_table else "",
                 original_hw=original_hw,
                 texts=texts_of(row, section.caption_columns),
-                mask_file=_mask_of(path, number, row, columns),
+                mask_file=mask,
+                mask_stamp=(known.get(mask) or stamp_of(entry)) if mask else "",
                 focus_yx=focus_of(row, section.focus_columns, original_hw),
             )
 
 
-def _address_in(path: str, number: int, column: str, row: Mapping[str, Any], columns: _Columns) -> str:
-    value = row.get(column)
-    if column in columns.bytes_in or not isinstance(value, str) or not value:
-        return row_address(path, number, column)
-    return beside(path, value)
+class _Cells:
+    """Addresses of what a table's cells hold or name."""
 
+    def __init__(self, path: str, columns: _Columns, within: str) -> None:
+        self._path, self._columns, self._within = path, columns, within
+        self._levels: int | None = None  # that the dataset's folder lies above the table's
+        if within and not storage.is_uri(path):
+            below = os.path.relpath(os.path.dirname(path), within)  # noqa: PTH120
+            self._levels = 0 if below == "." else len(below.split("/"))
 
-def _mask_of(path: str, number: int, row: Mapping[str, Any], columns: _Columns) -> str:
-    # Of plain bytes nothing is read here; whether a cell is empty shows when it is.
-    if not columns.mask or (row.get(columns.mask) in (None, "") and columns.mask in row):
-        return ""
-    return _address_in(path, number, columns.mask, row, columns)
+    def address(self, number: int, column: str, row: Mapping[str, Any]) -> str:
+        value = row.get(column)
+        if column in self._columns.bytes_in or not isinstance(value, str) or not value:
+            return row_address(self._path, number, column, self._levels)
+        try:
+            return beside(self._path, value, self._within)
+        except ValueError as error:
+            return refused_address(str(error))
+
+    def mask(self, number: int, row: Mapping[str, Any]) -> str:
+        column = self._columns.mask
+        # Of plain bytes nothing is read here; whether a cell is empty shows when it is.
+        is_read = column in row or column not in self._columns.bytes_in
+        if not column or (is_read and row.get(column) in (None, "")):
+            return ""
+        return self.address(number, column, row)
 
 
 def _shown(path: str, number: int, value: Any) -> str:
@@ -129,6 +150,8 @@ def _parquet(section: DatasetSection, path: str) -> Iterator[_Piece]:
     with storage.reading_errors(path), storage.open_arrow(path) as source:
         file = pq.ParquetFile(source)
         columns = _columns_of_schema(section, path, file.schema_arrow)
+        for name in columns.bytes_in:
+            warn_of_large_groups(path, file.metadata, name)
         start = 0
         for batch in file.iter_batches(batch_size=_ROWS, columns=_leaves(columns, file.schema_arrow)):
             yield columns, start, batch.to_pylist()
@@ -207,12 +230,12 @@ def _choose(section: DatasetSection, path: str, names: Sequence[str]) -> _Column
 
 
 def _in_pieces(section: DatasetSection, path: str, rows: Iterator[dict[str, Any]]) -> Iterator[_Piece]:
-    columns = None
+    names: dict[str, None] = {}
     start = 0
     while piece := list(itertools.islice(rows, _ROWS)):
-        # JSON's rows need not have the same columns; the first ones tell what there is.
-        columns = columns or _choose(section, path, list(dict.fromkeys(name for row in piece for name in row)))
-        yield columns, start, piece
+        # JSON's rows need not have the same columns, and a column may come first late in the file.
+        names.update(dict.fromkeys(name for row in piece for name in row))
+        yield _choose(section, path, list(names)), start, piece
         start += len(piece)
 
 

@@ -9,31 +9,50 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
+from sdxl_ray.storage import Outages
+
 TIMEOUT_S = 30.0
 DEADLINE_S = 300.0  # for one image, however slowly its server sends
 MAX_BYTES = 500_000_000
 PAUSES_S = (1.0, 4.0, 16.0)  # before each further attempt
+_outages = Outages()
 _ERRNO = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
 
 
 class _TryAgain(Exception):
-    """The reason, where another attempt may work."""
+    """The reason, where another attempt may work. `answered`: whether the server said anything."""
+
+    def __init__(self, reason: str, answered: bool = True) -> None:
+        super().__init__(reason)
+        self.answered = answered
 
 
 def read_url(url: str, length: int = -1) -> bytes:
     """What the address holds, or its first `length` bytes.
 
     Raises:
-        OSError: it cannot be read now: not found, refused, or no answer after several attempts.
+        OSError: it cannot be read now: not found, refused, or no answer after several attempts; at once where its
+            server has not answered for many requests.
         ValueError: it is larger than 500 MB.
     """
+    server = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
     for pause_s in (*PAUSES_S, None):
+        silent = _outages.reason(server)
+        if silent:
+            raise OSError(errno.EIO, silent, url)
         try:
-            return _fetch(url, length)
+            content = _fetch(url, length)
         except _TryAgain as error:
             if pause_s is None:
+                (_outages.answered if error.answered else _outages.failed)(server)
                 raise OSError(errno.EIO, f"{error}, {len(PAUSES_S) + 1} attempts", url) from None
             time.sleep(pause_s)
+        except (OSError, ValueError):  # refused, or too large
+            _outages.answered(server)
+            raise
+        else:
+            _outages.answered(server)
+            return content
     raise AssertionError("unreachable")
 
 
@@ -63,9 +82,11 @@ def _fetch(url: str, length: int) -> bytes:
             raise _TryAgain(f"HTTP {error.code} {error.reason}") from None
         raise OSError(_ERRNO.get(error.code, errno.EIO), f"HTTP {error.code} {error.reason}", url) from None
     except urllib.error.URLError as error:
-        raise _TryAgain(f"no answer: {getattr(error.reason, 'strerror', None) or error.reason}") from None
+        raise _TryAgain(
+            f"no answer: {getattr(error.reason, 'strerror', None) or error.reason}", answered=False
+        ) from None
     except (TimeoutError, http.client.HTTPException, ConnectionError) as error:
-        raise _TryAgain(f"no answer: {error or type(error).__name__}") from None
+        raise _TryAgain(f"no answer: {error or type(error).__name__}", answered=False) from None
     if length < 0 and len(content) > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES / 1e6:.0f} MB")
     return bytes(content[:length] if length >= 0 else content)

@@ -143,13 +143,20 @@ def _images_of(section: DatasetSection, path: str, entry: FileEntry, sample: _Sa
         notes = sample.notes.get(_belonging(sample, before, "json"), {})
         yield Listed(
             path=storage.join(path, printable(name)),
-            stamp=f"{size}-{entry.mtime_ns}-{offset}",
+            stamp=_stamp(entry, sample, image),
             address=tar_address(path, offset, size),
             original_hw=size_of(notes, section.size_columns),
             text_file=_address(path, sample, caption),
             texts=texts_of(notes, section.caption_columns),
             mask_file=_address(path, sample, mask),
+            mask_stamp=_stamp(entry, sample, mask) if mask else "",
         )
+
+
+def _stamp(entry: FileEntry, sample: _Sample, ending: str) -> str:
+    """Of a member: its size and place, and the tar file's date."""
+    _, offset, size = sample.members[ending]
+    return f"{size}-{entry.mtime_ns}-{offset}"
 
 
 def _part(ending: str, wanted: str) -> str | None:

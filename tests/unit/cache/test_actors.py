@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_ray.cache import actors, encode
+from sdxl_ray.cache import actors, encode, reading
 from sdxl_ray.cache.actors import (
     ScanChunk,
     WriteLatentShard,
@@ -31,6 +31,11 @@ from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.errors import CacheError, ClusterError, DatasetError, ModelError, StorageError
 from sdxl_ray.records import Listed
 from tests.unit.cache.planned import config_of, plan_of
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(reading, "PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -279,9 +284,103 @@ def test_any_failure_to_read_is_an_error(images, tmp_path, tiny_model, monkeypat
 
     for name in ("load_pixels", "load_mask"):
         with monkeypatch.context() as patch:
-            patch.setattr(actors, name, fail)
+            patch.setattr(reading, name, fail)
             error = raised(encoded(decode_shard(row), tmp_path, tiny_model))
         assert f"0.png: {text}" in str(error)
+
+
+def test_what_cannot_be_read_is_tried_once_more(images, tmp_path, tiny_model, monkeypatch):
+    """A store that does not answer for a moment does not end the job."""
+    _, row = work_item(images, tiny_model, mask="alpha")
+    expected, asked = decode_shard(row), []
+
+    def stumble(load):
+        def once(record):
+            asked.append(record.path)
+            if asked.count(record.path) % 2:
+                raise StorageError(f"{record.path}: timed out while reading.")
+            return load(record)
+
+        return once
+
+    for name in ("load_pixels", "load_mask"):
+        monkeypatch.setattr(reading, name, stumble(getattr(reading, name)))
+    found = decode_shard(row)
+    assert len(asked) == 3 * 4
+    assert json.loads(found["header"])["error"] == ""
+    assert np.array_equal(found["pixels"], expected["pixels"]) and np.array_equal(found["masks"], expected["masks"])
+
+
+def trusted_item(images, model, **dataset):
+    """As `work_item`, of images that only their listing identifies."""
+    return work_item(images, model, identify_by="listing", **dataset)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        FileNotFoundError(2, "No such file or directory", "/1.png"),
+        OSError(2, "HTTP 404 Not Found", "https://example.org/1.png"),
+        OSError(13, "HTTP 403 Forbidden", "https://example.org/1.png"),
+        OSError(5, "HTTP 400 Bad Request", "https://example.org/1.png"),
+        OSError(5, "no answer: Name or service not known, 4 attempts", "https://example.org/1.png"),
+        StorageError("hf://datasets/a/b/1.png: failed while reading: HTTP 404 for this address"),
+    ],
+)
+def test_an_image_that_nobody_has_opened_before_is_skipped_where_it_is_gone(
+    images, tmp_path, tiny_model, monkeypatch, problem
+):
+    """A list of a million addresses always has dead ones."""
+    shard, row = trusted_item(images, tiny_model)
+    load = reading.load_pixels
+
+    def fail(record):
+        if record.path.endswith("1.png"):
+            raise problem
+        return load(record)
+
+    monkeypatch.setattr(reading, "load_pixels", fail)
+    result = encoded(decode_shard(row), tmp_path / "cache", tiny_model)
+    assert (result["error"].tolist(), result["num"].tolist()) == ([""], [2])
+    (skipped,) = json.loads(result["skipped"][0])
+    reason = getattr(problem, "strerror", None) or str(problem)
+    assert (skipped["key"], skipped["path"]) == (shard.keys[1], str(images / "1.png"))
+    assert skipped["reason"] == f"cannot be read: {reason}"
+
+
+def test_a_file_that_is_gone_since_it_was_listed_is_skipped(images, tmp_path, tiny_model):
+    _, row = trusted_item(images, tiny_model)
+    (images / "1.png").unlink()
+    result = encoded(decode_shard(row), tmp_path / "cache", tiny_model)
+    assert json.loads(result["skipped"][0])[0]["reason"] == "cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        PermissionError(13, "Permission denied", "/0.png"),
+        OSError(5, "Input/output error", "/0.png"),
+        StorageError("s3://bucket/not found/HTTP 404/0.png: access denied while reading."),
+    ],
+)
+def test_other_failures_are_errors_also_where_the_listing_was_trusted(
+    images, tmp_path, tiny_model, monkeypatch, problem
+):
+    _, row = trusted_item(images, tiny_model)
+
+    def fail(record):
+        raise problem
+
+    monkeypatch.setattr(reading, "load_pixels", fail)
+    assert "cannot read" in str(raised(encoded(decode_shard(row), tmp_path, tiny_model)))
+
+
+def test_a_mask_file_has_always_been_read_before(images, tmp_path, tiny_model):
+    for number in range(3):
+        Image.new("L", (64, 64), 9).save(images / f"{number}-mask.png")
+    _, row = trusted_item(images, tiny_model, mask="file")
+    (images / "1-mask.png").unlink()
+    assert "No such file" in str(raised(encoded(decode_shard(row), tmp_path, tiny_model)))
 
 
 def test_an_image_that_is_damaged_or_changed_is_a_skip(images, tmp_path, tiny_model):
@@ -332,12 +431,40 @@ def test_a_scan_on_the_nodes_finds_what_a_scan_here_finds(images):
     assert found[1].problem == "cannot be read: No such file or directory"
 
 
-def test_what_only_the_node_cannot_read_stops_the_scan(images):
-    files = [Listed(str(images / f"{number}.png"), "1-1") for number in range(3)]
-    row = scanned_on_a_node([files[0], Listed("/elsewhere/1.png", "1-1")], [False, False])
-    with pytest.raises(CacheError) as error:
-        scanned_files({**row, "node": "node-7"}, files, 10**6)
-    assert str(error.value).startswith(f"node node-7 cannot read {images / '1.png'}: No such file or directory. Is ")
+def not_on_the_node(files, missing, trusted=False):
+    """A row of a node that does not see those of the files."""
+    seen = [Listed("/elsewhere", "1-1") if at in missing else file for at, file in enumerate(files)]
+    return {**scanned_on_a_node(seen, [trusted] * len(files)), "node": "node-7"}
+
+
+def test_a_file_that_only_the_node_could_not_read_is_read_here(images, monkeypatch):
+    """A network drive that stumbles does not end the job."""
+    files = [Listed(str(images / f"{number % 3}.png"), "1-1") for number in range(30)]
+    for trusted in (False, True):  # how images are identified is kept
+        expected = scan_images(files, max_pixels=10**6, by_listing=[trusted] * 30)
+        for missing in ({4}, set(range(20))):
+            assert scanned_files(not_on_the_node(files, missing, trusted), files, 10**6) == expected
+
+
+def test_a_node_that_cannot_read_what_the_driver_can_stops_the_scan(images):
+    files = [Listed(str(images / f"{number % 3}.png"), "1-1") for number in range(300)]
+    for missing in (set(range(21)), set(range(0, 300, 7)), set(range(300))):
+        with pytest.raises(CacheError) as error:
+            scanned_files(not_on_the_node(files, missing), files, 10**6)
+        assert str(error.value).startswith(f"node node-7 cannot read {files[min(missing)].path}: No such file or d")
+
+
+def test_at_most_twenty_files_of_a_row_are_read_again(images, monkeypatch):
+    """Where neither reads them, all are skipped; where the driver reads a few, those few are taken."""
+    gone = [Listed(str(images / f"gone {number}.png"), "1-1") for number in range(100)]
+    read = []
+    monkeypatch.setattr(actors, "scan_images", lambda files, **rest: read.extend(files) or scan_images(files, **rest))
+    found = scanned_files(not_on_the_node(gone, set()), gone, 10**6)
+    assert {each.problem for each in found} == {"cannot be read: No such file or directory"}
+    assert len(read) == 20
+    files = [Listed(str(images / "0.png"), "1-1"), *gone[1:]]
+    found = scanned_files(not_on_the_node(files, set(range(100))), files, 10**6)
+    assert [at for at, each in enumerate(found) if not each.problem] == [0]
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------

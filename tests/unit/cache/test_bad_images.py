@@ -6,12 +6,12 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from sdxl_ray.cache import images
 from sdxl_ray.cache.images import UnreadableImage, load_pixels, missing_plugin_hint, open_image
-from sdxl_ray.cache.scan import header_hw
-from sdxl_ray.records import ImageRecord
+from sdxl_ray.cache.scan import header_hw, scan_file
+from sdxl_ray.records import ImageRecord, Listed
 from tests.unit.cache.test_images import encode, noise, picture, psnr, record_of, smooth, whole
 
 
@@ -52,6 +52,27 @@ def test_what_is_called_an_image_but_is_none(tmp_path, content):
         header_hw(content)
     with pytest.raises(UnreadableImage, match=r"^cannot be decoded: "):
         load_pixels(unscanned(tmp_path / "cat.jpg", content, (64, 64)))
+
+
+@pytest.mark.parametrize("format", ["EPS", "PPM", "ICO", "TGA", "PCX", "JPEG2000", "PDF"])
+def test_a_format_that_nobody_means_is_no_image(tmp_path, format):
+    """Pillow would open what is called cat.jpg by its content, an EPS with the help of Ghostscript."""
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(encode(noise(64, 64), format))
+    found = scan_file(Listed(path=str(path), stamp="1"), max_pixels=10**6)
+    assert found.problem == "not an image that Pillow can read"
+    with pytest.raises(UnidentifiedImageError):
+        open_image(path.read_bytes())
+    with pytest.raises(UnreadableImage, match=r"^cannot be decoded: cannot identify image file"):
+        load_pixels(unscanned(path, path.read_bytes(), (64, 64)))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "DIB"])
+def test_a_format_that_is_meant_is_read_whatever_its_name(tmp_path, format):
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(encode(noise(64, 48), format))
+    found = scan_file(Listed(path=str(path), stamp="1"), max_pixels=10**6)
+    assert (found.problem, found.height, found.width) == ("", 64, 48)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "GIF", "WEBP", "AVIF", "BMP"])

@@ -306,6 +306,48 @@ def test_a_second_run_opens_no_image(config, images):
     assert rows(after) == rows(before)
 
 
+def test_what_an_interrupted_scan_has_found_is_remembered(config):
+    """That of a web server's images takes hours."""
+
+    def interrupted(files, *, max_pixels, by_listing):
+        for file in files[:4]:
+            yield from scan_images([file], max_pixels=max_pixels, by_listing=by_listing[:1])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collected(config, scan=interrupted)
+    opened, collection = opened_by(config)
+    assert opened == [f"{number:02d}.png" for number in range(4, 9)]
+    assert len(collection) == 9
+
+
+def test_a_long_scan_is_written_down_while_it_runs(config, monkeypatch):
+    """A machine may lose its power."""
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    on_disk = []
+
+    def slow(files, *, max_pixels, by_listing):
+        for file in files:
+            now[0] += 20
+            memo = Memo(open_folder(config.cache.path))
+            on_disk.append(sum(found is not None for found in memo.find(files, by_listing, max_pixels)))
+            yield from scan_images([file], max_pixels=max_pixels, by_listing=by_listing[:1])
+
+    assert len(collected(config, scan=slow)) == 9
+    assert on_disk == [0, 0, 0, 0, 4, 4, 4, 4, 8]
+
+
+def test_what_was_found_before_an_error_is_remembered(config, images):
+    for number in range(9):
+        (images / f"{number:02d}.txt").unlink()
+    with pytest.raises(DatasetError):
+        opened_by(config)
+    for number in range(9):
+        (images / f"{number:02d}.txt").write_text("now it has one")
+    assert opened_by(config)[0] == []
+
+
 def test_only_what_changed_is_opened_again(config, images):
     opened_by(config)
     add_image(images, "03.png", size=(70, 60), colour=99)

@@ -1,5 +1,6 @@
 """What is encoded on the spot is what a shard holds, to the bit."""
 
+import dataclasses
 import hashlib
 import threading
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_ray.cache import reading
 from sdxl_ray.cache.encode import LatentEncoder, TextEncoder
 from sdxl_ray.cache.images import load_mask, load_pixels
 from sdxl_ray.cache.live import LiveEntries
 from sdxl_ray.cache.shards import ShardReader, write_shard
-from sdxl_ray.errors import CacheError
+from sdxl_ray.errors import CacheError, StorageError
 from sdxl_ray.records import EncodedSample
 from sdxl_ray.storage import open_folder
 
@@ -52,6 +54,11 @@ def sample_of(path, *, crops=((0, 0),), flip=False, mask="", captions=("a cat",)
         text_keys=(),
         text_shards=(),
     )
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(reading, "PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -152,6 +159,33 @@ def test_an_image_that_this_machine_does_not_see_is_an_error(live, told, tmp_pat
     with pytest.raises(CacheError, match=r"cannot be read on this machine .* Make the images visible to all machines"):
         live.latents(sample, 0)
     assert not told
+
+
+def test_an_image_that_is_gone_is_nothing_where_only_its_listing_was_known(live, told, tmp_path):
+    """With cache.mode = "off" nobody has opened it before."""
+    path = write_image(tmp_path)
+    sample = dataclasses.replace(sample_of(path), verify=False)
+    path.unlink()
+    assert live.latents(sample, 0) is None and live.latents(sample, 0) is None
+    assert told == [f"{path}: cannot be read: No such file or directory; it does not count in training"]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_store_that_fails_is_asked_twice_and_then_named(live, tmp_path, monkeypatch, verify):
+    sample = dataclasses.replace(sample_of(write_image(tmp_path)), verify=verify)
+    expected, load = live.latents(sample, 0), reading.load_pixels
+    answers = [StorageError("s3://bucket/0.png: timed out while reading.")]
+
+    def fail(record):
+        if answers:
+            raise answers.pop()
+        return load(record)
+
+    monkeypatch.setattr(reading, "load_pixels", fail)
+    assert torch.equal(live.latents(sample, 0)["mean"], expected["mean"])
+    answers += [StorageError("s3://bucket/0.png: timed out while reading.")] * 2
+    with pytest.raises(CacheError, match=r"0\.png: cannot be read on this machine \(s3://bucket/0\.png: timed out"):
+        live.latents(sample, 0)
 
 
 def test_threads_that_share_it_get_what_one_gets(live, tmp_path):

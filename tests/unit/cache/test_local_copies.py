@@ -1,5 +1,6 @@
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -156,6 +157,64 @@ def test_two_caches_do_not_share_copies(remote, tmp_path):
     fetch(copies_of(remote, tmp_path), 0)
     assert copies_of(other, tmp_path).fetch("text/0.safetensors").read_bytes() == b"other"
     fetch(copies_of(remote, tmp_path), 0)
+
+
+def size_of_all(tmp_path):
+    return sum(path.stat().st_size for path in (tmp_path / "copies").rglob("*") if path.is_file())
+
+
+def test_the_limit_is_for_all_processes_and_all_caches_of_a_machine(tmp_path):
+    """Each knows of its own copies only; what is on the disk decides."""
+    remotes = [RemoteFolder(tmp_path / f"bucket {number}") for number in range(2)]
+    for number, remote in enumerate(remotes):
+        for name in range(200):
+            remote.inner.write(f"text/{name}.safetensors", bytes([number]) * KIB)
+    processes = [copies_of(remotes[number % 2], tmp_path, limit_kib=100) for number in range(8)]
+    most = 0
+    for name in range(200):
+        for number in range(8):
+            path = processes[number].fetch(f"text/{(name + 25 * number) % 200}.safetensors")
+            fetch.now += 1
+            os.utime(path, (fetch.now, fetch.now))
+        most = max(most, size_of_all(tmp_path))
+    assert 80 * KIB < most <= 101 * KIB  # one is copied, then room is made
+
+
+def test_what_is_not_ours_is_neither_counted_nor_deleted(remote, tmp_path):
+    """Somebody may set cache.local_path to a folder with other things in it."""
+    other = tmp_path / "copies" / "models" / "unet.safetensors"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(bytes(50 * KIB))
+    os.utime(other, (1, 1))
+    fetch(copies_of(remote, tmp_path, limit_kib=5), *range(5))
+    assert other.exists()
+    assert held(tmp_path) == ["0", "1", "2", "3", "4", "unet"]
+
+
+def test_the_disk_is_not_searched_for_every_copy(remote, tmp_path, monkeypatch):
+    copies, now, counts = copies_of(remote, tmp_path, limit_kib=100), [1000.0], []
+    monkeypatch.setattr(copies, "_held", lambda held=copies._held: counts.append(now[0]) or held())
+    monkeypatch.setattr("sdxl_ray.cache.local_copies.time.monotonic", lambda: now[0])
+    fetch(copies, 0, 1, 2, 3, 4)
+    assert len(counts) == 1
+    fetch(copies, 5, 6)  # a twentieth of the limit
+    assert len(counts) == 2
+    now[0] += 61  # others may have copied
+    fetch(copies, 6, 7, 8)
+    assert len(counts) == 3
+
+
+def test_what_killed_processes_leave_behind_is_deleted_after_a_day(remote, tmp_path):
+    copies = copies_of(remote, tmp_path)
+    old, young = copies.root / "text" / ".tmp-old", copies.root / "text" / ".tmp-young"
+    of_another = tmp_path / "copies" / ("ab" * 6) / "latents" / "64x64" / ".tmp-old"
+    for path in (old, young, of_another):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    for path in (old, of_another):
+        os.utime(path, (time.time() - 25 * 3600,) * 2)
+    fetch(copies, 0)
+    assert [path.exists() for path in (old, young, of_another)] == [False, True, False]
 
 
 def test_a_shard_that_is_not_there(remote, tmp_path):

@@ -156,9 +156,11 @@ def test_a_flipped_bit_is_found_in_every_tensor_of_every_row(cache, tensor, row)
     assert verify(str(cache)) == {name: [KEYS[row]]}
     assert json.loads((cache / f"{name}{DAMAGED_SUFFIX}").read_text()) == [KEYS[row]]
     assert not (cache / f"{other}{DAMAGED_SUFFIX}").exists()
-    assert verify(str(cache)) == {name: [KEYS[row]]}  # until it is encoded again
+    assert verify(str(cache)) == {}  # no dataset needs it
     write(cache)
     assert verify(str(cache)) == {}
+    flip_a_bit(cache / name, tensor, row)
+    assert verify(str(cache)) == {name: [KEYS[row]]}
 
 
 def test_what_is_found_is_what_the_next_run_encodes_and_nothing_else(config, cache):
@@ -167,11 +169,16 @@ def test_what_is_found_is_what_the_next_run_encodes_and_nothing_else(config, cac
     flip_a_bit(cache / shard, "mean", 1)
     ((name, (key,)),) = verify(str(cache)).items()
     assert name == shard
+    assert verify(str(cache)) == {shard: [key]}  # until it is encoded again
     again = plan_of(config)
     assert missing(again) == (1, 0)
     assert next(again.latent_shards()).keys == (key,)
     fill(again)
     assert missing(plan_of(config)) == (0, 0)
+    assert (cache / f"{shard}{DAMAGED_SUFFIX}").exists()  # what is damaged lies there still
+    assert verify(str(cache)) == {}
+    flip_a_bit(cache / shard, "mean", 0)
+    assert [len(keys) for keys in verify(str(cache)).values()] == [1]  # what is new is told
     sample = next(each for each in samples_of(plan_of(config)) if key in each.latent_keys)
     assert ShardReader(cache).read(sample.latent_shards[0], key).keys() == {"mean"}
 
@@ -182,7 +189,46 @@ def test_a_file_that_was_cut_short_is_listed(cache, content):
     whole = (cache / name).read_bytes()
     (cache / name).write_bytes(whole[:-1] if content is None else content)
     assert verify(str(cache)) == {name: []}
-    assert not (cache / f"{name}{DAMAGED_SUFFIX}").exists()  # it counts as missing anyway
+    assert verify(str(cache)) == {}  # it counts as missing, and has been told
+    write(cache)
+    assert verify(str(cache)) == {}
+    (cache / name).write_bytes(b"cut again")
+    assert verify(str(cache)) == {name: []}
+
+
+def test_where_an_index_cannot_be_read_what_is_damaged_is_told_again(config, cache):
+    """Nobody knows whether it is needed."""
+    plan = cached(config)
+    shard = samples_of(plan)[0].latent_shards[0]
+    flip_a_bit(cache / shard, "mean", 0)
+    found = verify(str(cache))
+    for path in (cache / "datasets").glob("*/index.parquet"):
+        path.write_bytes(b"PAR1")
+    assert verify(str(cache)) == found != {}
+    for path in (cache / "datasets").glob("*/index.parquet"):
+        path.unlink()
+    assert verify(str(cache)) == {}
+
+
+def test_a_shard_of_another_version_is_told_apart_and_kept(config, cache):
+    """Another version of this program, of which the same cache may be full, uses it."""
+    cached(config)
+    names = []
+    for number in range(4):
+        names.append(write(cache, (f"{number:032x}",)))
+        path = cache / names[-1]
+        path.write_bytes(path.read_bytes().replace(b'"sdxl_ray.version":"2"', b'"sdxl_ray.version":"1"'))
+    age(cache, 90)
+    pipeline._write_index(config, plan_of(config))
+    before = files(cache)
+    found = stats(str(cache))
+    assert (found.unusable, sorted(found.other_versions)) == ([], sorted(names))
+    assert (
+        f"4 shards are of another version of sdxl-ray, and stay: {', '.join(sorted(names)[:3])}, ..." in found.lines()
+    )
+    assert verify(str(cache)) == {}
+    assert prune(str(cache), keep_days=30, dry_run=False).shards == []
+    assert files(cache) == before
 
 
 def test_a_shard_that_the_disk_does_not_give_is_damaged_in_all_its_entries(cache, monkeypatch):
@@ -288,9 +334,26 @@ def test_datasets_that_no_run_has_used_for_long_go_with_what_only_they_need(conf
     assert found.datasets == [name]
     assert set(found.shards) == {shard for sample in samples_of(old) for shard in sample.latent_shards}
     assert found.lines(done=True)[0] == f"deleted dataset {name}"
-    assert not list((cache / "datasets" / name).glob("*.*t"))
+    assert not (cache / "datasets" / name).exists()  # nor the lock in it
     assert missing(plan_of(config)) == (0, 0)
     assert missing(plan_of(config, dataset__resolution=128)) == (9, 0)
+
+
+def test_no_empty_folders_of_datasets_stay(config, cache):
+    """What an earlier version has left, and what a run that is beginning has made."""
+    cached(config)
+    for name, days in (("left", 2), ("beginning", 0), ("not ours", 2)):
+        folder = cache / "datasets" / name
+        folder.mkdir()
+        (folder / ".lock").touch()
+        if name == "not ours":
+            (folder / "notes.txt").touch()
+        os.utime(folder, (time.time() - days * DAY_S,) * 2)
+    prune(str(cache), keep_days=30, dry_run=True)
+    assert (cache / "datasets" / "left").exists()
+    prune(str(cache), keep_days=30, dry_run=False)
+    names = {path.name for path in (cache / "datasets").iterdir()}
+    assert len(names) == 3 and {"beginning", "not ours"} < names
 
 
 def test_the_embeddings_of_prompts_are_kept(config, cache):

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sdxl_ray.cache import images
 from sdxl_ray.cache import memo as memo_module
 from sdxl_ray.cache.memo import FILE_NAME, Memo
 from sdxl_ray.cache.scan import ScannedFile
@@ -100,6 +101,44 @@ def test_what_was_refused_for_its_size_or_could_not_be_read_is_looked_at_again(t
     assert [each and each.problem for each in find(memo, FILES[:4])] == [None, None, *problems[2:]]
 
 
+def test_what_needs_a_package_is_looked_at_again(tmp_path):
+    """The machine that looked did not have it."""
+    memo = remember(tmp_path, FILES[:1], [scanned(0, "HEIC needs pillow-heif: pip install pillow-heif")])
+    assert find(memo, FILES[:1]) == [None]
+
+
+@pytest.mark.parametrize("change", ["nothing", "Pillow", "plug-in", "unknown"])
+def test_with_another_pillow_or_plug_in_problems_are_looked_at_again(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(memo_module, "_PLUGINS", ("pillow_of_this_test",))
+    found = [scanned(0), scanned(1, "not an image that Pillow can read"), *FOUND[2:]]
+    remember(tmp_path, FILES, found)
+    memo_of(tmp_path).mark({scanned(2).image_hash: "cannot be decoded: truncated"})
+    if change == "Pillow":
+        monkeypatch.setattr("PIL.__version__", "99.0.0")
+    elif change == "plug-in":
+        (tmp_path / "pillow_of_this_test.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+    elif change == "unknown":  # written before there was such a note
+        table = pq.read_table(tmp_path / FILE_NAME)
+        pq.write_table(table.replace_schema_metadata(None), tmp_path / FILE_NAME)
+    again = find(memo_of(tmp_path), FILES)
+    assert [again[at] for at in (0, 3, 4)] == [found[at] for at in (0, 3, 4)]
+    if change == "nothing":
+        assert [again[at].problem for at in (1, 2, 5)] == [
+            "not an image that Pillow can read",
+            "cannot be decoded: truncated",
+            "damaged header: cut",
+        ]
+        return
+    assert [again[at] for at in (1, 2, 5)] == [None] * 3
+    remember(tmp_path, FILES[1:2], [scanned(7)])  # it can be read now
+    assert find(memo_of(tmp_path), FILES)[1] == scanned(7)
+
+
+def test_the_plug_ins_are_those_that_images_need():
+    assert tuple(module for module, _ in images._PLUGINS.values()) == memo_module._PLUGINS
+
+
 def test_the_limit_on_pixels_is_never_remembered_wrongly(tmp_path):
     memo = remember(tmp_path, FILES, FOUND)
     sizes = [20 * (10 + number) for number in range(5)]
@@ -147,6 +186,25 @@ def test_a_killed_scan_has_not_been_for_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(memo_module.time, "monotonic", lambda: now + 61)
     memo.add(FILES[2:4], [False] * 2, FOUND[2:4])
     assert find(memo_of(tmp_path), FILES) == [*FOUND[:4], None, None]
+
+
+def test_a_memo_that_takes_long_to_write_is_written_less_often(tmp_path, monkeypatch):
+    """That of ten million images: else a scan would do little else."""
+    now = [1000.0]
+    monkeypatch.setattr(memo_module.time, "monotonic", lambda: now[0])
+    memo = memo_of(tmp_path)
+    write_by = memo.folder.write_by
+
+    def slow(*arguments, **rest):
+        now[0] += 30
+        write_by(*arguments, **rest)
+
+    monkeypatch.setattr(memo.folder, "write_by", slow)
+    for passed, remembered in ((61, 1), (61, 1), (240, 3)):
+        now[0] += passed
+        number = int(now[0])
+        memo.add([listed(number)], [False], [scanned(1)])
+        assert pq.read_metadata(tmp_path / FILE_NAME).num_rows == remembered
 
 
 def test_an_image_takes_about_sixty_bytes(tmp_path):

@@ -674,6 +674,26 @@ def test_an_image_in_several_sizes_is_reported_once(config):
     assert "07.png" not in by_name(plan)
 
 
+def test_what_cannot_be_decoded_is_not_compared_with_everything_that_was_skipped(config):
+    """Of a million images, thousands may be skipped and thousands damaged."""
+    compared = []
+
+    class Counted(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    plan = plan_of(config)
+    plan.collection.skipped = [Skipped(Counted(number), "cannot be decoded: cut", "images") for number in range(1000)]
+    bad = samples_of(plan)
+    drop_undecodable(plan, {each.latent_keys[0]: Skipped(each.path, "cannot be decoded: cut") for each in bad})
+    assert len(plan.skipped) == 1020
+    assert len(compared) < 100
+
+
 def test_one_bad_crop_takes_the_whole_image_out(config):
     plan = plan_of(config, dataset__crop="random", dataset__crop_variants=3)
     bad = next(sample for sample in samples_of(plan) if len(sample.crops) == 3)

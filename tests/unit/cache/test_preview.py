@@ -193,6 +193,15 @@ def test_an_unreadable_image_is_said_in_words(tmp_path):
     assert page.text.count("a cat") == 2
 
 
+def test_an_image_that_its_store_does_not_give_is_said_in_words(tmp_path, monkeypatch):
+    def fail(record):
+        raise StorageError("s3://bucket/cat.png: access denied while reading.")
+
+    monkeypatch.setattr("sdxl_ray.cache.preview.load_pixels", fail)
+    page = sheet(tmp_path, [sample(tmp_path / "cat.png", stripes())])
+    assert "s3://bucket/cat.png: access denied while reading." in page.text
+
+
 def test_no_more_samples_than_fit_a_page(tmp_path):
     many = [sample(tmp_path / "cat.png", stripes())] * (SAMPLES_PER_BUCKET + 5)
     page = sheet(tmp_path, many)

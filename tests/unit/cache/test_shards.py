@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import os
@@ -13,7 +14,9 @@ from sdxl_ray.cache.shards import (
     DAMAGED_SUFFIX,
     DamagedEntry,
     MissingEntry,
+    OtherVersion,
     ShardReader,
+    UnreadableShard,
     check_shard,
     latent_key,
     mark_damaged,
@@ -88,7 +91,7 @@ def test_a_shard_without_entries_can_be_written_and_read(tmp_path):
     assert check_shard(open_folder(tmp_path), "text/x.safetensors") == []
     with pytest.raises(MissingEntry) as error:
         ShardReader(tmp_path).read("text/x.safetensors", "a")
-    assert str(error.value) == f"{tmp_path}/text/x.safetensors: has no entry a"
+    assert str(error.value) == f"{tmp_path}/text/x.safetensors: has no entry a. Run `sdxl-ray cache`."
 
 
 def test_two_writers_of_one_shard_leave_one_whole_file(tmp_path):
@@ -114,6 +117,16 @@ def test_a_shard_that_cannot_be_opened(tmp_path, content):
         ShardReader(tmp_path).read("text/x.safetensors", "a")
     assert str(error.value).startswith(f"{path}: cannot be read (")
     assert str(error.value).endswith("Run `sdxl-ray cache`: only what is missing is encoded.")
+    assert type(error.value) is UnreadableShard
+
+
+def test_a_cache_that_this_machine_does_not_see_is_another_matter_than_a_shard_that_is_gone(tmp_path):
+    with pytest.raises(CacheError) as error:
+        ShardReader(tmp_path / "cache").read("text/x.safetensors", "a")
+    assert str(error.value) == (
+        f"{tmp_path}/cache/text: is not there. Is cache.path = {tmp_path}/cache the same folder on all machines? "
+        "If it was deleted, run `sdxl-ray cache`."
+    )
     assert type(error.value) is CacheError
 
 
@@ -126,6 +139,7 @@ def test_threads_share_a_reader(tmp_path):
 
 
 def test_no_more_shards_stay_open_than_allowed(tmp_path):
+    assert ShardReader(tmp_path).max_open == 4096
     names = {key: write(tmp_path, (key,)) for key in "abcd"}
     reader = ShardReader(tmp_path, max_open=2)
     for key in "abacd":
@@ -174,6 +188,18 @@ def test_waiting_ends_where_nothing_comes_any_more(tmp_path):
 
     with pytest.raises(CacheError, match=r"^text/x will not come$"):
         ShardReader(tmp_path, wait=wait).read("text/x", "a")
+
+
+def test_a_store_that_fails_while_a_reader_waits_is_a_shard_that_cannot_be_read(tmp_path, monkeypatch):
+    reader = ShardReader(tmp_path, wait=lambda shard: pytest.fail("not missing"))
+
+    def fail(name):
+        raise StorageError("s3://bucket: timed out while looking for it.")
+
+    (tmp_path / "text").mkdir()
+    monkeypatch.setattr(reader.folder, "exists", fail)
+    with pytest.raises(UnreadableShard, match="timed out while looking for it"):
+        reader.read("text/x.safetensors", "a")
 
 
 def test_one_thread_that_waits_does_not_hold_up_the_others(tmp_path, monkeypatch):
@@ -234,9 +260,23 @@ def test_a_sound_shard_one_that_is_gone_and_one_that_cannot_be_read(tmp_path):
     assert check_shard(open_folder(tmp_path), name) is None
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
+def test_a_shard_that_this_process_may_not_read_is_not_damaged(tmp_path, monkeypatch, number):
+    name, folder = write(tmp_path), open_folder(tmp_path)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(folder, "read", fail)
+    with pytest.raises(StorageError, match=f"{name}: cannot be read"):
+        check_shard(folder, name)
+
+
 def test_what_is_marked_as_damaged_is_kept_once_until_the_shard_is_written_again(tmp_path):
     name, folder = write(tmp_path), open_folder(tmp_path)
-    assert read_marker(folder, name + DAMAGED_SUFFIX) == []
+    assert not folder.exists(name + DAMAGED_SUFFIX)
+    mark_damaged(str(tmp_path), name)
+    assert folder.exists(name + DAMAGED_SUFFIX) and read_marker(folder, name + DAMAGED_SUFFIX) == []
     for keys in ("c", "a", "ca", ""):
         mark_damaged(str(tmp_path), name, *keys)
     assert read_marker(folder, name + DAMAGED_SUFFIX) == ["c", "a"]
@@ -275,6 +315,38 @@ def test_a_usual_header_is_one_request(tmp_path):
     assert remote.calls == {"read_range": 1}
 
 
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (errno.EMFILE, "Too many open files). Allow more open files: `ulimit -n 65536`."),
+        (errno.EACCES, "Permission denied). Allow the user that runs this to read it."),
+        (errno.EIO, "Input/output error). Check the disk; if this file is lost, delete it: it is encoded again."),
+    ],
+)
+def test_a_header_that_cannot_be_read_is_not_a_damaged_one(tmp_path, monkeypatch, number, text):
+    """Else a process with many open files would encode the whole cache again."""
+    name, folder = write(tmp_path), open_folder(tmp_path)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(folder, "read_range", fail)
+    with pytest.raises(StorageError) as error:
+        read_header(folder, name, (tmp_path / name).stat().st_size)
+    assert str(error.value) == f"{tmp_path}/{name}: cannot be read ({text}"
+
+
+def test_a_header_of_another_version_and_of_a_file_that_is_gone(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "FORMAT_VERSION", "99")
+        name = write(tmp_path)
+    size = (tmp_path / name).stat().st_size
+    with pytest.raises(OtherVersion, match=f"{name}: is of version 99 of the format"):
+        read_header(open_folder(tmp_path), name, size)
+    with pytest.raises(FileNotFoundError):
+        read_header(open_folder(tmp_path), "text/gone.safetensors", size)
+
+
 # ---- shards of a bucket ----------------------------------------------------------------------------------------------
 
 
@@ -284,6 +356,16 @@ def remote(tmp_path, monkeypatch):
     folder = RemoteFolder(tmp_path / "bucket")
     monkeypatch.setattr(shards, "open_folder", lambda path: folder)
     return folder
+
+
+def test_few_copies_stay_open(remote, tmp_path):
+    """One that is deleted to make room takes its room until it is closed."""
+    assert read_remote(remote, tmp_path).max_open == 64
+    names = [write(tmp_path / "bucket", (f"key {number}",)) for number in range(70)]
+    reader = read_remote(remote, tmp_path)
+    for number, name in enumerate(names):
+        reader.read(name, f"key {number}")
+    assert len(reader._open) == 64
 
 
 def read_remote(remote, tmp_path, **settings):

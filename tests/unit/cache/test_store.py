@@ -9,6 +9,7 @@ import torch
 from sdxl_ray.cache import store as store_module
 from sdxl_ray.cache.shards import DAMAGED_SUFFIX, KEY_BYTES, mark_damaged, read_header, shard_name, write_shard
 from sdxl_ray.cache.store import ShardStore, keys_from_hex
+from sdxl_ray.errors import StorageError
 from sdxl_ray.storage import open_folder
 from tests.remote import RemoteFolder
 
@@ -127,7 +128,6 @@ def header_with(change):
         header_with(lambda header: header["__metadata__"].update({"sdxl_ray.keys": json.dumps([key("a")])})),
         header_with(lambda header: header["__metadata__"].update({"sdxl_ray.crc32": "nonsense"})),
         header_with(lambda header: header["__metadata__"].update({"sdxl_ray.crc32": "3"})),
-        header_with(lambda header: header["__metadata__"].update({"sdxl_ray.version": "1"})),
         header_with(lambda header: header["__metadata__"].update({"sdxl_ray.keys": '["not", "hex", "keys"]'})),
         header_with(lambda header: header["__metadata__"].update({"sdxl_ray.keys": '["00", "00", "00"]'})),
         header_with(lambda header: header["__metadata__"].update({"sdxl_ray.num_tokens": "[1]"})),
@@ -148,6 +148,44 @@ def test_a_damaged_shard_counts_as_missing_and_is_listed(tmp_path, damage):
     assert store.damaged == []
     assert places(store).keys() == {"a", "b", "c", "d", "e"}
     assert read_header(open_folder(tmp_path), sound, (tmp_path / sound).stat().st_size) is not None
+
+
+def test_a_shard_of_another_version_is_not_damaged_and_not_used(tmp_path):
+    """Nobody may delete it: another version of this program uses it."""
+    sound, name = write(tmp_path, "de"), write(tmp_path)
+    change = header_with(lambda header: header["__metadata__"].update({"sdxl_ray.version": "1"}))
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    store = ShardStore(tmp_path)
+    assert (store.names, store.damaged, store.other_versions) == ([sound], [], [name])
+    assert places(store).keys() == {"d", "e"}
+    write(tmp_path)
+    store.refresh()
+    assert store.other_versions == []
+
+
+def test_a_disk_that_does_not_give_a_header_stops_the_work(tmp_path, monkeypatch):
+    """Else everything would look as if it had to be encoded again, and as if `--prune` could delete it."""
+    name = write(tmp_path)
+    folder = open_folder(tmp_path)
+
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(folder, "read_range", fail)
+    monkeypatch.setattr(store_module, "open_folder", lambda path: folder)
+    with pytest.raises(StorageError, match=rf"{name}: cannot be read \(Permission denied\)"):
+        ShardStore(tmp_path)
+
+
+def test_a_shard_that_is_deleted_while_the_store_looks_is_not_there(tmp_path, monkeypatch):
+    sound, name = write(tmp_path, "de"), write(tmp_path)
+    folder = open_folder(tmp_path)
+    entries = folder.list("latents")
+    (tmp_path / name).unlink()
+    monkeypatch.setattr(folder, "list", lambda prefix: entries if prefix == "latents" else [])
+    monkeypatch.setattr(store_module, "open_folder", lambda path: folder)
+    store = ShardStore(tmp_path)
+    assert (store.names, store.damaged, store.other_versions) == ([sound], [], [])
 
 
 def test_entries_marked_as_damaged_are_missing_and_no_others(tmp_path):

@@ -1,7 +1,9 @@
 import dataclasses
+import itertools
 import json
 import shutil
 import threading
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,11 @@ from sdxl_ray.cache.captions import CaptionRules, decorate, draw_variant
 from sdxl_ray.cache.encode import LatentEncoder, TextEncoder
 from sdxl_ray.cache.images import load_pixels
 from sdxl_ray.cache.live import LiveEntries
-from sdxl_ray.cache.shards import ShardReader, write_shard
+from sdxl_ray.cache.shards import ShardReader, UnreadableShard, write_shard
 from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.diffusion.randomness import keyed_generator, keyed_normal
+from sdxl_ray.errors import CacheError
 from sdxl_ray.sdxl.components import load_unet
 from sdxl_ray.sdxl.vae import sample_latents
 from sdxl_ray.storage import open_folder
@@ -46,12 +49,11 @@ def no_report(text):
     raise AssertionError(text)
 
 
-def make_entries(data, config=None, *, report=no_report):
+def make_entries(data, config=None, *, report=no_report, **settings):
     if config is not None:
         return build_entries(config, data, device=CPU, report=report)
-    return CacheEntries(
-        data.reader, live=SimpleNamespace(), repair=SimpleNamespace(latents=no_report), rules={}, report=report
-    )
+    nothing = SimpleNamespace(latents=no_report)
+    return CacheEntries(data.reader, live=SimpleNamespace(), repair=nothing, rules={}, report=report, **settings)
 
 
 def make_builder(data, *, entries=None, caption_dropout=0.3, seed=7, **settings):
@@ -439,14 +441,100 @@ def test_damage_that_cannot_be_noted_does_not_stop_the_run(damaged_cache, monkey
     assert len(told) == 2 and "could not be noted in the cache" in told[1]
 
 
-def test_an_entry_that_its_shard_lacks_is_a_damaged_image(tmp_path, data):
-    """With cache.mode = "ondemand", an image turns out damaged when it is encoded, beside training."""
-    write_shard(open_folder(str(tmp_path)), "latents/64x64/s.safetensors", [], {"mean": torch.zeros(0, 4, 8, 8)}, {})
+def empty_shard(cache, shard):
+    kind = {"mean": torch.zeros(0, 4, 8, 8)} if shard.startswith("latents") else {"prompt_embeds": torch.zeros(0, 4)}
+    write_shard(open_folder(str(cache)), shard, [], kind, {})
+
+
+def test_on_demand_an_entry_that_its_shard_lacks_is_a_damaged_image(tmp_path, data, damaged_cache):
+    """It turned out damaged when it was encoded, beside training."""
+    empty_shard(tmp_path, "latents/64x64/s.safetensors")
     sample = dataclasses.replace(data.train[0], latent_shards=("latents/64x64/s.safetensors",))
     told = []
-    entries = make_entries(dataclasses.replace(data, reader=ShardReader(tmp_path)), report=told.append)
+    of_the_shard = dataclasses.replace(data, reader=ShardReader(tmp_path))
+    entries = make_entries(of_the_shard, report=told.append, on_demand=True)
     assert entries.latents(sample, 0) is None and entries.latents(sample, 0) is None
     assert told == [f"{sample.path}: could not be encoded; it does not count in training"]
+    config = with_overrides(damaged_cache[0], {"cache.mode": "ondemand", "cache.path": str(tmp_path)})
+    assert make_entries(of_the_shard, config, report=told.append).latents(sample, 0) is None
+    assert len(told) == 2
+
+
+LOSSES = {
+    "gone": lambda path, shard: path.unlink(),
+    "cut": lambda path, shard: path.write_bytes(path.read_bytes()[:-1]),
+    "no shard": lambda path, shard: path.write_bytes(b"no shard"),
+    "another's": lambda path, shard: empty_shard(str(path).removesuffix(shard), shard),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_a_shard_that_is_lost_is_encoded_anew_and_told_once(data, damaged_cache, kind, loss):
+    """Training goes on with equal numbers."""
+    config, copy = damaged_cache
+    in_row = [each.latent_shards[:1] if kind == "latents" else each.text_shards for each in copy.train]
+    ((shard, _),) = Counter(itertools.chain(*in_row)).most_common(1)
+    rows = [row for row, shards in enumerate(in_row) if shard in shards]
+    assert len(rows) > 3
+    LOSSES[loss](Path(config.cache.path) / shard, shard)
+    told = []
+    builder = make_builder(copy, entries=make_entries(copy, config, report=told.append))
+    expected = make_builder(data)
+    for row in rows[:4]:
+        assert_same(builder.training(one(copy, row)), expected.training(one(data, row)))
+        assert_same(builder.evaluation(row, 2), expected.evaluation(row, 2))
+    (line,) = told
+    assert line.startswith(f"{config.cache.path}/{shard}: ")
+    assert ("has no entry" if loss == "another's" else "cannot be read (") in line
+    assert line.endswith(" For this run what it lacks is encoded anew.")
+
+
+def test_a_shard_that_cannot_be_read_is_asked_for_again_after_a_while(data, damaged_cache, monkeypatch):
+    """A store that does not answer takes minutes to say so."""
+    config, copy = damaged_cache
+    sample, told, asked = copy.train[0], [], []
+    entries = make_entries(copy, config, report=told.append)
+    expected = entries.latents(sample, 0)
+    read = copy.reader.read
+
+    def fail(shard, key):
+        asked.append(shard)
+        raise UnreadableShard(f"{shard}: cannot be read (timed out).")
+
+    now = [1000.0]
+    monkeypatch.setattr("sdxl_ray.train.entries.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(copy.reader, "read", fail)
+    for _ in range(3):
+        assert torch.equal(entries.latents(sample, 0)["mean"], expected["mean"])
+    assert (len(asked), len(told)) == (1, 1)
+    now[0] += 601
+    monkeypatch.setattr(copy.reader, "read", lambda shard, key: asked.append(shard) or read(shard, key))
+    assert torch.equal(entries.latents(sample, 0)["mean"], expected["mean"])
+    assert (len(asked), len(told)) == (2, 1)
+
+
+def test_on_demand_a_shard_that_is_gone_is_waited_for_and_what_ends_the_wait_ends_the_run(data, damaged_cache):
+    config, copy = damaged_cache
+    sample = copy.train[0]
+    path = Path(config.cache.path) / sample.latent_shards[0]
+    content = path.read_bytes()
+    path.unlink()
+    waited = []
+
+    def wait(shard):
+        waited.append(shard)
+        if len(waited) == 2:
+            raise CacheError(f"{shard} will not come: the encoder failed")
+        path.write_bytes(content)
+
+    reader = ShardReader(config.cache.path, wait=wait)
+    entries = make_entries(dataclasses.replace(copy, reader=reader), on_demand=True)
+    assert torch.equal(entries.latents(sample, 0)["mean"], entry_of(data, sample)["mean"])
+    path.unlink()
+    reader._open.clear()
+    with pytest.raises(CacheError, match="will not come: the encoder failed"):
+        entries.latents(sample, 0)
 
 
 # ---- modes of the cache: the same batches ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ def found(body, **headers):
 def quick(monkeypatch):
     monkeypatch.setattr(web, "PAUSES_S", (0.01, 0.02, 0.03))
     monkeypatch.setattr(web, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(web, "_outages", web.Outages())
 
 
 @pytest.mark.parametrize("name", ["a:b", "row:1:x:y", "tar:1+2:x", "line\nbreak", "%41", "https:x", "😺"])
@@ -89,6 +90,41 @@ def test_a_server_that_never_answers():
             read_bytes(f"{server}/a.jpg")
         assert time.monotonic() - start < 5
         assert len(requests) == 4
+
+
+def test_a_server_that_is_gone_is_left_alone_for_a_while(monkeypatch):
+    monkeypatch.setattr("sdxl_ray.storage.outages.LIMIT", 2)
+    monkeypatch.setattr(web, "TIMEOUT_S", 0.1)
+    answers = []
+    with s3.answering(lambda *_: answers[0] if answers else None) as (server, requests):
+        for _ in range(2):
+            with pytest.raises(OSError, match="no answer: timed out, 4 attempts"):
+                read_bytes(f"{server}/a.jpg")
+        with pytest.raises(OSError, match="has not answered for the last 2 requests") as error:
+            read_bytes(f"{server}/b.jpg")
+        assert error.value.strerror == f"{server.removeprefix('http://')} has not answered for the last 2 requests"
+        assert len(requests) == 8
+        answers.append(found(b"x"))
+        monkeypatch.setattr("time.monotonic", lambda clock=time.monotonic: clock() + 61)
+        assert read_bytes(f"{server}/b.jpg") == b"x"
+    assert web._outages._failures == {}
+
+
+@pytest.mark.parametrize("status", [404, 418, 503])
+def test_a_server_that_refuses_has_answered(status, monkeypatch):
+    monkeypatch.setattr("sdxl_ray.storage.outages.LIMIT", 2)
+    monkeypatch.setattr(web, "PAUSES_S", ())
+    with s3.answering(lambda *_: (status, {}, b"")) as (server, requests):
+        for _ in range(4):
+            with pytest.raises(OSError, match=f"HTTP {status}"):
+                read_bytes(f"{server}/a.jpg")
+    assert len(requests) == 4
+
+
+def test_what_may_not_be_read_says_why():
+    for read in (read_bytes, lambda address: read_start(address, 9)):
+        with pytest.raises(ValueError, match=r"^the reason: of it$"):
+            read(address.refused_address("the reason: of it"))
 
 
 def test_no_server():

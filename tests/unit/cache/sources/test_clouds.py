@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdxl_ray.cache.sources import list_dataset, read_bytes
+from sdxl_ray.cache.sources import list_dataset, read_bytes, stamps
 from sdxl_ray.errors import DatasetError, StorageError
 from sdxl_ray.storage import clouds, open_folder
 from tests import s3
@@ -150,6 +150,71 @@ def test_options_of_the_address_reach_the_images(server, bucket, monkeypatch):
     (image,) = listed(f"s3://pictures/cats?scheme=http&endpoint_override={host}")
     assert contents([image]) == [b"cats/a.jpg"]
     assert read_bytes(image.text_file) == b"cats/a.txt"
+
+
+def test_options_of_a_file_or_a_pattern_reach_the_images(server, bucket, monkeypatch):
+    put(bucket, "t/a.jpg", "t/mask.png")
+    bucket.write("t/list.csv", b"image,mask\na.jpg,mask.png\n")
+    bucket.write("t/0.tar", tar_bytes([("b.jpg", b"in a tar")]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    options = f"?scheme=http&endpoint_override={server.removeprefix('http://')}"
+    for path in (f"s3://pictures/t/list.csv{options}", f"s3://pictures{options}/t/*.csv"):
+        (image,) = listed(path, mask="file")
+        assert (contents([image]), read_bytes(image.mask_file)) == ([b"t/a.jpg"], b"t/mask.png")
+    for path in (
+        f"s3://pictures/t/*.tar{options}",
+        f"s3://pictures{options}/t/{{0..0}}.tar",
+        f"s3://pictures/**/0.tar{options}",
+    ):
+        assert contents(listed(path)) == [b"in a tar"]
+    assert [image.path for image in listed(f"s3://pictures/t/*.tar{options}", max_samples=1)] == [
+        f"s3://pictures{options}/t/0.tar/b.jpg"
+    ]
+
+
+def test_a_local_table_of_images_in_a_bucket(bucket, tmp_path, monkeypatch):
+    """Their stamps are their own, from one listing of each folder, and stay when rows come and go."""
+    put(bucket, "x/a.jpg", "x/a.png", "y/b.jpg", "y/b.png")
+    names = ["x/a", "y/b", "x/gone"]
+    table = "image,mask\n" + "".join(f"s3://pictures/{name}.jpg,s3://pictures/{name}.png\n" for name in names)
+    (tmp_path / "0.csv").write_text(table)
+    calls = []
+    select = clouds.listing
+    monkeypatch.setattr(
+        "sdxl_ray.storage.listing", lambda path, **options: calls.append(path) or select(path, **options)
+    )
+    monkeypatch.setattr("sdxl_ray.storage.file_status", lambda path: pytest.fail(f"asked for {path} alone"))
+
+    def stamps():
+        return [stamp for image in listed(tmp_path / "0.csv", mask="file") for stamp in (image.stamp, image.mask_stamp)]
+
+    before = stamps()
+    assert calls == ["s3://pictures/x", "s3://pictures/y"]
+    assert before[4:] == ["missing", "missing"]
+    assert [int(stamp.partition("-")[0]) for stamp in before[:4]] == [7] * 4
+    bucket.write("x/a.png", b"rewritten")
+    (tmp_path / "0.csv").write_text(table + "https://example.org/a.jpg,\n")
+    after = stamps()
+    assert [old != new for old, new in zip(before, after, strict=False)] == [False, True, False, False, False, False]
+
+
+def test_images_of_a_bucket_that_may_not_be_listed(monkeypatch, tmp_path):
+    (tmp_path / "0.csv").write_text("image\ns3://b/x/a.jpg\ns3://b/x/b.jpg\n")
+    with s3.answering(lambda *_: s3.s3_error(403, "AccessDenied", "")) as (endpoint, requests):
+        s3.use(monkeypatch, endpoint)
+        assert [image.stamp for image in listed(tmp_path / "0.csv")] == ["-", "-"]
+    assert len(requests) == 1
+
+
+def test_listed_folders_do_not_pile_up(bucket, tmp_path, monkeypatch):
+    put(bucket, *(f"{folder}/{number}.jpg" for folder in "abc" for number in range(4)))
+    monkeypatch.setattr(stamps, "MAX_NAMES", 9)
+    known = stamps.Stamps()
+    for folder in "abcab":
+        found = known.of([f"s3://pictures/{folder}/{number}.jpg" for number in range(4)])
+        assert len(found) == 4 and "missing" not in found.values()
+        assert known._num_names <= 9
+    assert list(known._folders) == ["s3://pictures/a", "s3://pictures/b"]
 
 
 def test_nothing_there(bucket):

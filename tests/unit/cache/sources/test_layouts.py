@@ -14,6 +14,8 @@ from sdxl_ray.storage import clouds
 from tests.unit.cache.sources.made import contents, listed, tar_bytes, write
 from tests.unit.cache.sources.test_tables import write_table
 
+CARD = "---\nlicense: mit\nconfigs:\n- config_name: default\n---\n# Cats\n"  # what the Hub needs to know, on top
+
 
 def write_saved(folder, images, files=1):
     """As `Dataset.save_to_disk` writes it."""
@@ -81,8 +83,9 @@ def test_a_clone_of_a_dataset_with_splits(tmp_path):
         for number in range(2):
             name = f"data/{split}-{number:05d}-of-00002.parquet"
             write_table(tmp_path / name, {"image": [f"{split} {number}".encode()]})
+    (tmp_path / "README.md").write_text("# My pictures\n\nconfigs: none\n")
     assert len(listed(tmp_path)) == 4  # tables in a folder
-    (tmp_path / "README.md").touch()
+    (tmp_path / "README.md").write_text(CARD)
     assert contents(listed(tmp_path)) == [b"train 0", b"train 1"]
     assert contents(listed(tmp_path, split="test")) == [b"test 0", b"test 1"]
     with pytest.raises(DatasetError, match=r'has no split "validation"\. It has test, train\. Set dataset\.split\.'):
@@ -90,11 +93,48 @@ def test_a_clone_of_a_dataset_with_splits(tmp_path):
 
 
 def test_a_clone_with_folders_of_images(tmp_path):
-    write(tmp_path, "README.md", "train/a.jpg", "test/b.jpg")
+    write(tmp_path, "train/a.jpg", "test/b.jpg")
+    (tmp_path / "README.md").write_text(CARD)
     assert contents(listed(tmp_path)) == [b"train/a.jpg"]
     assert contents(listed(tmp_path, split="")) == [b"test/b.jpg", b"train/a.jpg"]
     (tmp_path / "README.md").unlink()
     assert len(listed(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "is_clone"),
+    [
+        ("README.md", "", False),
+        ("README.md", "# Cats\n\nconfigs:\n", False),
+        ("README.md", "---\nlicense: mit\ntags: [configs]\n---\nconfigs:\n", False),
+        ("README.md", "---\nconfigs:\n- config_name: default\n---\n", True),
+        ("README.md", "---\r\nlicense: mit\r\ndataset_info:\r\n  features: []\r\n---\r\n# Cats\r\n", True),
+        ("dataset_infos.json", "{}", True),
+        (".gitattributes", "*.png filter=lfs diff=lfs merge=lfs -text\n", False),
+        (".gitattributes", "*.parquet filter=lfs diff=lfs merge=lfs -text\n", True),
+    ],
+)
+def test_a_folder_of_ones_own_is_read_whole(tmp_path, name, text, is_clone):
+    write(tmp_path, "train/a.jpg", "extra/b.jpg", "cats/c.jpg")
+    (tmp_path / name).write_text(text, newline="")
+    assert len(listed(tmp_path)) == (1 if is_clone else 3)
+
+
+def test_a_table_in_a_subfolder_is_not_taken_for_all_there_is(tmp_path):
+    write(tmp_path, "train/a.jpg", "train/deep/b.jpg")
+    write_table(tmp_path / "train/metadata.csv", {"file_name": ["a.jpg"], "text": ["a cat"]})
+    assert [image.texts for image in listed(tmp_path)] == [("a cat",)]
+    write(tmp_path, "extra/c.jpg")
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path)
+    assert str(error.value) == (
+        f"dataset.path: {tmp_path} has a table in train/, and images outside of it, such as extra/c.jpg. Set "
+        f'dataset.path to {tmp_path}/train, or dataset.format = "folder" for all images without the table.'
+    )
+    assert len(listed(tmp_path, format="folder")) == 3
+    assert len(listed(tmp_path / "train")) == len(listed(tmp_path, format="table")) == 1
+    (tmp_path / "README.md").write_text(CARD)
+    assert [image.texts for image in listed(tmp_path)] == [("a cat",)]
 
 
 def test_images_win_over_tables_and_tar_files_among_them(tmp_path):

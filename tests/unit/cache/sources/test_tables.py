@@ -1,6 +1,7 @@
 import json
 import os
 import threading
+import warnings
 from pathlib import Path
 
 import pyarrow as pa
@@ -122,6 +123,7 @@ def test_neighbouring_rows_cost_one_read(tmp_path, monkeypatch):
     assert len(taken) == 6
 
 
+@pytest.mark.filterwarnings("ignore:.*smaller row groups")
 def test_a_row_group_larger_than_the_memory_for_them_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "_cache", rows._Cache())
     monkeypatch.setattr(rows, "MAX_BYTES", 10)
@@ -133,6 +135,45 @@ def test_a_row_group_larger_than_the_memory_for_them_is_read_once(tmp_path, monk
     assert len(taken) == 1
 
 
+def test_two_large_row_groups_are_never_in_memory_together(tmp_path, monkeypatch):
+    """Not even while the second one is read."""
+    monkeypatch.setattr(rows, "_cache", rows._Cache())
+    for number in range(2):
+        images = [os.urandom(1000) for _ in range(40)]
+        write_table(tmp_path / f"{number}.parquet", {"image": images}, row_group_size=20)
+    found = listed(tmp_path)
+    monkeypatch.setattr(rows, "MAX_BYTES", 10_000)
+    held = []
+    piece = rows._ParquetTable.piece
+    monkeypatch.setattr(
+        rows._ParquetTable, "piece", lambda self, *args: held.append(rows._cache._bytes) or piece(self, *args)
+    )
+    for image in found[::20]:
+        read_bytes(image.address)
+        assert len(rows._cache._pieces) == 1
+    assert held == [0] * 4
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()})])
+def test_large_row_groups_are_named_once(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(rows, "MAX_BYTES", 3 * 2**20)
+    cell = os.urandom(2**20)
+    images = pa.array([cell if pa.types.is_binary(kind) else {"bytes": cell, "path": None}] * 8, kind)
+    path = tmp_path / "0.parquet"
+    write_table(path, {"image": images, "other": [cell] * 8}, row_group_size=4, use_dictionary=False)
+    with pytest.warns(UserWarning) as warned:
+        assert len(listed(path)) == 8
+    assert [str(warning.message) for warning in warned] == [
+        f'{path}: up to 4 MiB of its column "image" are read for one image, which is slow where images come in random '
+        "order. Rewrite it with smaller row groups: pyarrow.parquet.write_table(..., row_group_size=256)"
+    ]
+    write_table(path, {"image": images, "other": [cell] * 8}, row_group_size=2, use_dictionary=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(listed(path)) == 8
+
+
+@pytest.mark.filterwarnings("ignore:.*smaller row groups")
 @pytest.mark.parametrize("name", BINARY)
 def test_threads_read_side_by_side(tmp_path, name, monkeypatch):
     monkeypatch.setattr(rows, "_cache", rows._Cache())
@@ -168,7 +209,7 @@ def test_a_table_that_was_replaced_is_opened_anew(tmp_path):
 def test_paths(tmp_path, name):
     write(tmp_path, "tables/near.jpg", "tables/deep/er.jpg", "images/far.jpg")
     paths = ["near.jpg", "./deep/er.jpg", "../images/far.jpg", f"{tmp_path}/images/far.jpg", "gone.jpg", ""]
-    paths += [f"file://{tmp_path}/images/far.jpg", "https://example.org/a.jpg", "s3://bucket/a.jpg"]
+    paths += [f"file://{tmp_path}/images/far.jpg", "https://example.org/a.jpg"]
     write_table(tmp_path / "tables" / name, {"image": paths, "caption": [f"caption, {path}" for path in paths]})
     found = listed(tmp_path / "tables" / name)
     assert [read_bytes(image.path).decode() for image in found[:4]] == [
@@ -180,12 +221,109 @@ def test_paths(tmp_path, name):
     assert found[0].stamp == f"{status.st_size}-{status.st_mtime_ns}"
     assert found[4].stamp == "missing"
     assert found[6].path == f"{tmp_path}/images/far.jpg"
-    assert [image.path for image in found[7:]] == ["https://example.org/a.jpg", "s3://bucket/a.jpg"]
-    assert found[7].stamp == found[8].stamp == found[5].stamp == f"{of_table.st_size}-{of_table.st_mtime_ns}"
+    assert found[7].path == "https://example.org/a.jpg"
+    assert found[5].stamp == f"{of_table.st_size}-{of_table.st_mtime_ns}"
     with pytest.raises(ValueError, match=r'the column "image" is empty in row 5 \(counted from 0\)'):
         read_bytes(found[5].address)
     with pytest.raises(FileNotFoundError):
         read_bytes(found[4].path)
+
+
+@pytest.mark.parametrize("name", BINARY + TEXT)
+def test_a_row_that_is_appended_leaves_the_other_images_as_they_were(tmp_path, name):
+    write(tmp_path, "a.jpg")
+    paths = ["https://example.org/a.jpg", "a.jpg"]
+    stamps = []
+    for number in range(2):
+        write_table(
+            tmp_path / name,
+            {"image": paths + ["https://example.org/b.jpg"] * number, "mask": paths[:2] + [None] * number},
+        )
+        stamps.append([(image.stamp, image.mask_stamp) for image in listed(tmp_path / name, mask="file")[:2]])
+    assert stamps[0] == stamps[1]
+    assert stamps[0][0] == ("-", "-")  # the address alone tells
+
+
+@pytest.mark.parametrize("name", BINARY + TEXT)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../../secret.jpg",
+        "./../../secret.jpg",
+        "{outside}",
+        "file://{outside}",
+        "ftp://h/a.jpg",
+        "s3://AK:HIDDEN@b/a.jpg",
+        "s3://b/a.jpg?secret_key=HIDDEN",
+    ],
+)
+def test_a_table_in_a_folder_names_nothing_outside_of_it(tmp_path, name, path):
+    write(tmp_path, "secret.jpg", "mine/a.jpg")
+    path = path.format(outside=tmp_path / "secret.jpg")
+    inside = f"{tmp_path}/mine/a.jpg"
+    write_table(tmp_path / "mine" / "tables" / name, {"image": ["../a.jpg", inside, path], "mask": [None, path, None]})
+    *found, refused = listed(tmp_path / "mine", format="table", mask="file")
+    assert contents(found) == [b"mine/a.jpg"] * 2
+    assert refused.path == f"{tmp_path}/mine/tables/{name}/00000002"
+    for address in (refused.address, found[1].mask_file):
+        with pytest.raises(ValueError, match=rf"^the table {tmp_path}/mine/tables/{name} names ") as error:
+            read_bytes(address)
+        assert "HIDDEN" not in str(error.value)
+    if "secret.jpg" in path:
+        assert str(error.value).endswith(
+            f"which is outside of {tmp_path}/mine. If you trust it, set dataset.path to the table itself"
+        )
+        for named in (tmp_path / "mine" / "tables" / name, tmp_path / "mine" / "tables" / "0.*"):
+            assert contents(listed(named)) == [b"mine/a.jpg", b"mine/a.jpg", b"secret.jpg"]
+
+
+@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize("depth", ["", "a/", "a/b/"])
+def test_neither_does_the_path_in_a_cell_of_hugging_face(tmp_path, name, depth):
+    write(tmp_path, "secret.jpg", "mine/a.jpg")
+    paths = [f"{tmp_path}/mine/a.jpg", f"{tmp_path}/secret.jpg", "../" * (depth.count("/") + 1) + "secret.jpg"]
+    write_table(tmp_path / "mine" / depth / name, {"image": [{"bytes": None, "path": path} for path in paths]})
+    first, *others = listed(tmp_path / "mine", format="table")
+    assert contents([first]) == [b"mine/a.jpg"]
+    for image in others:
+        with pytest.raises(ValueError, match=rf"which is outside of {tmp_path}/mine\. If you trust it, "):
+            read_bytes(image.address)
+    assert contents(listed(tmp_path / "mine" / depth / name)) == [b"mine/a.jpg", b"secret.jpg", b"secret.jpg"]
+
+
+def test_links_count_by_their_names_as_in_the_cache_of_the_hub(tmp_path):
+    write(tmp_path, "blobs/a.jpg")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "a.jpg").symlink_to("../blobs/a.jpg")
+    write_table(tmp_path / "snapshot" / "metadata.csv", {"file_name": ["a.jpg"]})
+    assert contents(listed(tmp_path / "snapshot")) == [b"blobs/a.jpg"]
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "file:///etc/hostname", "../../../../etc/hostname", "a/../../../x"])
+@pytest.mark.parametrize(
+    "table", ["s3://bucket/t/0.csv", "s3://bucket?region=eu/t/0.csv", "hf://datasets/org/name@v1/t/0.csv"]
+)
+def test_a_table_in_a_store_names_no_files_of_this_machine(table, path):
+    with pytest.raises(
+        ValueError, match=r"^the table .*/t/0\.csv names .*(may not name files of a machine|is outside of)"
+    ):
+        rows.beside(table, path)
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "expected"),
+    [
+        ("s3://b/t/list.csv?region=eu", "a.jpg", "s3://b?region=eu/t/a.jpg"),
+        ("s3://b?region=eu/t/list.csv", "../x/./a.jpg", "s3://b?region=eu/x/a.jpg"),
+        ("s3://b?region=eu/list.csv", "a.jpg", "s3://b?region=eu/a.jpg"),
+        ("hf://datasets/org/name@v1/list.csv", "a.jpg", "hf://datasets/org/name@v1/a.jpg"),
+        ("/data/list.csv", "s3://b/a.jpg?region=eu", "s3://b?region=eu/a.jpg"),
+        ("/data/list.csv", "HTTPS://Host/A.jpg?Sig=x", "https://Host/A.jpg?Sig=x"),
+        ("file:///data/a%20b/list.csv", "c.jpg", "/data/a b/c.jpg"),
+    ],
+)
+def test_what_lies_beside_a_table(table, name, expected):
+    assert rows.beside(table, name) == expected
 
 
 def test_a_dictionary_of_paths_is_read(tmp_path):
@@ -248,6 +386,37 @@ def test_masks(tmp_path, name):
     ]
     write_table(tmp_path / name, {"image": [b"i"], "m": [b"mask"]})
     assert read_bytes(listed(tmp_path / name, mask="file", mask_column="m")[0].mask_file) == b"mask"
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_a_mask_that_is_rewritten_has_another_stamp(tmp_path, name):
+    """The image's own file stays as it is."""
+    write(tmp_path, "a.jpg", "mask.png")
+    paths = {"image": ["a.jpg", "a.jpg"], "beside": ["mask.png", "mask.png"]}
+    write_table(tmp_path / name, paths | {"mask": [{"bytes": b"m", "path": None}] * 2})
+
+    def stamps(column):
+        return {image.mask_stamp for image in listed(tmp_path / name, mask="file", mask_column=column)}
+
+    before = stamps("beside"), stamps("mask")
+    images = {image.stamp for image in listed(tmp_path / name)}
+    assert before[0] == {f"{(tmp_path / 'mask.png').stat().st_size}-{(tmp_path / 'mask.png').stat().st_mtime_ns}"}
+    (tmp_path / "mask.png").write_bytes(b"another")
+    write_table(tmp_path / name, paths | {"mask": [{"bytes": b"rewritten", "path": None}] * 2})
+    after = stamps("beside"), stamps("mask")
+    assert all(len(old) == len(new) == 1 and old != new for old, new in zip(before, after, strict=True))
+    assert {image.stamp for image in listed(tmp_path / name)} == images
+
+
+def test_a_column_that_comes_first_late_in_a_file_counts(tmp_path):
+    write(tmp_path, "mask.png")
+    with (tmp_path / "0.jsonl").open("w") as file:
+        for number in range(9000):
+            late = {"mask": "mask.png", "caption": "late", "height": 9, "width": 9} if number >= 8990 else {}
+            file.write(json.dumps({"image": "https://example.org/a.jpg", **late}) + "\n")
+    found = listed(tmp_path / "0.jsonl", mask="file")
+    assert [image.mask_file for image in found] == [""] * 8990 + [f"{tmp_path}/mask.png"] * 10
+    assert (found[-1].texts, found[-1].original_hw) == (("late",), (9, 9))
 
 
 # ---- which tables ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -90,6 +91,19 @@ def test_only_what_is_an_image_on_its_own_is_one(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.b.jpg", b"a"), ("a.b.mask.png", b"mask")])
     (image,) = listed(tmp_path, mask="file")
     assert (read_bytes(image.address), read_bytes(image.mask_file)) == (b"a", b"mask")
+
+
+def test_a_mask_that_is_rewritten_has_another_stamp(tmp_path):
+    stamps = []
+    for number, content in enumerate((b"mask", b"ksam")):  # of the same size, in the same place
+        write_tar(tmp_path / "0.tar", [("a.jpg", b"a"), ("a.mask.png", content)])
+        os.utime(tmp_path / "0.tar", ns=(0, number))
+        (image,) = listed(tmp_path, mask="file")
+        stamps.append(image.mask_stamp)
+    size, _, offset = stamps[0].split("-")
+    assert (tmp_path / "0.tar").read_bytes()[int(offset) :][: int(size)] == b"ksam"
+    assert stamps[0] != stamps[1]
+    assert listed(tmp_path)[0].mask_stamp == ""
 
 
 @pytest.mark.parametrize("pattern", ["data/*.tar", "data/{000..002}.tar", "data/00{0,1,2}.tar", "**/00?.tar", "data"])
