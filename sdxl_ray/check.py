@@ -14,7 +14,7 @@ import numpy as np
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.planning import CachePlan, plan_cache
 from sdxl_ray.cache.preview import write_contact_sheet
-from sdxl_ray.cache.scan import scan_images
+from sdxl_ray.cache.scan import scan_each
 from sdxl_ray.records import parse_bucket_key
 from sdxl_ray.sdxl.components import objective_warning, read_part_config, resolve_model
 from sdxl_ray.sdxl.fingerprint import unet_weight_shapes
@@ -115,7 +115,7 @@ def _plan(config: Config, model: str, progress: Callable[[str, int, int], None])
         config.cache,
         model_path=model,
         prompts=(*config.validation.prompts, config.validation.negative_prompt),
-        scan=lambda *args, **kwargs: scan_images(
+        scan=lambda *args, **kwargs: scan_each(
             *args, **kwargs, progress=lambda done, total: progress("scan", done, total)
         ),
     )

@@ -139,7 +139,7 @@ def cache(
 
             damaged = verify_shards(settings.cache.path, lambda done, total: console.progress("shards", done, total))
             for name, keys in damaged.items():
-                what = f"{len(keys)} entries are damaged" if keys else "cannot be used (damaged, or of another version)"
+                what = f"{len(keys)} entries are damaged" if keys else "cannot be used"
                 console.line(f"{name}: {what}", style="yellow")
             console.line(
                 "every entry is as it was written" if not damaged else "encoding again what this dataset needs"

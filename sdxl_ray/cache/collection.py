@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from sdxl_ray.cache.buckets import Geometry, Placement, Unfit, place_all
 from sdxl_ray.cache.captions import CaptionRules, decorate, expand_variants, no_captions_error, read_captions
 from sdxl_ray.cache.memo import Memo
-from sdxl_ray.cache.scan import ScannedFile, scan_images
+from sdxl_ray.cache.scan import ScannedFile, scan_each
 from sdxl_ray.cache.shards import KEY_BYTES, latent_key, text_key
 from sdxl_ray.cache.sources import list_dataset
 from sdxl_ray.cache.tables import gather
@@ -162,7 +162,7 @@ def collect(
     text: str,
     num_chunks: int,
     text_online: bool,
-    scan: Scan = scan_images,
+    scan: Scan = scan_each,
 ) -> Collection:
     """List, scan and place every image.
 

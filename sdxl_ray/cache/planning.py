@@ -22,7 +22,7 @@ import pyarrow as pa
 from sdxl_ray.cache import index
 from sdxl_ray.cache.collection import ID_BYTES, PIECE, Collection, Scan, Skipped, collect, fixed_bytes, hex_strings
 from sdxl_ray.cache.memo import Memo
-from sdxl_ray.cache.scan import scan_images
+from sdxl_ray.cache.scan import scan_each
 from sdxl_ray.cache.shards import shard_name, text_key
 from sdxl_ray.cache.store import ShardStore, keys_from_hex
 from sdxl_ray.cache.tables import gather
@@ -260,7 +260,7 @@ def plan_cache(
     *,
     model_path: str,
     prompts: Iterable[str] = (),
-    scan: Scan = scan_images,
+    scan: Scan = scan_each,
 ) -> CachePlan:
     """Find out what has to be encoded. Reads new files only.
 

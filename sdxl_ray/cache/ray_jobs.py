@@ -31,7 +31,7 @@ from sdxl_ray.cache.actors import (
 from sdxl_ray.cache.collection import Skipped
 from sdxl_ray.cache.planning import CachePlan
 from sdxl_ray.cache.pools import Node, Share, share_cluster
-from sdxl_ray.cache.scan import ScannedFile, scan_images
+from sdxl_ray.cache.scan import ScannedFile, scan_each
 from sdxl_ray.errors import ClusterError
 from sdxl_ray.records import Listed
 
@@ -82,29 +82,31 @@ def scan_on_ray(
     *,
     max_pixels: int,
     by_listing: Sequence[bool],
-) -> list[ScannedFile]:
-    """`scan_images`; where many files are new, as CPU tasks on all machines."""
+) -> Iterator[ScannedFile]:
+    """`scan_each`; where many files are new, as CPU tasks on all machines."""
     if len(files) < SCAN_ON_RAY_FROM:
-        return scan_images(
+        yield from scan_each(
             files,
             max_pixels=max_pixels,
             by_listing=by_listing,
             progress=lambda done, total: progress("scan", done, total),
         )
+        return
     connect()
     quiet()
     starts = range(0, len(files), 500)
     items = [files_as_row(start, files[start : start + 500], by_listing[start : start + 500]) for start in starts]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    scanned: list[ScannedFile | None] = [None] * len(files)
-    done = 0
+    come: dict[int, list[ScannedFile]] = {}  # rows come in any order
+    done = first = 0
     for row in dataset.map(ScanChunk(max_pixels), num_cpus=1).iter_rows():
-        found = scanned_files(row, files, max_pixels)
-        first = int(row["first"])
-        scanned[first : first + len(found)] = found
-        done += len(found)
+        come[int(row["first"])] = scanned_files(row, files, max_pixels)
+        done += len(come[int(row["first"])])
         progress("scan", done, len(files))
-    return [found for found in scanned if found is not None]
+        while first in come:
+            found = come.pop(first)
+            yield from found
+            first += len(found)
 
 
 # ---- (2) text --------------------------------------------------------------------------------------------------------

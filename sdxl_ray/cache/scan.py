@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -152,7 +152,21 @@ def scan_images(
     num_threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ScannedFile]:
-    """Every file, in the order given. In threads: reading and hashing free the GIL.
+    """Every file, in the order given; see `scan_each`."""
+    return list(
+        scan_each(files, max_pixels=max_pixels, by_listing=by_listing, num_threads=num_threads, progress=progress)
+    )
+
+
+def scan_each(
+    files: Sequence[Listed],
+    *,
+    max_pixels: int,
+    by_listing: Sequence[bool] = (),
+    num_threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[ScannedFile]:
+    """Every file, in the order given, as they come. In threads: reading and hashing free the GIL.
 
     `progress` is called with (done, total) now and then; not at all where they are few.
     """
@@ -162,10 +176,10 @@ def scan_images(
         return [scan_file(files[at], max_pixels, by_listing=trusted[at]) for at in piece]
 
     pieces = [range(start, min(start + 16, len(files))) for start in range(0, len(files), 16)]
-    scanned: list[ScannedFile] = []
+    done = 0
     with ThreadPoolExecutor(num_threads or min(_THREADS, 4 * (os.cpu_count() or 1))) as threads:
         for found in threads.map(scan, pieces):
-            scanned += found
-            if len(files) >= SHOW_PROGRESS_FROM and (len(scanned) % 128 == 0 or len(scanned) == len(files)):
-                progress(len(scanned), len(files))
-    return scanned
+            yield from found
+            done += len(found)
+            if len(files) >= SHOW_PROGRESS_FROM and (done % 128 == 0 or done == len(files)):
+                progress(done, len(files))

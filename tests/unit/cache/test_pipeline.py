@@ -345,7 +345,7 @@ def test_few_files_are_scanned_here(images):
     found = scan_on_ray(
         lambda: pytest.fail("connected"), lambda *_: None, files, max_pixels=10**6, by_listing=[False] * 9
     )
-    assert found == scan_images(files, max_pixels=10**6)
+    assert list(found) == scan_images(files, max_pixels=10**6)
 
 
 def test_the_plan_of_a_cache_is_what_check_sees(config, jobs):
