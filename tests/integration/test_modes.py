@@ -140,6 +140,7 @@ def test_on_demand_training_starts_before_encoding_ends_and_comes_to_the_same(co
         assert (again.num_latents_encoded, again.num_captions_encoded, again.background) == (0, 0, None)
 
 
+@pytest.mark.slow  # unit tests hold the same without Ray
 def test_without_a_cache_and_with_captions_encoded_online_it_comes_to_the_same(config, disk, tmp_path):
     config = another(config, tmp_path, "off", mode="off", text="online")
     result = fit(config)

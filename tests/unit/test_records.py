@@ -18,18 +18,48 @@ def test_a_bucket_key_is_height_times_width():
     assert parse_bucket_key(bucket_key((1024, 832))) == (1024, 832)
 
 
-def test_an_image_record_has_conditioning_once_it_has_a_bucket():
-    record = ImageRecord("cat.png", "ab", (1, 2))
-    with pytest.raises(ValueError, match=r"cat\.png has no bucket yet"):
-        record.micro_conditioning  # noqa: B018
-    record = dataclasses.replace(record, bucket_hw=(5, 6), resized_hw=(7, 8), crop_top_left=(3, 4))
-    assert record.micro_conditioning == CONDITIONING
+RECORD = ImageRecord("cat.png", "ab", (1, 2), bucket_hw=(5, 6), resized_hw=(8, 11), crop_top_left=(3, 4))
+SAMPLE = EncodedSample(
+    sample_id="id",
+    dataset="cats",
+    path="cat.png",
+    address="",
+    image_hash="ab",
+    verify=True,
+    original_hw=(1, 2),
+    target_hw=(5, 6),
+    resized_hw=(8, 11),
+    crops=((3, 4), (0, 5)),
+    flip=False,
+    mask="",
+    captions=("a cat",),
+    latent_keys=("latent", "other"),
+    latent_shards=("x", "x"),
+    text_keys=("text",),
+    text_shards=("y",),
+)
+
+
+def test_of_a_flipped_image_the_crop_is_mirrored():
+    """11 pixels wide, 6 kept from the 4th on: 1 is cut away on the right, which is on the left once it is mirrored."""
+    assert RECORD.micro_conditioning == CONDITIONING
+    assert dataclasses.replace(RECORD, flip=True).micro_conditioning.crop_top_left == (3, 1)
 
 
 def test_an_encoded_sample_says_the_same_as_its_record():
-    sample = EncodedSample("id", "cat.png", "ab", (1, 2), (3, 4), (5, 6), ("a cat",), "latent", ("text",), 1)
-    assert sample.micro_conditioning == CONDITIONING
-    assert sample.bucket == "5x6"
+    assert SAMPLE.micro_conditioning() == CONDITIONING
+    assert SAMPLE.micro_conditioning(1).crop_top_left == (0, 5)
+    assert SAMPLE.bucket == "5x6"
+    assert SAMPLE.image_record() == RECORD
+    mirrored = dataclasses.replace(SAMPLE, flip=True, crops=((3, 1),))
+    assert mirrored.image_record() == dataclasses.replace(RECORD, flip=True)
+
+
+def test_a_batch_without_masks_has_none_elsewhere_either():
+    ones = {
+        field.name: torch.ones(1) for field in dataclasses.fields(Batch) if field.name not in ("sample_ids", "masks")
+    }
+    assert Batch(sample_ids=("a",), **ones).to("meta").masks is None
 
 
 def test_records_are_frozen():
