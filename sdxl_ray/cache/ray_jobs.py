@@ -213,6 +213,9 @@ def _from_items(items: Sequence[dict[str, str]], reserved: Reserved | None) -> r
 
 def _pool(config: Config, share: Share) -> dict[str, Any]:
     needs: dict[str, Any] = {"num_cpus": share.cpus_per_actor}
+    if share.device == "cpu":
+        # Threads of torch that wait for each other by spinning would take the cores from decoding.
+        needs["runtime_env"] = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
     if share.gpus_per_actor:
         needs["num_gpus"] = share.gpus_per_actor
         if config.cache.accelerator_type:
