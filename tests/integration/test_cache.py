@@ -129,6 +129,7 @@ def test_another_vae_adds_entries_and_keeps_the_old_ones(config, tmp_path):
     assert len(new) > len(old)
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_skipped_listed_and_not_tried_again(config, photographs):
     """Three are damaged in their pixels, three are no images at all; every other image keeps its own captions."""
     for number in range(3):
@@ -162,6 +163,7 @@ def test_unreadable_images_are_skipped_listed_and_not_tried_again(config, photog
     assert "raise dataset.max_unreadable" in text
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_at_most_unfinished_shards(config, tmp_path):
     """kill -9 as soon as the first shard is there; the next run encodes the rest only."""
     settings = tmp_path / "killed.toml"

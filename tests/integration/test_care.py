@@ -84,6 +84,7 @@ def entries(config, index_path: str) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
+@pytest.mark.slow
 def test_verify_encodes_again_what_is_damaged_and_only_that(config, built, command):
     assert "every entry is as it was written" in command("--verify")
     before = entries(config, built.index_path)
@@ -106,6 +107,7 @@ def test_verify_encodes_again_what_is_damaged_and_only_that(config, built, comma
     assert "nothing to encode" in said
 
 
+@pytest.mark.slow
 def test_prune_deletes_what_no_dataset_uses_only_when_told_to(config, built, command, tmp_path):
     other = write_folder(tmp_path / "other", range(60, 63))
     build_cache(with_overrides(config, {"dataset.path": str(other), "dataset.name": "other"}))

@@ -129,6 +129,7 @@ def test_an_image_in_two_places_is_encoded_once_and_each_dataset_keeps_its_capti
     assert explain(config).lines.count(f"cache       0 images and 0 captions to encode, into {config.cache.path}") == 1
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_all_of_them_and_evaluates_only_what_it_should(config, built):
     result = fit(config)
     assert result.step == 4
