@@ -27,13 +27,12 @@ from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.scan import ScannedFile, scan_each
 from sdxl_ray.cache.shards import KEY_BYTES, latent_key, text_key
 from sdxl_ray.cache.sources import list_dataset
-from sdxl_ray.cache.tables import gather
+from sdxl_ray.cache.tables import PIECE, fixed_bytes, gather
 from sdxl_ray.records import ImageRecord, Listed, bucket_key, parse_bucket_key
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import DatasetSection
 
-PIECE = 100_000  # images at a time
 ID_BYTES = 12
 
 _HAND_ON_EVERY_S = 15.0  # to the memo, which writes it down now and then
@@ -136,14 +135,6 @@ class Collection:
                 )
             )
         return records
-
-
-def fixed_bytes(values: pa.Array, width: int) -> np.ndarray:
-    """A FixedSizeBinaryArray as NumPy bytes, without a copy."""
-    if not len(values):
-        return np.empty(0, f"S{width}")
-    start = values.offset * width
-    return np.frombuffer(values.buffers()[1], np.uint8)[start : start + len(values) * width].view(f"S{width}")
 
 
 def hex_strings(values: np.ndarray) -> pa.Array:

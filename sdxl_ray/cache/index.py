@@ -15,13 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sdxl_ray.cache.tables import ROWS_IN_MEMORY, gather
+from sdxl_ray.cache.tables import PIECE, ROWS_IN_MEMORY, gather
 from sdxl_ray.errors import CacheError
 from sdxl_ray.records import EncodedSample, bucket_key, parse_bucket_key
 from sdxl_ray.storage import open_arrow, open_folder
 
 FILE_NAME = "index.parquet"
-PIECE = 100_000  # rows read at a time
 _NAMES = pa.dictionary(pa.int32(), pa.string())  # few different values
 _FEW_VALUES = ["dataset", "bucket"]
 SCHEMA = pa.schema(

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sdxl_ray.cache.scan import CANNOT_BE_READ, TOO_LARGE, ScannedFile
+from sdxl_ray.cache.tables import fixed_column
 from sdxl_ray.records import Listed
 from sdxl_ray.storage import Folder
 
@@ -155,12 +156,7 @@ def _column(table: pa.Table, name: str = "identity", width: int = 16) -> np.ndar
     """Fixed-width bytes as NumPy; shorter ones (a missing hash) padded with zeros."""
     column = table.column(name)
     if pa.types.is_fixed_size_binary(column.type):
-        parts = [
-            np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width : (chunk.offset + len(chunk)) * width]
-            for chunk in column.chunks
-            if len(chunk)
-        ]
-        return np.concatenate([np.empty(0, np.uint8), *parts]).view(f"S{width}")
+        return fixed_column(column, width)
     return np.array(column.to_pylist(), f"S{width}") if len(column) else np.empty(0, f"S{width}")
 
 

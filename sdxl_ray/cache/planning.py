@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 
 from sdxl_ray.cache import index
-from sdxl_ray.cache.collection import ID_BYTES, PIECE, Collection, Scan, Skipped, collect, fixed_bytes, hex_strings
+from sdxl_ray.cache.collection import ID_BYTES, Collection, Scan, Skipped, collect, hex_strings
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.scan import scan_each
 from sdxl_ray.cache.shards import shard_name, text_key
 from sdxl_ray.cache.store import ShardStore, keys_from_hex
-from sdxl_ray.cache.tables import gather
+from sdxl_ray.cache.tables import PIECE, fixed_bytes, fixed_column, gather
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import ImageRecord, parse_bucket_key
 from sdxl_ray.sdxl.fingerprint import text_fingerprint, vae_fingerprint
@@ -200,9 +200,7 @@ class CachePlan:
 
     def _repeated_ids(self) -> dict[int, int]:
         """Row -> how many rows before it have its identity: one image with the same captions, in two places."""
-        column = self.collection.table.column("identity")
-        width = column.type.byte_width
-        identities = np.concatenate([np.empty(0, f"S{width}"), *(fixed_bytes(chunk, width) for chunk in column.chunks)])
+        identities = fixed_column(self.collection.table.column("identity"), ID_BYTES)
         # By the dataset's name, so that their order in the config decides nothing.
         datasets, _ = index.Index(self.collection.table.select(["dataset"])).codes("dataset")
         order = np.lexsort((np.arange(len(identities)), datasets, identities))

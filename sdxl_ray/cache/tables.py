@@ -9,11 +9,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 
+import numpy as np
 import pyarrow as pa
 
 from sdxl_ray.errors import storage_errors
 
 ROWS_IN_MEMORY = 500_000
+PIECE = 100_000  # rows at a time, where each is a Python object for a while
 
 
 def gather(pieces: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
@@ -45,3 +47,16 @@ def gather(pieces: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
         file.flush()
         mapped = pa.memory_map(file.name, "r")
         return pa.ipc.open_stream(mapped).read_all().unify_dictionaries()
+
+
+def fixed_bytes(values: pa.Array, width: int) -> np.ndarray:
+    """A FixedSizeBinaryArray as NumPy bytes, without a copy."""
+    if not len(values):
+        return np.empty(0, f"S{width}")
+    start = values.offset * width
+    return np.frombuffer(values.buffers()[1], np.uint8)[start : start + len(values) * width].view(f"S{width}")
+
+
+def fixed_column(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """The same of all pieces of a column."""
+    return np.concatenate([np.empty(0, f"S{width}"), *(fixed_bytes(chunk, width) for chunk in column.chunks)])

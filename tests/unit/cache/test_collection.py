@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from sdxl_ray.cache import collection as collection_module
-from sdxl_ray.cache.collection import Collection, collect, fixed_bytes, hex_strings
+from sdxl_ray.cache.collection import Collection, collect, hex_strings
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.scan import scan_images
 from sdxl_ray.cache.shards import latent_key, text_key
+from sdxl_ray.cache.tables import fixed_bytes
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import bucket_key
 from sdxl_ray.storage import open_folder
