@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sdxl_ray.config.method_contradictions import method_contradictions
 from sdxl_ray.config.schema import Config, DatasetSection
 from sdxl_ray.errors import ConfigError
 from sdxl_ray.storage import check_address
@@ -30,6 +31,7 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
         *_among_datasets(config),
         *_in_cache(config),
         *_in_lengths(config),
+        *method_contradictions(config),
         *_in_sweep(config),
     ]
 

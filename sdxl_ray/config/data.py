@@ -63,6 +63,12 @@ class DatasetSection(Section):
     disabled: bool = setting(False, "Leave this dataset out.", more=_SEVERAL)
     repeats: int = setting(1, "How often each image is seen in one epoch.", ge=1)
     weight: float = setting(1.0, "How much each of its images counts in the loss.", gt=0, le=1000, more=_SEVERAL)
+    prior_prediction: bool = setting(
+        False,
+        "regularization: what is learnt is not the image's noise, but what the base model predicts for the same noisy "
+        "image. So the model stays as it was there, whatever the images look like.",
+        more=_SEVERAL,
+    )
     start: DurationField = setting(
         Duration(0, "steps"), 'Takes part from here on: "500 steps", "2 epochs".', more=_SEVERAL
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
 
 def setting(default: Any, text: str, *, unit: str = "", more: str = "", **limits: Any) -> Any:
@@ -33,6 +33,25 @@ def _no_cloud_address(text: str) -> str:
     return text
 
 
+def _auto_is_zero(given: Any) -> Any:
+    if given == "auto":
+        return 0
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError('must be a whole number of at least 1, or "auto"')
+    return given
+
+
+def _mode_or_number(given: Any) -> Any:
+    modes = ("none", "transformer", "full")
+    is_number = isinstance(given, int) and not isinstance(given, bool) and given >= 0
+    if not is_number and given not in modes:
+        raise ValueError(f"must be one of {', '.join(map(repr, modes))}, or a number of transformer blocks")
+    return given
+
+
+# 0 in code is "auto" in a file: how many is found out before the run.
+MicroBatchSize = Annotated[int, BeforeValidator(_auto_is_zero), PlainSerializer(lambda size: size or "auto")]
+Checkpointing = Annotated[str | int, PlainValidator(_mode_or_number)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]  # TOML gives lists
 Trimmed = Annotated[str, AfterValidator(_no_surrounding_space)]
 FolderName = Annotated[Trimmed, AfterValidator(_plain_folder_name)]

@@ -33,6 +33,7 @@ from sdxl_ray.config.keys import (
     unit_of,
     without_number,
 )
+from sdxl_ray.config.methods import BlockRule
 from sdxl_ray.config.names import fill_names, name_of
 from sdxl_ray.config.schema import Config, SearchSpace
 from sdxl_ray.errors import ConfigError
@@ -149,6 +150,8 @@ def resolve_paths(config: Config) -> Config:
     model = config.model.path
     if not model.startswith("builtin:") and (model.startswith((".", "~", "/")) or (here / model).exists()):
         changes["model.path"] = _absolute(model, here, "model.path")
+    if config.adapter.start_from:
+        changes["adapter.start_from"] = _absolute(config.adapter.start_from, here, "adapter.start_from")
     given = [dataset.name for dataset in config.dataset]
     paths = [
         str(BUILTIN_PHOTOGRAPHS)
@@ -311,6 +314,8 @@ def _explain(item: Any) -> Problem:
     match item["type"]:
         case "extra_forbidden" if key.startswith("sweep.parameters."):
             return Problem(key, f"unknown key; known: {', '.join(SearchSpace.model_fields)}")
+        case "extra_forbidden" if key.startswith("adapter.blocks."):
+            return Problem(key, f"unknown key; known: {', '.join(BlockRule.model_fields)}")
         case "extra_forbidden":
             return Problem(key, f"unknown key.{did_you_mean(without_number(key), known_keys())}")
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":

@@ -11,8 +11,31 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sdxl_ray.config.data import CacheSection, DatasetSection
-from sdxl_ray.config.fields import FolderName, FolderPath, Section, Strings, Trimmed, setting
-from sdxl_ray.config.units import Duration, DurationField, Warmup, WarmupField
+from sdxl_ray.config.fields import (
+    Checkpointing,
+    FolderName,
+    FolderPath,
+    MicroBatchSize,
+    Section,
+    Strings,
+    Trimmed,
+    setting,
+)
+from sdxl_ray.config.methods import (
+    AdapterSection,
+    EmaSection,
+    LossSection,
+    LrScheduleSection,
+    OptimizerSection,
+    Quantization,
+    TextAdapterSection,
+)
+from sdxl_ray.config.units import Duration, DurationField
+
+_QUANTIZED = "smaller weights"
+
+
+ExportFormat = Literal["kohya", "diffusers", "kohya-svd", "checkpoint", "diffusers-folder"]
 
 
 class RunSection(Section):
@@ -33,37 +56,19 @@ class ModelSection(Section):
     )
     revision: Trimmed = setting("", "Branch, tag or commit on the Hub. Empty: main.")
     variant: Trimmed = setting("", 'Weight variant on the Hub or in the folder, such as "fp16". Empty: none.')
-    dtype: Literal["bf16", "fp32"] = setting("bf16", "Precision of the frozen U-Net. The adapter's masters are fp32.")
-
-
-class AdapterSection(Section):
-    """What is trained."""
-
-    kind: Literal["lora"] = setting("lora", "Low-rank adaptation (arXiv:2106.09685).")
-    rank: int = setting(16, "Width of the low-rank update: capacity and file size.", ge=1, le=1024)
-    alpha: float = setting(0.0, "The update is scaled by alpha / rank. 0: equal to rank, which is a scale of 1.", ge=0)
-    dropout: float = setting(0.0, "Share of the adapter's inputs that is zeroed in training.", ge=0, lt=1)
-    targets: Literal["attention", "all-linear"] = setting(
-        "attention", "attention: q, k, v, out (560 layers). all-linear: every linear layer of the blocks (722)."
+    dtype: Literal["bf16", "fp16", "fp32"] = setting(
+        "bf16",
+        "Precision in which the U-Net computes; what is trained has its masters in fp32. fp16: for GPUs without bf16, "
+        "with a loss scale.",
     )
-
-    @property
-    def scaling_alpha(self) -> float:
-        """alpha as a number to divide by rank."""
-        return self.alpha or float(self.rank)
-
-
-class LossSection(Section):
-    """What the U-Net learns to predict, and how much each noise level counts."""
-
-    objective: Literal["epsilon", "v_prediction"] = setting(
-        "epsilon", "What the base model predicts: epsilon for SDXL base, v_prediction for models that say so."
+    quantize: Quantization = setting(
+        "none", "Keep the frozen U-Net's weights in int8, int4 or fp8 (optimum-quanto).", more=_QUANTIZED
     )
-    min_snr_gamma: float = setting(
-        0.0, "Min-SNR weighting (arXiv:2303.09556), usually 5. 0: every noise level counts the same.", ge=0
+    quantize_text_encoder: Quantization = setting(
+        "none", "The same for text encoder 1 (CLIP-L), where it is needed while training.", more=_QUANTIZED
     )
-    caption_dropout: float = setting(
-        0.1, "Share of captions replaced by zeros, which is SDXL's own empty prompt.", unit="share 0-1", ge=0, le=1
+    quantize_text_encoder_2: Quantization = setting(
+        "none", "The same for text encoder 2 (OpenCLIP bigG).", more=_QUANTIZED
     )
 
 
@@ -71,37 +76,29 @@ class TrainSection(Section):
     """Stage 2: how long, how much at once."""
 
     duration: DurationField = setting(Duration(2000, "steps"), 'Length of the run: "2000 steps" or "10 epochs".')
-    micro_batch_size: int = setting(4, "Images per worker and forward pass.", ge=1)
+    micro_batch_size: MicroBatchSize = setting(
+        4, 'Images per worker and forward pass. "auto": the most that fit, tried out before the run.'
+    )
     accumulation: int = setting(1, "Forward passes per worker and optimizer step.", ge=1)
     num_workers: int = setting(
         1, "Workers, one accelerator each. Global batch = micro_batch_size x accumulation x num_workers.", ge=1
     )
-    gradient_checkpointing: Literal["none", "transformer", "full"] = setting(
+    global_batch_size: int = setting(
+        0,
+        'Images per optimizer step, for micro_batch_size = "auto": accumulation follows from it. '
+        "0: micro_batch_size x accumulation x num_workers.",
+        ge=0,
+    )
+    gradient_checkpointing: Checkpointing = setting(
         "none",
         "Recompute instead of keeping activations. transformer: 12 % of the memory for most of the blocks; "
-        "full: least memory, about 36 % more compute.",
+        "full: least memory, about 36 % more compute. A number: so many of SDXL's 70 transformer blocks.",
+    )
+    compile: bool = setting(
+        False, "Compile the transformer blocks (torch.compile): slower to start, then faster on GPUs."
     )
     max_grad_norm: float = setting(1.0, "Gradients longer than this are shortened to it. 0: never.", ge=0)
     log_every: int = setting(10, "Period of progress lines and metrics.", unit="steps", ge=1)
-
-
-class OptimizerSection(Section):
-    """AdamW on the adapter's fp32 master weights (arXiv:1711.05101)."""
-
-    learning_rate: float = setting(1e-4, "Peak learning rate.", gt=0, le=10)
-    weight_decay: float = setting(0.01, "Decoupled weight decay.", ge=0, le=1)
-    beta1: float = setting(0.9, "Decay of the mean of the gradient.", ge=0, lt=1)
-    beta2: float = setting(0.999, "Decay of the mean of its square.", ge=0, lt=1)
-    epsilon: float = setting(1e-8, "Added to the denominator.", gt=0)
-
-
-class LrScheduleSection(Section):
-    """The learning rate over the run: a pure function of the optimizer step."""
-
-    name: Literal["constant", "linear", "cosine"] = setting(
-        "constant", "linear and cosine fall to 0 just after the last step."
-    )
-    warmup: WarmupField = setting(Warmup(percent=5.0), 'Linear rise from 0: "100 steps", "1 epoch" or "5 %".')
 
 
 class EvalSection(Section):
@@ -142,9 +139,13 @@ class CheckpointSection(Section):
 class ExportSection(Section):
     """The finished LoRA."""
 
-    formats: Annotated[tuple[Literal["kohya", "diffusers"], ...], Field(strict=False)] = setting(
-        ("kohya", "diffusers"), "kohya: ComfyUI, A1111, Forge, InvokeAI. diffusers: load_lora_weights.", min_length=1
+    formats: Annotated[tuple[ExportFormat, ...], Field(strict=False)] = setting(
+        (),
+        "kohya: ComfyUI, A1111, Forge, InvokeAI. diffusers: load_lora_weights. kohya-svd: a plain LoRA that comes "
+        "nearest to a DoRA, LoHa or LoKr, for programs that cannot read these. checkpoint, diffusers-folder: the "
+        "whole model, with what was trained merged into it. Empty: what fits adapter.kind.",
     )
+    svd_rank: int = setting(0, "kohya-svd: its rank. 0: four times adapter.rank.", ge=0, le=1280)
     dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Precision of the written weights.")
 
 
@@ -240,10 +241,13 @@ class Config(Section):
     )
     cache: CacheSection = CacheSection()
     adapter: AdapterSection = AdapterSection()
+    text_encoder: TextAdapterSection = TextAdapterSection()
+    text_encoder_2: TextAdapterSection = TextAdapterSection()
     loss: LossSection = LossSection()
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
     lr_schedule: LrScheduleSection = LrScheduleSection()
+    ema: EmaSection = EmaSection()
     eval: EvalSection = EvalSection()
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -265,4 +269,6 @@ class Config(Section):
     @property
     def global_batch_size(self) -> int:
         """Samples per optimizer step."""
+        if self.train.global_batch_size:
+            return self.train.global_batch_size
         return self.train.micro_batch_size * self.train.accumulation * self.train.num_workers

@@ -143,7 +143,10 @@ duration = "2000"
         ("[run]\nname = 5", "2: run.name = 5: must be text in quotes"),
         ('[run]\nname = " cat"', '2: run.name = " cat": has spaces at its ends'),
         ('[model]\npath = ""', '2: model.path = "": must not be empty'),
-        ('[model]\ndtype = "fp16"', "2: model.dtype = \"fp16\": must be one of 'bf16', 'fp32'. Did you mean \"bf16\"?"),
+        (
+            '[model]\ndtype = "fp12"',
+            "2: model.dtype = \"fp12\": must be one of 'bf16', 'fp16', 'fp32'. Did you mean \"fp16\"?",
+        ),
         (
             '[optimizer]\nlearning_rate = "1e-4"',
             '2: optimizer.learning_rate = "1e-4": must be a number, without quotes',
@@ -171,7 +174,8 @@ duration = "2000"
         ("run = { seed = -1 }", "1: run.seed = -1: must be at least 0"),
         (
             '[export]\nformats = [\n  "kohya",\n  "civitai",\n]',
-            "2: export.formats = \"civitai\": must be one of 'kohya', 'diffusers'",
+            "2: export.formats = \"civitai\": must be one of 'kohya', 'diffusers', 'kohya-svd', 'checkpoint', "
+            "'diffusers-folder'",
         ),
         ("[dataset]\nresolution = 1000", "2: dataset.resolution: 1000 is not a multiple of dataset.bucket_step = 64"),
         (
@@ -201,8 +205,9 @@ def test_several_contradictions_are_reported_at_once(write):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("adapter.targets=all-linear", "all-linear"),  # a bare word
-        ('adapter.targets="all-linear"', "all-linear"),
+        ("adapter.targets=all-linear", ("all-linear",)),  # a bare word
+        ('adapter.targets="all-linear"', ("all-linear",)),
+        ('adapter.targets=["to_q", "to_k"]', ("to_q", "to_k")),
         ("optimizer.learning_rate=2e-4", 2e-4),
         ("adapter.rank=8", 8),
         ("tracking.tensorboard=false", False),
@@ -406,7 +411,7 @@ x = 1
             "'replacement']]",
             '  cat.toml:15: dataset 3 (images): dataset.resolution = "1024": must be a number, without quotes',
             "  cat.toml:21: dataset 4 (images-2): dataset.caption: unknown key. Did you mean dataset.captions?",
-            "  cat.toml:11: train.micro_batch_size = 0: must be at least 1",
+            '  cat.toml:11: train.micro_batch_size = 0: must be a whole number of at least 1, or "auto"',
         ]
     )
 

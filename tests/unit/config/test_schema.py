@@ -140,7 +140,7 @@ def test_a_search_space_is_one_thing_with_sound_bounds(space, text):
         ("optimizer.learning_rat", {"grid": [1e-4]}, "no such setting. Did you mean optimizer.learning_rate?"),
         ("adapter.rank", {"choice": [4, 5000]}, "cannot try 5000: adapter.rank: must be at most 1024"),
         ("adapter.rank", {"uniform": [4, 16]}, "cannot try 4.0: adapter.rank: must be a whole number"),
-        ("adapter.targets", {"grid": ["attention", "all"]}, "cannot try 'all': adapter.targets: must be one of"),
+        ("adapter.kind", {"grid": ["lora", "lor"]}, "cannot try 'lor': adapter.kind: must be one of"),
         (
             "train.duration",
             {"grid": ["10 steps"]},
