@@ -29,6 +29,7 @@ check: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python scripts/make_docs.py
+	$(VENV)/bin/python scripts/draw_lr_schedules.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +16,14 @@ from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.planning import CachePlan, plan_cache
 from sdxl_ray.cache.preview import write_contact_sheet
 from sdxl_ray.cache.scan import scan_each
+from sdxl_ray.errors import ConfigError
 from sdxl_ray.records import parse_bucket_key
 from sdxl_ray.sdxl.components import objective_warning, read_part_config, resolve_model
 from sdxl_ray.sdxl.fingerprint import unet_weight_shapes
 from sdxl_ray.sdxl.targets import count_adapter_parameters
 from sdxl_ray.train.data import Split, build_plan, data_order, split
+from sdxl_ray.train.preflight import check_methods, export_formats
+from sdxl_ray.train.try_out import with_batch_size
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config
@@ -36,6 +40,9 @@ ACTIVATIONS_GIB = {
 # is over by then.
 _VAE_GIB = 0.31
 _TILE_GIB = 0.8
+# Bytes of each weight of the frozen U-Net with its scales, measured by scripts/bench_memory.py (docs/memory.md).
+QUANTIZED_BYTES = {"int8": 1.05, "fp8": 1.05, "int4": 0.65}
+_NUM_BLOCKS = 70  # transformer blocks of SDXL's U-Net
 _TRUE_UNET_PARAMETERS = 2_500_000_000  # at least: anything smaller is not the architecture of the table above
 _MUCH_EVALUATION = 0.1  # of the forward passes
 _CONTEXT_GIB = 1.0  # CUDA context, cuDNN and cuBLAS workspaces
@@ -69,10 +76,14 @@ def explain(config: Config, *, progress: Callable[[str, int, int], None] = lambd
     Raises:
         InputError: what would stop the run.
     """
+    check_methods(config)
     model = resolve_model(config.model.path)
     plan = _plan(config, model, progress)
     index = plan.index()
     found = Explanation(buckets=plan.buckets)
+    if not config.train.micro_batch_size:
+        config = with_batch_size(config, 1)
+        found.warnings.append('train.micro_batch_size = "auto" is found out when the run starts; here it is taken as 1')
     _explain_images(config, plan, index, found)
     _explain_steps(config, split(config, index), found)
     _explain_model(config, model, found)
@@ -192,13 +203,27 @@ def _explain_model(config: Config, model: str, found: Explanation) -> None:
     revision = config.model.revision or None
     shapes = unet_weight_shapes(model, revision=revision, variant=config.model.variant or None)
     num_parameters = sum(math.prod(shape) for shape in shapes.values())
-    modules, found.num_adapter_parameters = count_adapter_parameters(
-        shapes, config.adapter.rank, config.adapter.targets
-    )
-    found.lines.append(
-        f"adapter     {config.adapter.kind} rank {config.adapter.rank} on {modules} layers: "
-        f"{found.num_adapter_parameters / 1e6:.2f} M parameters beside {num_parameters / 1e6:,.0f} M frozen ones"
-    )
+    adapter = config.adapter
+    if adapter.kind == "full":
+        found.num_adapter_parameters = num_parameters
+        found.lines.append(f"training    the whole U-Net: {num_parameters / 1e6:,.0f} M parameters")
+    else:
+        modules, found.num_adapter_parameters = count_adapter_parameters(
+            shapes,
+            adapter.rank,
+            adapter.targets,
+            kind=adapter.kind,
+            factor=adapter.factor,
+            blocks=adapter.arguments(0)["blocks"],
+        )
+        found.lines.append(
+            f"adapter     {adapter.kind} rank {adapter.rank} on {modules} layers: "
+            f"{found.num_adapter_parameters / 1e6:.2f} M parameters beside {num_parameters / 1e6:,.0f} M frozen ones"
+        )
+    for part in ("text_encoder", "text_encoder_2"):
+        if getattr(config, part).rank:
+            found.lines.append(f"            and lora rank {getattr(config, part).rank} on {part}")
+    check_num_blocks(shapes, config.train.gradient_checkpointing)
     warning = objective_warning(config.loss.objective, read_part_config(model, "scheduler", revision=revision))
     if warning:
         found.warnings.append(warning)
@@ -218,14 +243,26 @@ def estimate_memory_gib(config: Config, num_parameters: int, num_adapter_paramet
 
     An estimate, not a measurement: live tensors counted on the true architecture. docs/numerics.md says how.
     """
-    weight_bytes = {"bf16": 2, "fp32": 4}[config.model.dtype]
+    weight_bytes = {"bf16": 2, "fp16": 2, "fp32": 4}[config.model.dtype]
     images = config.train.micro_batch_size * (config.largest_edge / 1024) ** 2
-    activations = ACTIVATIONS_GIB[config.adapter.targets][config.train.gradient_checkpointing] * weight_bytes / 2
+    activations = _activations_gib(config) * weight_bytes / 2
     # masters, gradients and two moments in fp32, and the copy and gradient in the U-Net's precision
-    adapter = num_adapter_parameters * (16 + 2 * weight_bytes) / GIB
+    trained = num_adapter_parameters * (16 + 2 * weight_bytes + (4 if config.ema.decay else 0)) / GIB
     step = activations * images
     drawing = _VAE_GIB + _TILE_GIB if config.validation.prompts else 0.0
-    return num_parameters * weight_bytes / GIB + max(step, drawing) + adapter + _CONTEXT_GIB
+    is_full = config.adapter.kind == "full"
+    frozen_bytes = 0 if is_full else QUANTIZED_BYTES.get(config.model.quantize, weight_bytes)
+    return num_parameters * frozen_bytes / GIB + max(step, drawing) + trained + _CONTEXT_GIB
+
+
+def _activations_gib(config: Config) -> float:
+    """Of one 1024² image in bf16."""
+    row = ACTIVATIONS_GIB["attention" if config.adapter.targets == ("attention",) else "all-linear"]
+    mode = config.train.gradient_checkpointing
+    if isinstance(mode, str):
+        return row[mode]
+    share = min(mode, _NUM_BLOCKS) / _NUM_BLOCKS
+    return row["none"] + share * (row["transformer"] - row["none"])
 
 
 def _explain_disk(config: Config, plan: CachePlan, model: str, found: Explanation) -> None:
@@ -237,12 +274,25 @@ def _explain_disk(config: Config, plan: CachePlan, model: str, found: Explanatio
         height, latent_width = (edge // 8 for edge in parse_bucket_key(bucket))
         latent_bytes += count * 2 * 2 * 4 * height * latent_width  # mean and std, 4 channels, bf16
     checkpoints = (config.checkpoint.keep + 1) * 12 * found.num_adapter_parameters  # masters and two moments
-    exports = len(config.export.formats) * 4 * found.num_adapter_parameters
+    exports = len(export_formats(config)) * 4 * found.num_adapter_parameters
     found.disk_gib = (text_bytes + latent_bytes + checkpoints + exports) / GIB
     found.lines.append(
         f"disk        {(text_bytes + latent_bytes) / GIB:.2f} GiB more cache, "
         f"{(checkpoints + exports) / GIB:.2f} GiB checkpoints and LoRA files in {config.run.output}"
     )
+
+
+def check_num_blocks(shapes: Mapping[str, tuple[int, ...]], checkpointing: str | int) -> None:
+    """
+    Raises:
+        ConfigError: more transformer blocks are to be recomputed than there are.
+    """
+    blocks = {found[0] for name in shapes if (found := re.search(r".*\.transformer_blocks\.\d+(?=\.)", name))}
+    if isinstance(checkpointing, int) and checkpointing > len(blocks):
+        raise ConfigError(
+            f"train.gradient_checkpointing = {checkpointing}, but this U-Net has {len(blocks)} transformer blocks. "
+            'Give a number up to that, or "transformer" for all of them.'
+        )
 
 
 def _enlargements(index: Index) -> list[float]:

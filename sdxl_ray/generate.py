@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_ray.config.load import load_config
 from sdxl_ray.errors import InputError, ModelError, storage_errors
-from sdxl_ray.run_folder import ADAPTER_FILE, CONFIG_FILE, EXPORT_FOLDER, find_checkpoint, is_in_checkpoints
+from sdxl_ray.run_folder import (
+    ADAPTER_FILE,
+    AVERAGE_FILE,
+    CONFIG_FILE,
+    EXPORT_FOLDER,
+    START_FILE,
+    find_checkpoint,
+    is_in_checkpoints,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,10 +35,12 @@ class Source:
     variant: str = ""
     dtype: str = "bf16"
     prediction_type: str | None = None
+    zero_terminal_snr: bool = False
     height_width: tuple[int, int] = (1024, 1024)
     lora_file: Path | None = None
     checkpoint: Path | None = None
-    adapter: dict[str, Any] | None = None  # arguments of `attach_adapter`, for a checkpoint
+    adapters: dict[str, dict[str, Any]] | None = None  # arguments of `attach_adapter` by part, for a checkpoint
+    use_average: bool = True  # a checkpoint's average, where it has one
 
 
 def find_source(path: str | Path, *, step: int | None = None, model: str = "") -> Source:
@@ -57,14 +67,23 @@ def find_source(path: str | Path, *, step: int | None = None, model: str = "") -
         "variant": config.model.variant,
         "dtype": config.model.dtype,
         "prediction_type": config.loss.objective,
+        "zero_terminal_snr": config.loss.zero_terminal_snr,
         "height_width": (config.validation.height, config.validation.width),
     }
     exported = run_folder / EXPORT_FOLDER / f"{config.run.name}.safetensors"
     if path == run_folder and step is None and exported.exists():
         return Source(**common, lora_file=exported)
     _, checkpoint = find_checkpoint(path, step)
-    adapter = {**config.adapter.model_dump(), "alpha": config.adapter.scaling_alpha}
-    return Source(**common, checkpoint=checkpoint, adapter=adapter)
+    adapters = {
+        part: section.arguments(config.run.seed)
+        for part, section in (
+            ("unet", config.adapter),
+            ("text_encoder", config.text_encoder),
+            ("text_encoder_2", config.text_encoder_2),
+        )
+        if section.rank
+    }
+    return Source(**common, checkpoint=checkpoint, adapters=adapters, use_average=config.ema.export)
 
 
 def generate_images(
@@ -142,10 +161,12 @@ class _Drawing:
         self.encoders = load_text_encoders(model, dtype=dtype, **where)
         self.vae = load_vae(model, dtype=DTYPES["fp32"], **where)
         self.scheduler_config = load_scheduler_config(model, revision=source.revision or None)
+        if source.zero_terminal_snr:
+            self.scheduler_config = {**self.scheduler_config, "rescale_betas_zero_snr": True}
         if source.lora_file is not None:
             self._load_file(source.lora_file, lora_scale)
         elif source.checkpoint is not None:
-            self._load_checkpoint(source.checkpoint, source.adapter or {}, lora_scale)
+            self._load_checkpoint(source.checkpoint, source.adapters or {}, lora_scale)
 
     def draw(
         self,
@@ -213,10 +234,39 @@ class _Drawing:
                 f"{path} does not fit {self.source.model}: {error}. Is it an SDXL LoRA? Its base model goes to --model."
             ) from error
 
-    def _load_checkpoint(self, checkpoint: Path, adapter: dict[str, Any], scale: float) -> None:
+    def _load_checkpoint(self, checkpoint: Path, adapters: dict[str, dict[str, Any]], scale: float) -> None:
         from safetensors.torch import load_file
 
-        from sdxl_ray.sdxl.adapters import attach_adapter, load_adapter_state_dict
+        from sdxl_ray.sdxl.adapters import (
+            attach_adapter,
+            load_adapter_state_dict,
+            load_start_state_dict,
+            scale_adapter,
+        )
+        from sdxl_ray.sdxl.full import train_everything
 
-        attach_adapter(self.unet, **{**adapter, "alpha": adapter["alpha"] * scale})
-        load_adapter_state_dict(self.unet, load_file(checkpoint / ADAPTER_FILE))
+        average = checkpoint / AVERAGE_FILE
+        state = load_file(average if self.source.use_average and average.exists() else checkpoint / ADAPTER_FILE)
+        for part, arguments in adapters.items():
+            if arguments["kind"] == "full":
+                if scale != 1.0:
+                    raise InputError(
+                        f"{checkpoint} holds a whole U-Net, which has no strength. Leave the LoRA's scale at 1."
+                    )
+                train_everything(self.unet)
+                load_adapter_state_dict(self.unet, state)
+                continue
+            module = self.unet if part == "unet" else getattr(self.encoders, part)
+            attach_adapter(module, **arguments)
+            load_adapter_state_dict(module, _of_part(state, part))
+            if part == "unet" and (checkpoint / START_FILE).exists():
+                load_start_state_dict(module, load_file(checkpoint / START_FILE))
+            if scale != 1.0:
+                scale_adapter(module, scale)
+
+
+def _of_part(state: dict[str, Any], part: str) -> dict[str, Any]:
+    """The tensors of one part of a checkpoint: those of text encoders have its name in front."""
+    if part != "unet":
+        return {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
+    return {name: value for name, value in state.items() if not name.startswith(("text_encoder.", "text_encoder_2."))}

@@ -160,6 +160,11 @@ class Batch:
     add_time_ids          (B, 6) float32, never bf16: it keeps 8 significant bits, and 1365 px would become 1368
     weights               (B,) float32, the share of each sample in the step's loss
     masks                 (B, 1, h, w) float32 in [0, 1], how much each latent pixel counts; None: all of them, fully
+    perturbation          (B, 4, h, w) float32, noise that the U-Net sees and is not asked for; None: none
+    from_parent           (B,) bool, whose target is the base model's prediction; None: no one's
+    input_ids             (B, 2, chunks, 77) int64, both tokenizers' ids; None unless text encoders are trained. Then
+                          prompt_embeds and pooled_prompt_embeds are empty until the step encodes these
+    dropped               (B,) bool, whose embeddings are to be zeros after that
     """
 
     sample_ids: tuple[str, ...]
@@ -171,6 +176,10 @@ class Batch:
     add_time_ids: torch.Tensor
     weights: torch.Tensor
     masks: torch.Tensor | None = None
+    perturbation: torch.Tensor | None = None
+    from_parent: torch.Tensor | None = None
+    input_ids: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies overlap with compute where the memory is pinned."""
@@ -183,9 +192,10 @@ class Batch:
         tensors: dict[str, Any] = {
             field.name: None if (tensor := getattr(self, field.name)) is None else change(tensor)
             for field in dataclasses.fields(self)
-            if field.name != "sample_ids"
+            # from_parent stays on the CPU: the host asks it for rows, and would wait for a device's answer
+            if field.name not in ("sample_ids", "from_parent")
         }
-        return Batch(sample_ids=self.sample_ids, **tensors)
+        return Batch(sample_ids=self.sample_ids, from_parent=self.from_parent, **tensors)
 
     def __len__(self) -> int:
         return len(self.sample_ids)

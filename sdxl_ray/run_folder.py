@@ -16,6 +16,8 @@ CHECKPOINT_FOLDER = "checkpoints"
 EXPORT_FOLDER = "export"
 
 STATE_FILE = "state.json"
+START_FILE = "start.safetensors"
+AVERAGE_FILE = "averaged.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 

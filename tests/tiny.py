@@ -169,19 +169,25 @@ def train(training: Any, report: Any = None) -> ListReporter:
 
     report = report or ListReporter()
     evaluate = training.evaluate if training.data.held_out else None
-    run(training.state, training.plan, training.batches(), training.objective, report, evaluate)
+    run(training.state, training.plan, training.batches(), training.objective, report, evaluate, training.form)
     return report
 
 
 def snapshot(state: Any) -> dict[str, Any]:
     """The adapter and the optimizer's moments by name, as arrays that can be compared and sent between processes."""
     saved = state.state_dict()
-    moments = {
-        f"{number}.{name}": value.numpy()
-        for number, values in saved["optimizer"]["state"].items()
-        for name, value in values.items()
-    }
-    return {name: tensor.numpy() for name, tensor in saved["adapter"].items()} | moments
+    moments: dict[str, Any] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{name}.{key}", inner)
+        elif value is not None:
+            moments[name] = np.asarray(value)
+
+    collect("optimizer", saved["optimizer"]["state"])
+    average = {f"average.{name}": tensor.numpy() for name, tensor in (saved["average"] or {}).items()}
+    return {name: tensor.numpy() for name, tensor in saved["adapter"].items()} | moments | average
 
 
 def assert_equal(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:

@@ -163,6 +163,11 @@ def _in_loss(config: Config) -> Iterator[tuple[str, str]]:
             'is set, but with loss.objective = "epsilon" the last noise level would say nothing about the image: noise '
             'is all there is to see and to predict. Set loss.objective = "v_prediction", or remove it.',
         )
+    if loss.objective == "sample" and loss.weighting in ("debiased", "debiased_sqrt"):
+        yield (
+            "loss.weighting",
+            f'"{loss.weighting}" has no published form for loss.objective = "sample". Set loss.weighting = "min_snr", say.',
+        )
     if loss.timestep_min > loss.timestep_max:
         yield "loss.timestep_min", f"is {loss.timestep_min}, above loss.timestep_max = {loss.timestep_max}"
     if loss.timestep_bias == "range":

@@ -56,4 +56,12 @@ class VPrediction(Epsilon):
         return signal_scale * noise - noise_scale * latents
 
 
-OBJECTIVES: dict[str, type[Epsilon]] = {"epsilon": Epsilon, "v_prediction": VPrediction}
+@dataclass(frozen=True)
+class Sample(Epsilon):
+    """The same corruption, target x_0 itself. arXiv:2202.00512, section 4, "predicting x"."""
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
+OBJECTIVES: dict[str, type[Epsilon]] = {"epsilon": Epsilon, "v_prediction": VPrediction, "sample": Sample}

@@ -21,8 +21,12 @@ class NoiseSchedule:
     alphas_cumprod: torch.Tensor
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+    def from_config(cls, config: Mapping[str, Any], *, zero_terminal_snr: bool = False) -> NoiseSchedule:
         """From the `scheduler_config.json` of a model. The same arithmetic as diffusers' DDPMScheduler, to the bit.
+
+        Args:
+            zero_terminal_snr: rescale the betas even where the model's own config does not say
+                `rescale_betas_zero_snr`. Where it does, they are rescaled once, whatever this is.
 
         Raises:
             ModelError: a beta schedule that no SDXL model uses.
@@ -36,7 +40,7 @@ class NoiseSchedule:
             betas = torch.linspace(start, end, num_timesteps, dtype=torch.float32)
         else:
             raise ModelError(f'scheduler: beta_schedule = "{kind}", expected "scaled_linear" (SDXL) or "linear".')
-        if config.get("rescale_betas_zero_snr", False):
+        if zero_terminal_snr or config.get("rescale_betas_zero_snr", False):
             betas = _with_zero_terminal_snr(betas)
         return cls(torch.cumprod(1.0 - betas, dim=0))
 
@@ -55,7 +59,10 @@ class NoiseSchedule:
         return (alphas_cumprod**0.5).view(shape), ((1 - alphas_cumprod) ** 0.5).view(shape)
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Signal-to-noise ratio abar_t / (1 - abar_t) of each timestep, (B,) float32."""
+        """Signal-to-noise ratio abar_t / (1 - abar_t) of each timestep, (B,) float32; 0 at the end of a rescaled one.
+
+        Always of the schedule that corrupts: kohya's scripts keep the ratios from before the betas were rescaled.
+        """
         alphas_cumprod = self.alphas_cumprod[timesteps]
         return alphas_cumprod / (1 - alphas_cumprod)
 

@@ -18,9 +18,10 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from sdxl_ray.export.formats import AdapterSpec
+from sdxl_ray.export.spec import AdapterSpec
 
-ARCHITECTURE = "stable-diffusion-xl-v1-base/lora"
+MODEL_ARCHITECTURE = "stable-diffusion-xl-v1-base"
+ARCHITECTURE = f"{MODEL_ARCHITECTURE}/lora"
 _MAX_TAGS = 1000  # per dataset; a header is read whole before the first tensor
 _MAX_COUNTED = 1_000_000  # different tags counted at once, some 100 MiB
 _MAX_WORDS_PER_TAG = 4
@@ -46,7 +47,10 @@ class TrainingFacts:
 
     name             the run's, and the file's without suffix
     base_model       Hub id or file; of a path, the last part is kept
-    prediction_type  "epsilon" or "v_prediction"
+    prediction_type  "epsilon", "v_prediction" or "sample"
+    text_encoder_learning_rates  of the text encoders that were trained, in order
+    weighting, error  as loss.weighting and loss.error: "min_snr", "huber"
+    timestep_range   the least and the most noisy level that was seen
     resolution_hw    what the buckets' area comes from, pixels
     buckets          {(height, width): number of images}
     started_at, finished_at   seconds since 1970, UTC
@@ -74,9 +78,21 @@ class TrainingFacts:
     optimizer: str | None = None
     mixed_precision: str | None = None
     gradient_checkpointing: bool | None = None
+    text_encoder_learning_rates: tuple[float, ...] = ()
+    ema_decay: float | None = None
+    weighting: str | None = None
     min_snr_gamma: float | None = None
+    zero_terminal_snr: bool | None = None
+    error: str | None = None
+    huber_c: float | None = None
+    huber_schedule: str | None = None
     noise_offset: float | None = None
+    multires_noise_discount: float | None = None
+    multires_noise_levels: int | None = None
+    input_perturbation: float | None = None
+    timestep_range: tuple[int, int] = (0, 999)
     caption_dropout: float | None = None
+    quantization: str | None = None
     seed: int | None = None
     started_at: float | None = None
     finished_at: float | None = None
@@ -95,6 +111,22 @@ class TrainingFacts:
 def build_metadata(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, str]:
     """The whole header but for what only `formats` knows. What is unknown is left out; kohya's "None" helps nobody."""
     return _strings({**_kohya(facts, spec), **_modelspec(facts), "sdxl_ray.adapter": _as_trained(spec)})
+
+
+def plain_lora_metadata(metadata: Mapping[str, str], *, rank: int) -> dict[str, str]:
+    """The header of a plain LoRA that stands in for what was trained."""
+    header = {key: value for key, value in metadata.items() if key != "ss_network_args"}
+    if "ss_network_module" in header:
+        header |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{rank}.0"}
+    return header
+
+
+def whole_model_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The header of a whole model: without `ss_*`, by which programs know a LoRA."""
+    header = {key: value for key, value in metadata.items() if not key.startswith("ss_")}
+    if "modelspec.architecture" in header:
+        header["modelspec.architecture"] = MODEL_ARCHITECTURE
+    return header
 
 
 def public_name(model: str) -> str:
@@ -138,9 +170,7 @@ def _kohya(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, Any]:
         "ss_v2": False,
         "ss_sd_model_name": public_name(facts.base_model),
         "ss_output_name": facts.name,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": spec.rank,
-        "ss_network_alpha": float(spec.alpha),
+        **_network(spec),
         "ss_steps": facts.num_steps,
         "ss_max_train_steps": facts.num_steps,
         "ss_epoch": facts.num_epochs,
@@ -153,13 +183,13 @@ def _kohya(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, Any]:
         "ss_gradient_checkpointing": facts.gradient_checkpointing,
         "ss_learning_rate": facts.learning_rate,
         "ss_unet_lr": facts.learning_rate,
+        "ss_text_encoder_lr": _one_or_list(facts.text_encoder_learning_rates),
         "ss_lr_scheduler": facts.lr_schedule,
         "ss_lr_warmup_steps": facts.warmup_steps,
         "ss_optimizer": facts.optimizer,
         "ss_mixed_precision": facts.mixed_precision,
         "ss_seed": facts.seed,
-        "ss_min_snr_gamma": facts.min_snr_gamma,
-        "ss_noise_offset": facts.noise_offset,
+        **_objective(facts),
         "ss_caption_dropout_rate": facts.caption_dropout,
         "ss_resolution": f"({width}, {height})",
         "ss_enable_bucket": len(buckets) > 1,
@@ -175,6 +205,53 @@ def _kohya(facts: TrainingFacts, spec: AdapterSpec) -> dict[str, Any]:
         "ss_training_finished_at": facts.finished_at,
         "ss_training_comment": facts.description,
     }
+
+
+def _network(spec: AdapterSpec) -> dict[str, Any]:
+    """Which code of kohya's made the network, and its arguments: by these, browsers tell kinds apart.
+
+    LyCORIS's module is named for all but plain LoRA; its arguments are those of its README: algo, factor, dora_wd.
+    """
+    if spec.kind == "full":
+        return {}
+    found: dict[str, Any] = {"ss_network_dim": spec.rank, "ss_network_alpha": float(spec.alpha)}
+    arguments: dict[str, str] = {}
+    if spec.kind == "dora":
+        arguments = {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
+    elif spec.kind in ("loha", "lokr"):
+        arguments = {"algo": spec.kind}
+        if spec.kind == "lokr":
+            arguments["factor"] = str(spec.factor)
+    if spec.rank_stabilized:
+        arguments["rs_lora"] = "True"
+    found["ss_network_module"] = "networks.lora" if spec.kind == "lora" else "lycoris.kohya"
+    return {**found, "ss_network_args": json.dumps(arguments) if arguments else None}
+
+
+def _objective(facts: TrainingFacts) -> dict[str, Any]:
+    """Under kohya's names. Its `ss_loss_type` calls mean absolute error "l1" and mean squared error "l2"."""
+    multires = facts.multires_noise_discount or None
+    losses = {"mse": "l2", "mae": "l1"}
+    return {
+        "ss_min_snr_gamma": facts.min_snr_gamma,
+        "ss_debiased_estimation": (facts.weighting or "").startswith("debiased") if facts.weighting else None,
+        "ss_zero_terminal_snr": facts.zero_terminal_snr,
+        "ss_loss_type": losses.get(facts.error or "", facts.error),
+        "ss_huber_c": facts.huber_c,
+        "ss_huber_schedule": facts.huber_schedule,
+        "ss_noise_offset": facts.noise_offset,
+        "ss_multires_noise_discount": multires,
+        "ss_multires_noise_iterations": facts.multires_noise_levels if multires else None,
+        "ss_ip_noise_gamma": facts.input_perturbation,
+        "ss_ema_decay": facts.ema_decay,
+    }
+
+
+def _one_or_list(rates: tuple[float, ...]) -> Any:
+    """As kohya's --text_encoder_lr takes them: one number for both, or a list."""
+    if len(set(rates)) <= 1:
+        return rates[0] if rates else None
+    return list(rates)
 
 
 def _images_per_epoch(datasets: Iterable[DatasetFacts]) -> int:
@@ -202,14 +279,24 @@ def _modelspec(facts: TrainingFacts) -> dict[str, Any]:
         "modelspec.usage_hint": f"Use '{facts.trigger_phrase}' in the prompt." if facts.trigger_phrase else None,
         "modelspec.tags": ", ".join(facts.tags) or None,
         "modelspec.trigger_phrase": facts.trigger_phrase,
-        "modelspec.prediction_type": "v" if facts.prediction_type == "v_prediction" else "epsilon",
-        "modelspec.timestep_range": "0,999",
+        "modelspec.prediction_type": "v" if facts.prediction_type == "v_prediction" else facts.prediction_type,
+        "modelspec.timestep_range": "{},{}".format(*facts.timestep_range),
     }
 
 
 def _as_trained(spec: AdapterSpec) -> str:
-    """Rank and alpha before any folding, for whoever wants to train the same again."""
-    return json.dumps({"kind": spec.kind, "rank": spec.rank, "alpha": spec.alpha, "targets": spec.targets})
+    """Rank and alpha before any folding, for whoever wants to train the same again; what is at its default is left
+    out."""
+    said = {"kind": spec.kind, "rank": spec.rank, "alpha": spec.alpha, "targets": spec.targets}
+    if spec.kind == "full":
+        said = {"kind": "full"}
+    others = {
+        "rank_stabilized": spec.rank_stabilized,
+        "factor": spec.factor if spec.kind == "lokr" else None,
+        "text_encoder_rank": spec.text_encoder_rank,
+        "text_encoder_2_rank": spec.text_encoder_2_rank,
+    }
+    return json.dumps({**said, **{name: value for name, value in others.items() if value}})
 
 
 def _last_part(path: str) -> str:

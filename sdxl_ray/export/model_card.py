@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_ray.errors import storage_errors
-from sdxl_ray.export.formats import AdapterSpec
 from sdxl_ray.export.metadata import TrainingFacts, public_name
+from sdxl_ray.export.spec import AdapterSpec
 from sdxl_ray.records import ExportedFile
 
 
@@ -45,16 +45,22 @@ def write_model_card(
             (folder / "images").mkdir(exist_ok=True)
             shutil.copyfile(image.path, folder / url)
             gallery.append((url, image.prompt))
-        sections = [_front_matter(facts, gallery), _introduction(facts), _usage(facts, files), _training(facts, spec)]
+        sections = [
+            _front_matter(facts, spec, gallery),
+            _introduction(facts, spec),
+            _usage(facts, spec, files),
+            _training(facts, spec),
+        ]
         partial = readme.with_name(".README.md.partial")
         partial.write_text("\n".join(sections), encoding="utf-8")
         partial.replace(readme)
     return readme
 
 
-def _front_matter(facts: TrainingFacts, gallery: Sequence[tuple[str, str]]) -> str:
+def _front_matter(facts: TrainingFacts, spec: AdapterSpec, gallery: Sequence[tuple[str, str]]) -> str:
     """YAML, each string in JSON's quotes, which YAML shares: prompts may hold colons, quotes and line ends."""
-    tags = ["text-to-image", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", "lora", "diffusers", *facts.tags]
+    kind = [] if spec.kind == "full" else ["lora"]  # the Hub's word for every adapter
+    tags = ["text-to-image", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", *kind, "diffusers", *facts.tags]
     lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
     if _is_hub_id(facts.base_model):  # the Hub links it; the name of a local file would be a dead link
         lines.append(f"base_model: {_quoted(facts.base_model)}")
@@ -70,10 +76,10 @@ def _front_matter(facts: TrainingFacts, gallery: Sequence[tuple[str, str]]) -> s
     return "\n".join([*lines, "---", ""])
 
 
-def _introduction(facts: TrainingFacts) -> str:
+def _introduction(facts: TrainingFacts, spec: AdapterSpec) -> str:
     paragraphs = [
         f"# {facts.name}",
-        facts.description or f"A LoRA for SDXL, trained on {public_name(facts.base_model)}.",
+        facts.description or f"{_CALLED[spec.kind]} SDXL, trained on {public_name(facts.base_model)}.",
     ]
     if facts.trigger_phrase:
         paragraphs.append(f"**Trigger word:** `{facts.trigger_phrase}`")
@@ -85,14 +91,33 @@ def _introduction(facts: TrainingFacts) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _usage(facts: TrainingFacts, files: Sequence[ExportedFile]) -> str:
+def _usage(facts: TrainingFacts, spec: AdapterSpec, files: Sequence[ExportedFile]) -> str:
+    read_by = {**_READ_BY, **_READ_BY_KIND.get(spec.kind, {})}
     rows = [
-        f"| `{file.path.name}` | {_READ_BY.get(file.format, file.format)} | {file.relative_error:.1e} |"
+        f"| `{file.path.name}` | {read_by.get(file.format, file.format)} | {file.relative_error:.1e} |"
         for file in files
     ]
+    notes = [note for file in files if (note := getattr(file, "warning", "") or getattr(file, "note", ""))]
     names = {file.format: file.path.name for file in files}
-    kohya, for_diffusers = names.get("kohya"), names.get("diffusers") or names.get("kohya")
+    kohya = names.get("kohya")
+    if spec.kind == "dora":  # see `which`: ComfyUI and Forge normalise otherwise
+        kohya = names.get("kohya-svd", kohya)
+    diffusers_reads = ("diffusers", "kohya", "kohya-svd") if spec.kind == "lora" else ("diffusers", "kohya-svd")
+    for_diffusers = next((names[format_name] for format_name in diffusers_reads if format_name in names), None)
     table = ["## Use", "", "| file | for | difference from the trained model |", "|---|---|---|", *rows, ""]
+    for note in notes:
+        table += [note, ""]
+    if "checkpoint" in names:
+        table += [f"**ComfyUI, A1111, Forge**: put `{names['checkpoint']}` into the folder for checkpoints.", ""]
+    if "diffusers-folder" in names:
+        table += [
+            "```python",
+            "from diffusers import StableDiffusionXLPipeline",
+            "",
+            f"pipe = StableDiffusionXLPipeline.from_pretrained({_quoted(names['diffusers-folder'])})",
+            "```",
+            "",
+        ]
     if kohya:
         table += [
             f"**ComfyUI**: put `{kohya}` into `models/loras`, add a *Load LoRA* node.",
@@ -124,7 +149,10 @@ def _training(facts: TrainingFacts, spec: AdapterSpec) -> str:
     targets = spec.targets if isinstance(spec.targets, str) else ", ".join(spec.targets)
     settings = {
         "base model": public_name(facts.base_model),
-        "adapter": f"{spec.kind}, rank {spec.rank}, alpha {spec.alpha:g}, {targets}",
+        "trained": "the whole U-Net" if spec.kind == "full" else None,
+        "adapter": None if spec.kind == "full" else f"{spec.kind}, rank {spec.rank}, alpha {spec.alpha:g}, {targets}",
+        "scale": "alpha / sqrt(rank)" if spec.rank_stabilized else None,
+        "text encoders": _text_encoders(spec),
         "prediction": facts.prediction_type,
         "resolution": f"{width}×{height}" + (f", {len(facts.buckets)} buckets" if len(facts.buckets) > 1 else ""),
         "images": facts.num_images or None,
@@ -132,11 +160,19 @@ def _training(facts: TrainingFacts, spec: AdapterSpec) -> str:
         "epochs": facts.num_epochs,
         "batch size": facts.global_batch_size,
         "learning rate": None if facts.learning_rate is None else f"{facts.learning_rate:g}",
+        "learning rate of text encoders": ", ".join(f"{rate:g}" for rate in facts.text_encoder_learning_rates) or None,
         "schedule": facts.lr_schedule,
         "optimizer": facts.optimizer,
         "precision": facts.mixed_precision,
+        "quantisation": facts.quantization,
+        "moving average": facts.ema_decay,
+        "loss": facts.error,
+        "weighting": facts.weighting,
         "min-SNR gamma": facts.min_snr_gamma,
+        "zero terminal SNR": "yes" if facts.zero_terminal_snr else None,
         "noise offset": facts.noise_offset,
+        "multi-resolution noise": facts.multires_noise_discount,
+        "input perturbation": facts.input_perturbation,
         "caption dropout": facts.caption_dropout,
         "seed": facts.seed,
         "trained with": f"sdxl-ray {facts.trainer_version}" if facts.trainer_version else "sdxl-ray",
@@ -145,7 +181,30 @@ def _training(facts: TrainingFacts, spec: AdapterSpec) -> str:
     return "\n".join(["## Training", "", "| setting | value |", "|---|---|", *rows, ""])
 
 
-_READ_BY = {"kohya": "ComfyUI, A1111, Forge, InvokeAI, diffusers", "diffusers": "diffusers, peft"}
+def _text_encoders(spec: AdapterSpec) -> str | None:
+    ranks = {"CLIP-L": spec.text_encoder_rank, "OpenCLIP bigG": spec.text_encoder_2_rank}
+    return ", ".join(f"{name} lora, rank {rank}" for name, rank in ranks.items() if rank) or None
+
+
+_READ_BY = {
+    "kohya": "ComfyUI, A1111, Forge, InvokeAI, diffusers",
+    "diffusers": "diffusers, peft",
+    "kohya-svd": "ComfyUI, A1111, Forge, InvokeAI, diffusers: a plain LoRA that comes nearest",
+    "checkpoint": "ComfyUI, A1111, Forge, InvokeAI, diffusers (from_single_file): the whole model",
+    "diffusers-folder": "diffusers (from_pretrained): the whole model",
+}
+_READ_BY_KIND = {
+    "dora": {"kohya": "InvokeAI, LyCORIS; nearly so in ComfyUI and Forge, which divide by the norm of the base weight"},
+    "loha": {"kohya": "ComfyUI, A1111, Forge, InvokeAI, LyCORIS; not diffusers"},
+    "lokr": {"kohya": "ComfyUI, A1111, Forge, InvokeAI, LyCORIS; not diffusers"},
+}
+_CALLED = {
+    "lora": "A LoRA for",
+    "dora": "A DoRA for",
+    "loha": "A LoHa for",
+    "lokr": "A LoKr for",
+    "full": "A finetune of",
+}
 
 
 def _is_hub_id(model: str) -> bool:

@@ -1,143 +1,94 @@
 """Nothing is called exported that was not read back: the last stage of a training, and its proof.
 
-1  what the trained U-Net answers to a fixed probe       probe_output
-2  its adapter's weights, then the U-Net without them    adapter_state_dict, detach_adapter
-3  each format under a name that no program picks up     WRITERS in formats
-4  that file through diffusers' own reader               verify_file
+1  what the trained models answer to a fixed probe       probe_models
+2  what was trained, then the models without it          trained_modules, detach_adapter
+3  each format under a name that no program picks up     formats, svd, whole_model
+4  that file through its reader                          reading_back, reading_back_whole
 5  same answer, same weight change? then the final name  export_adapter
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
-import numpy as np
 import torch
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdxl_ray.errors import ExportError
-from sdxl_ray.export.formats import DTYPES, WRITERS, AdapterSpec, FileDtype
+from sdxl_ray.export.formats import Parts, write_diffusers, write_kohya
+from sdxl_ray.export.metadata import plain_lora_metadata, whole_model_metadata
+from sdxl_ray.export.probe import probe_models, relative_error
+from sdxl_ray.export.reading_back import (
+    ReadBack,
+    cure,
+    num_weights,
+    read_back_by_definition,
+    read_back_by_diffusers,
+    swapped,
+)
+from sdxl_ray.export.reading_back_whole import read_back_checkpoint, read_back_folder, weights_of
+from sdxl_ray.export.spec import AdapterSpec
+from sdxl_ray.export.svd import nearest_lora
+from sdxl_ray.export.tensor_file import DTYPES, FileDtype
+from sdxl_ray.export.which import is_whole_model, refuse
+from sdxl_ray.export.whole_model import BaseModel, Trained, Weights, merged, write_checkpoint, write_folder
 from sdxl_ray.records import ExportedFile
-from sdxl_ray.sdxl.adapters import adapter_state_dict, detach_adapter
-from sdxl_ray.sdxl.conditioning import predict, unet_dtype
+from sdxl_ray.sdxl.adapters import base_weight, detach_adapter, trained_modules
+from sdxl_ray.sdxl.components import load_scheduler_config, read_part_config
+from sdxl_ray.sdxl.conditioning import unet_dtype
+from sdxl_ray.sdxl.trained import TrainedModule
 
-_READ_BACK = "read_back"  # the adapter's name while a file is being verified
-
-# Largest output difference over largest output, by the U-Net's dtype. A bf16 U-Net rounds to 8 significant bits in each
-# layer, and training may have computed with bf16 copies of the adapter: some per cent of difference are rounding there
-# and could hide a real error (1.4 % seen on the tiny SDXL). That is why the weight change is compared as well.
+# Largest output difference over largest output, by the coarser of the file's and the models' dtypes. A bf16 U-Net
+# rounds to 8 significant bits in each layer, and training may have computed with bf16 copies of the adapter: some per
+# cent of difference are rounding there and could hide a real error (1.4 % seen on the tiny SDXL). That is why the
+# weight change is compared as well.
 OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Frobenius norm of the difference over that of the trained change, worst module, by the coarser of the file's and the
-# U-Net's dtype (diffusers casts what it reads to the U-Net's). fp32: folding the scale rounds once. bf16: lora_A and
-# lora_B are rounded to 8 bits each, 0.3 % seen; fp16 rounds less, but loses what lies below 6e-8.
+# Frobenius norm of the difference over that of the trained change, worst module, by the same dtype (diffusers casts
+# what it reads to the U-Net's). fp32: folding the scale rounds once. bf16: lora_A and lora_B are rounded to 8 bits
+# each, 0.3 % seen; fp16 rounds less, but loses what lies below 6e-8.
 DELTA_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+# Above this a plain LoRA is no good stand-in for what was trained.
+SVD_WARNING = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """Fixed inputs for one forward pass, all float32 but the timesteps: B = 1.
+class VerifiedFile(ExportedFile):
+    """With what a person should know about the file.
 
-    noisy_latents (1, 4, h, w), timesteps (1,) int64, prompt_embeds (1, 77, cross_attention_dim),
-    pooled_prompt_embeds (1, projection_dim), add_time_ids (1, 6) pixels
+    note     how near a file in the format kohya-svd comes; empty for files that hold what was trained exactly
+    warning  the same, where it is not near
     """
 
-    noisy_latents: Tensor
-    timesteps: Tensor
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
-    add_time_ids: Tensor
+    note: str = ""
+    warning: str = ""
 
 
-def make_probe(unet: diffusers.UNet2DConditionModel, *, seed: int = 0) -> Probe:
-    """Inputs of the right shapes for this U-Net, the same on every machine; 256 px suffice to reach every weight."""
-    config = unet.config
-    generator = np.random.default_rng(seed)  # torch's generators differ between devices and versions
+@dataclass(frozen=True)
+class _Job:
+    """What all formats have in common; `models` have no adapters any more."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    models: Mapping[str, nn.Module]
+    parts: Parts
+    reference: Mapping[str, Tensor]
+    spec: AdapterSpec
+    metadata: Mapping[str, str]
+    dtype: FileDtype
+    coarsest: torch.dtype
+    svd_rank: int
+    base: BaseModel | None
+    unet_weights: Mapping[str, Tensor]
+    says: Mapping[str, Any]  # what the model predicts
 
-    side = min(32, config.sample_size)
-    pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    pixels = float(8 * side)
-    return Probe(
-        noisy_latents=normal(1, config.in_channels, side, side),
-        timesteps=torch.tensor([500]),
-        prompt_embeds=normal(1, 77, config.cross_attention_dim),
-        pooled_prompt_embeds=normal(1, pooled_width),
-        add_time_ids=torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]]),
-    )
-
-
-@torch.no_grad()
-def probe_output(unet: diffusers.UNet2DConditionModel, probe: Probe) -> Tensor:
-    """The prediction (1, 4, h, w) for the probe, float32 on the CPU, without dropout."""
-    was_training = unet.training
-    unet.eval()
-    try:
-        prediction = predict(
-            unet,
-            probe.noisy_latents.to(unet.device),
-            probe.timesteps.to(unet.device),
-            probe.prompt_embeds.to(unet.device),
-            probe.pooled_prompt_embeds.to(unet.device),
-            probe.add_time_ids.to(unet.device),
-        )
-    finally:
-        unet.train(was_training)
-    return prediction.float().cpu()
-
-
-def verify_file(
-    path: Path,
-    unet: diffusers.UNet2DConditionModel,
-    reference: Tensor,
-    probe: Probe,
-    *,
-    state: Mapping[str, Tensor],
-    spec: AdapterSpec,
-    tolerance: float,
-    delta_tolerance: float = DELTA_TOLERANCE[torch.float32],
-) -> float:
-    """The relative error of the U-Net's output with the file on it, read as `load_lora_weights` reads it.
-
-    `unet` has no adapter, before and after; `reference` is the trained model's `probe_output`, `state` and `spec` its
-    adapter. Weights are compared as well as outputs because a weak LoRA changes the output by less than a bf16 U-Net's
-    rounding, and tensors are counted because diffusers skips names that it does not know with no more than a log line.
-
-    Raises:
-        ExportError: the file cannot be read, or what it gives back is not the trained adapter.
-    """
-    with _loaded(path, unet):
-        output = probe_output(unet, probe)
-        read = _adapter_on(unet)
-    error = float((output - reference).abs().max() / reference.abs().max())
-    trained = {
-        module_path: (state[f"{module_path}.lora_A.weight"], state[f"{module_path}.lora_B.weight"], spec.scale)
-        for module_path in {key.rsplit(".lora_", 1)[0] for key in state}
-    }
-    delta_error, worst_module = _worst_delta(trained, read)
-    num_in_file, num_read, num_trained = _num_weights(path), 2 * len(read), len(state)
-    # written as "not <=" so that NaN fails
-    if (
-        num_in_file != num_read
-        or num_read != num_trained
-        or not error <= tolerance
-        or not delta_error <= delta_tolerance
-    ):
-        raise ExportError(
-            f"{path.name} does not give back the trained LoRA. "
-            f"Relative error of the U-Net's output: {error:.1e}, allowed {tolerance:.0e}. "
-            f"Of the weight change: {delta_error:.1e} in {worst_module}, allowed {delta_tolerance:.0e}. "
-            f"Weights: {num_trained} trained, {num_in_file} in the file, {num_read} read by diffusers. {_cure()}"
-        )
-    return error
+    @property
+    def layers_per_block(self) -> int:
+        unet: Any = self.models["unet"]
+        return unet.config.layers_per_block
 
 
 def export_adapter(
@@ -149,131 +100,227 @@ def export_adapter(
     metadata: Mapping[str, str],
     formats: Sequence[str] = ("kohya", "diffusers"),
     dtype: FileDtype = "fp32",
+    text_encoders: Mapping[str, nn.Module] | None = None,
+    svd_rank: int = 0,
+    base: BaseModel | None = None,
+    unet_weights: Mapping[str, Tensor] | None = None,
+    prediction_type: str = "epsilon",
+    zero_terminal_snr: bool = False,
 ) -> list[ExportedFile]:
-    """Write the adapter of a trained U-Net and prove each file. **Afterwards the U-Net has no adapter.**
+    """Write what was trained in each format and prove each file; what comes back are `VerifiedFile`s.
+
+    **Afterwards no model has an adapter.**
 
     `<name>.safetensors` is kohya's format, which is what users of ComfyUI and A1111 expect under a plain name;
-    `<name>.diffusers.safetensors` the other. A file takes its name when it has passed. One that fails stays as
-    `<file>.rejected`, which no program lists among its LoRAs, for whoever looks into it; an older file of the name is
-    not touched.
+    `<name>.<format>.safetensors` the others, `<name>.diffusers-folder` a folder. A file takes its name when it has
+    passed. One that fails stays as `<file>.rejected`, which no program lists among its LoRAs, for whoever looks into
+    it; an older file of the name is not touched.
+
+    Args:
+        text_encoders: "text_encoder" and "text_encoder_2", those with an adapter.
+        svd_rank: of kohya-svd; 0: four times the adapter's.
+        base: the base model's files, for checkpoint and diffusers-folder.
+        unet_weights: of kind "full": the trained weights by name, float32 masters; None: the U-Net's own.
+        prediction_type, zero_terminal_snr: what whole models say about themselves.
 
     Raises:
-        ExportError: the adapter does not fit a format, or a file does not give it back.
+        ExportError: what was trained does not fit a format, or a file does not give it back.
         StorageError: the disk is full or read-only.
     """
-    unknown = [format_name for format_name in formats if format_name not in WRITERS]
-    if unknown:
-        raise ExportError(f"No export format is called '{unknown[0]}'. Known: {', '.join(WRITERS)}.")
-    state = adapter_state_dict(unet)
-    probe = make_probe(unet)
-    reference = probe_output(unet, probe)
-    detach_adapter(unet)
-
-    exported = []
+    encoders = {part: encoder for part, encoder in (text_encoders or {}).items() if trained_modules(encoder)}
     for format_name in formats:
-        path = folder / (f"{name}.safetensors" if format_name == "kohya" else f"{name}.{format_name}.safetensors")
-        unverified = path.with_name(f"{path.name}.unverified")
-        layout = {"layers_per_block": unet.config.layers_per_block} if format_name == "kohya" else {}
-        WRITERS[format_name](unverified, state, spec, metadata, dtype=dtype, **layout)
-        try:
-            error = verify_file(
-                unverified,
-                unet,
-                reference,
-                probe,
-                state=state,
-                spec=spec,
-                tolerance=max(OUTPUT_TOLERANCE[unet_dtype(unet)], OUTPUT_TOLERANCE[DTYPES[dtype]]),
-                delta_tolerance=max(DELTA_TOLERANCE[unet_dtype(unet)], DELTA_TOLERANCE[DTYPES[dtype]]),
-            )
-        except ExportError as refusal:
-            rejected = unverified.replace(path.with_name(f"{path.name}.rejected"))
-            raise ExportError(f"{refusal} The file is kept as {rejected}.") from refusal
-        unverified.replace(path)
-        exported.append(ExportedFile(path, format_name, error))
-    return exported
-
-
-@contextlib.contextmanager
-def _loaded(path: Path, unet: diffusers.UNet2DConditionModel) -> Iterator[None]:
-    """The U-Net with the file's LoRA on it, through the calls `StableDiffusionXLPipeline.load_lora_weights` makes."""
-    loader = StableDiffusionXLLoraLoaderMixin
-    try:
-        try:
-            state, alphas, lora_metadata = loader.lora_state_dict(
-                str(path),
-                unet_config=unet.config,  # without it sgm names stay as they are and match nothing
-                return_lora_metadata=True,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-            loader.load_lora_into_unet(
-                state,
-                network_alphas=alphas,
-                unet=unet,
-                adapter_name=_READ_BACK,
-                metadata=lora_metadata,
-                low_cpu_mem_usage=True,  # as the pipeline does
-            )
-        except (KeyError, ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-            raise ExportError(
-                f"{path.name}: diffusers cannot read the LoRA back ({type(error).__name__}: {error}). {_cure()}"
-            ) from error
-        yield
-    finally:
-        unet.unload_lora()
-
-
-def _adapter_on(unet: torch.nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """`{module path: (lora_A, lora_B, scale)}` as diffusers set them up from the file."""
-    return {
-        module_path: (
-            module.lora_A[_READ_BACK].weight.detach().clone(),  # type: ignore[index, union-attr]
-            module.lora_B[_READ_BACK].weight.detach().clone(),  # type: ignore[index, union-attr]
-            module.scaling[_READ_BACK],  # type: ignore[index]
-        )
-        for module_path, module in unet.named_modules()
-        if _READ_BACK in getattr(module, "lora_A", {})
-    }
-
-
-def _worst_delta(
-    trained: Mapping[str, tuple[Tensor, Tensor, float]], read: Mapping[str, tuple[Tensor, Tensor, float]]
-) -> tuple[float, str]:
-    """The largest relative difference between two weight changes, and its module; one that is missing differs by 1."""
-    errors = {module: _delta_error(trained[module], read[module]) if module in read else 1.0 for module in trained}
-    worst = max(errors, key=lambda module: (not errors[module] <= 1e30, errors[module]))  # NaN first
-    return errors[worst], worst
-
-
-def _delta_error(trained: tuple[Tensor, Tensor, float], read: tuple[Tensor, Tensor, float]) -> float:
-    """|s B A - s' B' A'| / |s B A| in the Frobenius norm, without forming B A (52 MB for one feed-forward layer).
-
-    With U = [s B, -s' B'] and V = [A; A'] the difference is U V, and |U V|^2 = sum((U^T U) * (V V^T)): matrices of
-    2r x 2r. In fp64, because the difference of nearly equal terms would be lost in fp32.
-    """
-
-    def factors(down: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return scale * up.to("cpu", torch.float64).flatten(1), down.to("cpu", torch.float64).flatten(1)
-
-    def norm(up: Tensor, down: Tensor) -> float:
-        return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
-
-    (trained_up, trained_down), (read_up, read_down) = factors(*trained), factors(*read)
-    difference = norm(torch.cat([trained_up, -read_up], dim=1), torch.cat([trained_down, read_down]))
-    size = norm(trained_up, trained_down)
-    if size == 0.0:  # a module that training did not reach
-        return 0.0 if difference == 0.0 else float("inf")
-    return difference / size
-
-
-def _num_weights(path: Path) -> int:
-    with safe_open(path, framework="pt") as file:
-        return sum(not key.endswith(".alpha") for key in file.keys())  # noqa: SIM118
-
-
-def _cure() -> str:
-    return (
-        f"The trained weights are safe in the last checkpoint. diffusers is {diffusers.__version__} and peft "
-        f"{importlib.metadata.version('peft')} here: compare with constraints.txt, then run `sdxl-ray export`."
+        reason = refuse(spec.kind, format_name, bool(encoders))
+        if reason is None and is_whole_model(format_name) and base is None:
+            reason = f"The format {format_name} needs the base model's files, and none were given."
+        if reason:
+            raise ExportError(reason)
+    models: dict[str, nn.Module] = {"unet": unet, **encoders}
+    parts = {part: modules for part, model in models.items() if (modules := trained_modules(model))}
+    reference = probe_models(models)
+    for model in models.values():
+        detach_adapter(model)
+    job = _Job(
+        models=models,
+        parts=parts,
+        reference=reference,
+        spec=spec,
+        metadata=metadata,
+        dtype=dtype,
+        coarsest=max([DTYPES[dtype], unet_dtype(unet), *_dtypes(encoders)], key=lambda one: OUTPUT_TOLERANCE[one]),
+        svd_rank=svd_rank or 4 * spec.rank,
+        base=base,
+        unet_weights=_full_weights(unet, unet_weights) if spec.kind == "full" else {},
+        says={"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr},
     )
+    return [_export(job, format_name, folder / file_name(name, format_name)) for format_name in formats]
+
+
+def file_name(name: str, format_name: str) -> str:
+    """What the file or folder of a format is called."""
+    if format_name == "kohya":
+        return f"{name}.safetensors"
+    return f"{name}.{format_name}" + ("" if format_name == "diffusers-folder" else ".safetensors")
+
+
+def _dtypes(encoders: Mapping[str, nn.Module]) -> list[torch.dtype]:
+    return [next(parameter.dtype for parameter in encoder.parameters()) for encoder in encoders.values()]
+
+
+def _full_weights(unet: nn.Module, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    own = unet.state_dict()
+    missing = [] if weights is None else sorted(own.keys() - weights.keys())
+    if missing:  # the U-Net's own copies may be rounded to bf16
+        raise ExportError(
+            f"{len(missing)} of the U-Net's {len(own)} weights are not among those that were trained, such as "
+            f"{missing[0]}. Pass the masters of all of them, or none."
+        )
+    return {name: tensor if weights is None else weights[name] for name, tensor in own.items()}
+
+
+def _export(job: _Job, format_name: str, path: Path) -> VerifiedFile:
+    unverified = path.with_name(f"{path.name}.unverified")
+    try:
+        error, note, warning = _EXPORTS[format_name](job, unverified)
+    except ExportError as refusal:
+        if not unverified.exists():
+            raise
+        rejected = path.with_name(f"{path.name}.rejected")
+        _replace(unverified, rejected)
+        raise ExportError(f"{refusal} The file is kept as {rejected}.") from refusal
+    _replace(unverified, path)
+    return VerifiedFile(path, format_name, error, note, warning)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """A folder cannot take the place of another that is not empty."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    source.replace(target)
+
+
+_Exported = tuple[float, str, str]  # relative error of the output, note, warning
+
+
+def _kohya(job: _Job, path: Path) -> _Exported:
+    write_kohya(path, job.parts, job.metadata, dtype=job.dtype, layers_per_block=job.layers_per_block)
+    if job.spec.kind == "lora":
+        return _checked(job, path, job.parts, read_back_by_diffusers(path, job.models, job.parts)), "", ""
+    return _checked(job, path, job.parts, read_back_by_definition(path, job.models, job.parts)), "", ""
+
+
+def _diffusers(job: _Job, path: Path) -> _Exported:
+    write_diffusers(path, job.parts, job.metadata, dtype=job.dtype)
+    rounding = 4 * torch.finfo(job.coarsest).eps
+    return (
+        _checked(job, path, job.parts, read_back_by_diffusers(path, job.models, job.parts, rounding=rounding)),
+        "",
+        "",
+    )
+
+
+def _nearest(job: _Job, path: Path) -> _Exported:
+    parts: dict[str, dict[str, TrainedModule]] = {}
+    errors: dict[str, float] = {}
+    for part, modules in job.parts.items():
+        parts[part] = {}
+        for module_path, module in modules.items():
+            model: Any = job.models[part]
+            if part != "unet":  # a LoRA already
+                parts[part][module_path] = module
+                continue
+            weight = base_weight(model.get_submodule(module_path))
+            parts[part][module_path], errors[module_path] = nearest_lora(
+                module, weight, rank=job.svd_rank, device=model.device
+            )
+    header = plain_lora_metadata(job.metadata, rank=job.svd_rank)
+    write_kohya(path, parts, header, dtype=job.dtype, layers_per_block=job.layers_per_block)
+    read = read_back_by_diffusers(path, job.models, parts)
+    _checked(job, path, parts, read, output_tolerance=math.inf)  # it holds that LoRA; how near is told below
+    worst = max(errors, key=lambda module_path: errors[module_path])
+    mean = sum(errors.values()) / len(errors)
+    note = (
+        f"{path.name.removesuffix('.unverified')} is the nearest plain LoRA of rank {job.svd_rank}: its weight change "
+        f"is off by {errors[worst]:.1%} at worst ({worst}), {mean:.1%} on average."
+    )
+    warning = ""
+    if errors[worst] > SVD_WARNING:
+        warning = f"{note} Raise export.svd_rank to come nearer, or use a program that reads {job.spec.kind} files."
+    return relative_error(read.answers, job.reference), note, warning
+
+
+def _checkpoint(job: _Job, path: Path) -> _Exported:
+    base, trained, parts = _merged(job)
+    metadata = whole_model_metadata(job.metadata)
+    scheduler = load_scheduler_config(base.path, revision=base.revision)  # a base that says so is trained so
+    says = {**job.says}
+    says["zero_terminal_snr"] = says["zero_terminal_snr"] or scheduler.get("rescale_betas_zero_snr", False)
+    write_checkpoint(path, parts, metadata, dtype=job.dtype, layers_per_block=job.layers_per_block, **says)
+    unet: Any = job.models["unet"]
+    vae_config = read_part_config(base.vae or base.path, "vae", revision=None if base.vae else base.revision)
+    found = read_back_checkpoint(path, parts, dtype=job.dtype, unet_config=dict(unet.config), vae_config=vae_config)
+    return _checked_whole(job, path, trained, found), "", ""
+
+
+def _folder(job: _Job, path: Path) -> _Exported:
+    base, trained, parts = _merged(job)
+    metadata = whole_model_metadata(job.metadata)
+    write_folder(path, base, parts, trained, metadata, dtype=job.dtype, **job.says)
+    changed = {*job.parts, "unet"} if trained.unet_weights else set(job.parts)
+    found = read_back_folder(path, parts, dtype=job.dtype, changed=changed)
+    return _checked_whole(job, path, trained, found), "", ""
+
+
+_EXPORTS: dict[str, Callable[[_Job, Path], _Exported]] = {
+    "kohya": _kohya,
+    "diffusers": _diffusers,
+    "kohya-svd": _nearest,
+    "checkpoint": _checkpoint,
+    "diffusers-folder": _folder,
+}
+
+
+def _merged(job: _Job) -> tuple[BaseModel, Trained, dict[str, Any]]:
+    assert job.base is not None  # asked for in export_adapter
+    trained = Trained(job.parts, job.unet_weights)
+    return job.base, trained, merged(job.base, trained)
+
+
+def _checked(job: _Job, path: Path, parts: Parts, read: ReadBack, *, output_tolerance: float | None = None) -> float:
+    """The relative error of the output; an ExportError where the file does not give back `parts`."""
+    tolerance = OUTPUT_TOLERANCE[job.coarsest] if output_tolerance is None else output_tolerance
+    delta_tolerance = DELTA_TOLERANCE[job.coarsest]
+    error = relative_error(read.answers, job.reference) if read.answers else read.delta_error
+    num_in_file = num_weights(path)
+    num_trained = sum(len(module.tensors) for modules in parts.values() for module in modules.values())
+    # written as "not <=" so that NaN fails
+    if (
+        num_in_file != read.num_read
+        or read.num_read != num_trained
+        or (not error <= tolerance and output_tolerance is None)
+        or not read.delta_error <= delta_tolerance
+    ):
+        raise ExportError(
+            f"{path.name.removesuffix('.unverified')} does not give back the trained LoRA. "
+            f"Relative error of the output: {error:.1e}, allowed {tolerance:.0e}. "
+            f"Of the weight change: {read.delta_error:.1e} in {read.worst_module}, allowed {delta_tolerance:.0e}. "
+            f"Weights: {num_trained} trained, {num_in_file} in the file, {read.num_read} read. {cure()}"
+        )
+    return error
+
+
+def _checked_whole(job: _Job, path: Path, trained: Trained, found: Weights) -> float:
+    """The same for whole models, whose weights were compared already; quantised models cannot be asked, and give 0."""
+    weights = {}
+    for part, model in job.models.items():
+        own = weights_of(model, part, found)
+        everything = part == "unet" and bool(trained.unet_weights)
+        changed = {f"{module_path}.weight" for module_path in trained.modules.get(part, {})}
+        weights[part] = {name: weight.make() for name, weight in own.items() if everything or name in changed}
+    with swapped(job.models, weights) as possible:
+        error = relative_error(probe_models(job.models), job.reference) if possible else 0.0
+    if not error <= OUTPUT_TOLERANCE[job.coarsest]:
+        raise ExportError(
+            f"{path.name.removesuffix('.unverified')} does not draw as the trained model does. Relative error of the "
+            f"output: {error:.1e}, allowed {OUTPUT_TOLERANCE[job.coarsest]:.0e}. {cure()}"
+        )
+    return error

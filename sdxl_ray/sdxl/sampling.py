@@ -106,7 +106,8 @@ def _pipeline(
     changes: dict[str, Any] = {}
     if prediction_type is not None:
         changes["prediction_type"] = prediction_type
-    if (prediction_type or scheduler_config.get("prediction_type")) == "v_prediction":
+    is_v = (prediction_type or scheduler_config.get("prediction_type")) == "v_prediction"
+    if is_v or scheduler_config.get("rescale_betas_zero_snr"):
         # A v model is usually trained to the end of a schedule with zero terminal SNR, which "leading" steps never
         # reach: arXiv:2305.08891, section 3.3.
         changes["timestep_spacing"] = "trailing"

@@ -2,6 +2,8 @@
 
 CLIP reads 77 tokens: 75 and two markers. A longer caption is read in pieces of 75, as A1111 and ComfyUI do, and the
 U-Net sees the pieces' embeddings one after another.
+
+    captions ──tokenize──▶ ids (B, 2, chunks, 77) ──encode_tokens──▶ embeddings and pooled vector
 """
 
 from __future__ import annotations
@@ -30,13 +32,21 @@ def encode_prompts(
         their device, and the number of tokens in each caption with its two markers: above 75 * num_chunks + 2 the rest
         was not read.
     """
-    embeds: list[Tensor] = []
-    pooled = torch.empty(0)
+    input_ids, num_tokens = tokenize(encoders, captions, num_chunks)
+    prompt_embeds, pooled = encode_tokens(encoders, input_ids)
+    return prompt_embeds, pooled, num_tokens
+
+
+def tokenize(encoders: TextEncoders, captions: Sequence[str], num_chunks: int = 1) -> tuple[Tensor, list[int]]:
+    """Captions as token ids, in chunks of 77 with their markers and padding. Needs the tokenizers alone.
+
+    Returns:
+        input_ids (B, 2, num_chunks, 77) int64, for encoder 1 and encoder 2, whose padding differs; and the number of
+        tokens in each caption, as in `encode_prompts`.
+    """
     num_tokens = [0] * len(captions)
-    for tokenizer, encoder in (
-        (encoders.tokenizer, encoders.text_encoder),
-        (encoders.tokenizer_2, encoders.text_encoder_2),
-    ):
+    both = []
+    for tokenizer in (encoders.tokenizer, encoders.tokenizer_2):
         whole = tokenizer(list(captions), truncation=False, padding=False).input_ids
         num_tokens = [max(before, len(ids)) for before, ids in zip(num_tokens, whole, strict=True)]
         length = tokenizer.model_max_length
@@ -48,17 +58,38 @@ def encode_prompts(
             for piece in cut(ids[1:-1], num_chunks, length - 2, comma):
                 row = [begin, *piece, end]
                 rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
-        input_ids = torch.tensor(rows, dtype=torch.long, device=encoder.device)
+        both.append(torch.tensor(rows, dtype=torch.long).view(len(captions), num_chunks, length))
+    return torch.stack(both, dim=1), num_tokens
+
+
+def encode_tokens(encoders: TextEncoders, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the U-Net reads for `tokenize`'s ids, with gradients to adapters of the encoders unless the caller forbids.
+
+    The last layer of encoder 1 gets none: its penultimate hidden state is what is read, and `attach_adapter` leaves
+    that layer out. Encoder 2's last layer feeds the pooled vector, and so does learn.
+
+    Args:
+        input_ids: (B, 2, chunks, 77) int64, on any device.
+
+    Returns:
+        prompt_embeds (B, 77 * chunks, 768 + 1280) and pooled_prompt_embeds (B, 1280), in the encoders' dtype and on
+        their device.
+    """
+    num_chunks = input_ids.shape[2]
+    embeds: list[Tensor] = []
+    pooled = torch.empty(0)
+    for number, encoder in enumerate((encoders.text_encoder, encoders.text_encoder_2)):
+        ids = input_ids[:, number].flatten(0, 1).to(encoder.device)
         # No attention mask: SDXL was trained to read the padding too, and encoder 2 pads with "!" (id 0).
-        output = encoder(input_ids, output_hidden_states=True)
+        output = encoder(ids, output_hidden_states=True)
         embeds.append(output.hidden_states[-2].unflatten(0, (-1, num_chunks)).flatten(1, 2))
         if encoder is encoders.text_encoder_2:
             # Not `output.text_embeds`: transformers takes that at the highest id, since SDXL's config has eos_token_id
             # 2, and tokens that were added (textual inversion) have higher ones than the end marker.
-            firsts = torch.arange(0, len(rows), num_chunks, device=encoder.device)
-            ends = (input_ids[firsts] == end).int().argmax(dim=1)
+            firsts = torch.arange(0, len(ids), num_chunks, device=ids.device)
+            ends = (ids[firsts] == encoders.tokenizer_2.eos_token_id).int().argmax(dim=1)
             pooled = encoder.text_projection(output.last_hidden_state[firsts, ends])
-    return torch.cat(embeds, dim=-1), pooled, num_tokens
+    return torch.cat(embeds, dim=-1), pooled
 
 
 def cut(tokens: Sequence[int], num_chunks: int, size: int, comma: int) -> list[Sequence[int]]:

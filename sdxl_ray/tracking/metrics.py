@@ -11,6 +11,7 @@ from sdxl_ray.errors import storage_errors
 
 METRICS: dict[str, str] = {
     "train/loss": "weighted loss of the step, over the global batch",
+    "train/loss_scale": "with fp16: what the loss is multiplied by before the backward pass",
     "train/grad_norm": "norm of the adapter's gradient before clipping",
     "train/learning_rate": "of this step",
     "train/epoch": "passes over the training images so far",

@@ -1,6 +1,10 @@
 """What a run can continue from, written whole or not at all.
 
-checkpoints/step_000500/adapter.safetensors   fp32 masters, by the module they belong to
+checkpoints/step_000500/adapter.safetensors   fp32 masters, by the module they belong to; those of text encoders begin
+                                              with "text_encoder." or "text_encoder_2."
+                        averaged.safetensors  the same of what is exported instead: the moving average, or what a
+                                              schedule-free optimizer makes of the masters; only where there is one
+                        start.safetensors     what PiSSA and OLoRA began with; only with these
                         optimizer.pt          torch state dict, read back with weights_only=True
                         state.json            step, position, and what the run was made with; written last
 """
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_ray.errors import CheckpointError, ConfigError, storage_errors
-from sdxl_ray.run_folder import ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, checkpoint_name
+from sdxl_ray.run_folder import ADAPTER_FILE, AVERAGE_FILE, OPTIMIZER_FILE, START_FILE, STATE_FILE, checkpoint_name
 
 if TYPE_CHECKING:
     from sdxl_ray.train.state import TrainState
@@ -48,6 +52,9 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Mapping[str, Any]
             torch.save(saved["optimizer"], optimizer)
             progress = {**saved["progress"], "identity": dict(identity)}
             _write(temporary / ADAPTER_FILE, safetensors.torch.save(saved["adapter"]))
+            for name, part in ((AVERAGE_FILE, "average"), (START_FILE, "start")):
+                if saved[part] is not None:
+                    _write(temporary / name, safetensors.torch.save(saved[part]))
             _write(temporary / OPTIMIZER_FILE, optimizer.getbuffer())
             _write(temporary / STATE_FILE, json.dumps(progress, indent=2).encode())
             if final.exists():  # the same step again, after a restart from an earlier one
@@ -81,6 +88,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return {
             "adapter": load_file(path / ADAPTER_FILE),
+            "average": load_file(path / AVERAGE_FILE) if (path / AVERAGE_FILE).exists() else None,
+            "start": load_file(path / START_FILE) if (path / START_FILE).exists() else None,
             "optimizer": torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True),
             "progress": progress,
         }

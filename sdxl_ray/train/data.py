@@ -224,11 +224,12 @@ def run_identity(config: Config, data: Data) -> dict[str, Any]:
     identity = {
         "model (U-Net)": unet,
         "model.dtype": config.model.dtype,
-        "adapter.kind": config.adapter.kind,
-        "adapter.rank": config.adapter.rank,
-        "adapter.alpha": config.adapter.scaling_alpha,
-        "adapter.targets": config.adapter.targets,
+        "model.quantize": config.model.quantize,
+        **_adapter_identity(config),
         "loss.objective": config.loss.objective,
+        "loss.zero_terminal_snr": config.loss.zero_terminal_snr,
+        "optimizer.name": config.optimizer.name,
+        "optimizer.lora_plus_ratio": config.optimizer.lora_plus_ratio,
         "run.seed": config.run.seed,
         "train.micro_batch_size": config.train.micro_batch_size,
         "eval.holdout": config.eval.holdout,
@@ -247,11 +248,34 @@ def run_identity(config: Config, data: Data) -> dict[str, Any]:
     return identity
 
 
+def _adapter_identity(config: Config) -> dict[str, Any]:
+    """What decides which weights there are and how they began."""
+    adapter = config.adapter
+    identity: dict[str, Any] = {
+        "adapter.kind": adapter.kind,
+        "adapter.rank": adapter.rank,
+        "adapter.alpha": adapter.scaling_alpha,
+        "adapter.targets": ", ".join(adapter.targets),
+        "adapter.rank_stabilized": adapter.rank_stabilized,
+        "adapter.init": adapter.init,
+        "adapter.factor": adapter.factor,
+        "adapter.blocks": "; ".join(
+            f"{pattern}: rank {rule.rank}, alpha {rule.alpha}, learning rate x {rule.learning_rate_scale:g}"
+            for pattern, rule in adapter.blocks.items()
+        ),
+    }
+    for part in ("text_encoder", "text_encoder_2"):
+        section = getattr(config, part)
+        described = f"rank {section.rank}, alpha {section.scaling_alpha:g}, {section.targets}" if section.rank else "no"
+        identity[f"{part} trained"] = described
+    return identity
+
+
 # Settings that decide what a sample brings into an epoch and are not in its sample_id. Those at their default are not
 # written down, so that a setting that a later version adds does not stand in the way of --resume.
 _DRAWN_FROM = (
     "crop_epochs", "caption_prefix", "trigger_word", "caption_suffix", "tag_separator", "shuffle_tags", "keep_tags",
-    "tag_dropout", "caption_variants",
+    "tag_dropout", "caption_variants", "prior_prediction",
 )  # fmt: skip
 
 

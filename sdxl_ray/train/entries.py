@@ -45,6 +45,10 @@ class Entries(Protocol):
         """ "prompt_embeds" (77, 2048), "pooled_prompt_embeds" (1280,). `draw`: for a variant of it; None: as it is."""
         ...
 
+    def caption(self, sample: EncodedSample, caption: int, draw: np.random.Generator | None) -> str:
+        """The text itself, for text encoders that are trained."""
+        ...
+
 
 class CacheEntries:
     """`Entries` of a cache in any of its modes. Safe to share between prefetch threads."""
@@ -101,12 +105,17 @@ class CacheEntries:
 
     def text(self, sample: EncodedSample, caption: int, draw: np.random.Generator | None) -> Mapping[str, torch.Tensor]:
         """See `Entries`."""
-        text = sample.captions[caption]
-        rules = self.rules.get(sample.dataset)
-        if rules is not None:
-            text = decorate(text, rules) if draw is None else draw_variant(text, rules, draw)
+        text = self.caption(sample, caption, draw)
         shard = sample.text_shards[caption] if sample.text_shards else ""
         return self.prompt(text, shard, sample.text_keys[caption] if shard else "")
+
+    def caption(self, sample: EncodedSample, caption: int, draw: np.random.Generator | None) -> str:
+        """See `Entries`."""
+        text = sample.captions[caption]
+        rules = self.rules.get(sample.dataset)
+        if rules is None:
+            return text
+        return decorate(text, rules) if draw is None else draw_variant(text, rules, draw)
 
     def prompt(self, text: str, shard: str, key: str) -> Mapping[str, torch.Tensor]:
         """A text's embeddings from where they are kept; without a `shard`, encoded now."""

@@ -35,7 +35,7 @@ def stable_eval_loss(
     sums = torch.zeros(2, len(RANGES), dtype=torch.float64, device=device)
     try:
         for batch in batches():
-            on_device = batch.to(state.device)
+            on_device = state.conditioned(batch.to(state.device))
             losses = diffusion_loss(
                 state.denoise, on_device, objective, timesteps=on_device.timesteps, noise=on_device.noise
             )

@@ -30,6 +30,8 @@ from sdxl_ray.train.checkpoints import check_resumable, read_progress
 from sdxl_ray.train.data import load_data, run_identity
 from sdxl_ray.train.folder import claim_folder, inspect_folder, keep_index, prune_checkpoints
 from sdxl_ray.train.on_demand import order_of_need
+from sdxl_ray.train.preflight import check_methods
+from sdxl_ray.train.try_out import from_earlier_run, with_batch_size
 
 Event = dict[str, Any]
 
@@ -122,6 +124,9 @@ def fit(
     """
     run_folder = Path(config.run.output) / config.run.name
     latest = inspect_folder(run_folder, resume=resume, overwrite=overwrite)
+    check_methods(config)
+    if config.train.micro_batch_size == 0:
+        config = from_earlier_run(config, run_folder) if latest else _with_batch_size_found(config, address, on_event)
     background = None
     position = read_progress(latest)["position"] if latest else 0
     if index_path is None:
@@ -199,6 +204,31 @@ def fit(
         eval_loss=returned["eval_loss"],
         exports=tuple(ExportedFile(Path(path), kind, error) for path, kind, error in returned["exports"]),
     )
+
+
+def _with_batch_size_found(config: Config, address: str | None, on_event: Callable[[Event], None]) -> Config:
+    """What fits is tried out by a task on one of the cluster's GPUs."""
+    connect(address)
+    on_event({"event": "line", "text": "trying out how many images fit on a GPU"})
+    resources = worker_resources("gpu", config.cluster.cpus_per_worker)
+    check_room(1, resources, growing=not is_local())
+
+    def find(settings: Event) -> tuple[int, str]:
+        from sdxl_ray.train.try_out import find_micro_batch_size
+
+        try:
+            return find_micro_batch_size(Config.model_validate(settings)), ""
+        except errors.ConfigError as error:
+            return 0, str(error)
+
+    task = ray.remote(num_cpus=resources["CPU"], num_gpus=resources["GPU"], max_retries=0)(find)
+    found, problem = ray.get(task.remote(config.model_dump(mode="json", exclude_none=True)))
+    if problem:
+        raise errors.ConfigError(problem)
+    config = with_batch_size(config, found)
+    text = f"train.micro_batch_size = {config.train.micro_batch_size}, train.accumulation = {config.train.accumulation}"
+    on_event({"event": "line", "text": text})
+    return config
 
 
 def _worker_environment() -> dict[str, str]:

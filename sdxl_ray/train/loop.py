@@ -10,17 +10,19 @@ from typing import Protocol
 
 import torch
 
-from sdxl_ray.diffusion.loss import diffusion_loss
+from sdxl_ray.diffusion.loss import LossForm, diffusion_loss
 from sdxl_ray.diffusion.objectives import Objective
 from sdxl_ray.diffusion.randomness import keyed_seed
 from sdxl_ray.errors import TrainingError
 from sdxl_ray.records import Batch
-from sdxl_ray.train.optimizers import clip_by_norm
+from sdxl_ray.train.masters import clip_by_norm
+from sdxl_ray.train.optimizers import set_learning_rate
 from sdxl_ray.train.plan import Plan
 from sdxl_ray.train.state import TrainState
 
 # Sums that travel with the gradients, so that a step needs one collective: loss, weight, samples, asked to stop.
 NUM_EXTRAS = 4
+PLAIN_LOSS = LossForm()  # mean squared error over the whole image
 
 
 class Reporter(Protocol):
@@ -49,6 +51,7 @@ def run(
     objective: Objective,
     report: Reporter,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    form: LossForm = PLAIN_LOSS,
 ) -> bool:
     """Train until `plan.max_steps`; True if it got there, False if it was asked to stop and has saved.
 
@@ -61,7 +64,7 @@ def run(
     votes = StopVotes(state.device)
     while state.step < plan.max_steps:
         state.step += 1
-        metrics = train_step(state, plan, batches, objective, clock, stop=report.asked_to_stop())
+        metrics = train_step(state, plan, batches, objective, clock, form=form, stop=report.asked_to_stop())
 
         stopping = votes.decide(metrics.pop("stop"))  # all ranks alike: the sum over them
         saving = plan.save.due(state.step) or stopping
@@ -69,11 +72,13 @@ def run(
             report.metrics(state.step, numbers(state, plan, metrics, clock))  # the only host sync of most steps
         with clock.paused():
             if evaluate is not None and plan.evaluate.due(state.step):  # all ranks
-                values = evaluate()
+                with state.evaluated_weights():
+                    values = evaluate()
                 state.last_eval_loss = values["eval/loss"]
                 report.evaluated(state.step, values)
             if plan.validate.due(state.step):  # each rank its share of the prompts
-                report.images(state.step)
+                with state.evaluated_weights():
+                    report.images(state.step)
             if saving:  # all ranks
                 report.checkpoint(state.step, state)
         if stopping:
@@ -82,7 +87,14 @@ def run(
 
 
 def train_step(
-    state: TrainState, plan: Plan, batches: Iterator[Batch], objective: Objective, clock: Clock, *, stop: bool = False
+    state: TrainState,
+    plan: Plan,
+    batches: Iterator[Batch],
+    objective: Objective,
+    clock: Clock,
+    *,
+    form: LossForm = PLAIN_LOSS,
+    stop: bool = False,
 ) -> dict[str, torch.Tensor]:
     """One optimizer update; metrics as tensors that are still on the device.
 
@@ -90,7 +102,8 @@ def train_step(
     ranks. So a remainder of a bucket counts for what it is, a rank without a micro-batch adds nothing, and the result
     does not depend on how a global batch is dealt out.
     """
-    masters = state.masters
+    masters, loss_scale = state.masters, state.loss_scale
+    state.freeze_finished()
     masters.zero()
     loss_sum, weight_sum, num_samples, stop_votes = masters.extras
     for number in plan.of_step(state.position, state.workers.world_rank):
@@ -99,9 +112,18 @@ def train_step(
         clock.waited_s += time.perf_counter() - waited
         # Only dropout inside the adapter draws from torch's generator; keyed by the micro-batch, not by the rank.
         torch.manual_seed(keyed_seed(plan.seed, number, "dropout"))
-        losses = diffusion_loss(state.denoise, batch, objective, timesteps=batch.timesteps, noise=batch.noise)
+        batch = state.conditioned(batch)
+        losses = diffusion_loss(
+            state.denoise,
+            batch,
+            objective,
+            timesteps=batch.timesteps,
+            noise=batch.noise,
+            form=form,
+            parent=state.parent,
+        )
         weighted = (losses * batch.weights).sum()
-        weighted.backward()
+        (weighted if loss_scale is None else loss_scale.scale(weighted)).backward()
         masters.accumulate()
         loss_sum += weighted.detach()
         weight_sum += batch.weights.sum()
@@ -112,12 +134,17 @@ def train_step(
     # No weight at all where every image of the step turned out damaged: then its gradient is zero too.
     weight_sum.clamp_(min=1e-12)
     masters.gradient.div_(weight_sum)
+    if loss_scale is not None:
+        loss_scale.unscale(state.optimizer)
     grad_norm = clip_by_norm(masters.gradient, plan.max_grad_norm)
-    learning_rate = state.learning_rate(state.step)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
-    state.optimizer.step()
+    set_learning_rate(state.optimizer, state.learning_rate(state.step))
+    if loss_scale is None:
+        state.optimizer.step()
+    else:
+        loss_scale.step(state.optimizer)  # or nothing, where the gradient is not finite
     masters.publish()
+    if state.ema is not None:
+        state.ema.update(state.step)
     state.position = plan.next_position(state.position)
     clock.num_samples += num_samples
     clock.num_steps += 1
@@ -185,6 +212,10 @@ def numbers(state: TrainState, plan: Plan, metrics: dict[str, torch.Tensor], clo
         TrainingError: the loss or the gradient is not finite; no checkpoint of it is written.
     """
     values = {name: float(value) for name, value in metrics.items() if name != "stop"}
+    if state.loss_scale is not None:
+        values["train/loss_scale"] = state.loss_scale.value()
+        if not math.isfinite(values["train/grad_norm"]):  # the step was skipped, and the scale lowered for the next
+            values["train/grad_norm"] = 0.0
     if not all(math.isfinite(value) for value in values.values()):
         raise TrainingError(
             f"step {state.step}: loss {values['train/loss']:g}, gradient norm {values['train/grad_norm']:g}: "

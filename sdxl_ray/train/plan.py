@@ -13,6 +13,7 @@ MiB and a tenth of a second an epoch.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -278,6 +279,16 @@ def _is_set(border: Duration | None) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """A micro-batch and its place among the samples of its step, which all ranks count alike."""
+
+    micro_batch: MicroBatch
+    step: int  # counted from 1
+    first: int  # samples of the step before it
+    total: int  # samples of the step, of all ranks together
+
+
+@dataclass(frozen=True, slots=True)
 class Every:
     """A period in steps; 0 is never. `last` adds the run's last step."""
 
@@ -316,12 +327,17 @@ class Plan:
     def next_position(self, position: int) -> int:
         return min(position + self.micro_batches_per_step, self.num_micro_batches)
 
-    def remaining(self, position: int, world_rank: int) -> Iterator[MicroBatch]:
-        """What one rank still has to do from `position` on."""
+    def remaining(self, step: int, position: int, world_rank: int) -> Iterator[Share]:
+        """What one rank still has to do after `step` steps and `position` micro-batches."""
         while position < self.num_micro_batches:
+            step += 1
+            end = self.next_position(position)
+            of_all = [self.order[number] for number in range(position, end)]  # in order: one epoch is kept at a time
+            starts = list(itertools.accumulate((len(micro_batch.rows) for micro_batch in of_all), initial=0))
             for number in self.of_step(position, world_rank):
-                yield self.order[number]
-            position = self.next_position(position)
+                place = number - position
+                yield Share(of_all[place], step, starts[place], starts[-1])
+            position = end
 
 
 def run_length(

@@ -1,11 +1,10 @@
 """Everything one rank needs for the loop, from the config and the data. No Ray, so tests and notebooks use it too.
 
-model ─▶ adapter ─▶ masters ─▶ optimizer ─▶ state ─▶ checkpoint, if any
+model ─▶ masters ─▶ optimizer ─▶ state ─▶ checkpoint, if any
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,26 +16,32 @@ import torch
 
 from sdxl_ray.cache.captions import CaptionRules
 from sdxl_ray.cache.live import LiveEntries
+from sdxl_ray.diffusion.distances import make_distance
+from sdxl_ray.diffusion.loss import LossForm
+from sdxl_ray.diffusion.noise import NoiseRecipe
 from sdxl_ray.diffusion.objectives import OBJECTIVES, Objective
 from sdxl_ray.diffusion.schedule import NoiseSchedule
-from sdxl_ray.diffusion.weighting import min_snr
+from sdxl_ray.diffusion.weighting import make_weighting
 from sdxl_ray.errors import CacheError, ConfigError
 from sdxl_ray.records import Batch
-from sdxl_ray.sdxl.adapters import adapter_parameters, attach_adapter
-from sdxl_ray.sdxl.checkpointing import set_gradient_checkpointing
-from sdxl_ray.sdxl.components import load_scheduler_config, load_unet, resolve_model
-from sdxl_ray.sdxl.conditioning import predict
-from sdxl_ray.sdxl.devices import DTYPES
+from sdxl_ray.sdxl.components import load_scheduler_config, resolve_model
 from sdxl_ray.storage import is_uri
-from sdxl_ray.train.batches import BatchBuilder, prefetch
+from sdxl_ray.train.batches import BatchBuilder, Conditions, Draws, prefetch
 from sdxl_ray.train.checkpoints import load_checkpoint
 from sdxl_ray.train.data import Data, Samples, build_plan, data_order
+from sdxl_ray.train.ema import Ema
 from sdxl_ray.train.entries import CacheEntries
 from sdxl_ray.train.eval_loss import stable_eval_loss
-from sdxl_ray.train.loop import NUM_EXTRAS
-from sdxl_ray.train.optimizers import MasterWeights, adamw, lr_schedule
+from sdxl_ray.train.groups import LearningRates, parameter_groups
+from sdxl_ray.train.lr_schedules import LrSchedule, lr_schedule
+from sdxl_ray.train.masters import MasterWeights
+from sdxl_ray.train.model import build_model
+from sdxl_ray.train.optimizers import make_optimizer
 from sdxl_ray.train.plan import Plan
+from sdxl_ray.train.preflight import timestep_sampler
+from sdxl_ray.train.scaling import LossScale
 from sdxl_ray.train.state import TrainState, Workers
+from sdxl_ray.train.text import PARTS, TrainedText
 from sdxl_ray.train.validation import Prompts, read_prompts
 
 if TYPE_CHECKING:
@@ -59,6 +64,7 @@ class Training:
     plan: Plan
     state: TrainState
     objective: Objective
+    form: LossForm
     builder: BatchBuilder
     eval_builder: BatchBuilder
     eval_objective: Objective
@@ -70,7 +76,7 @@ class Training:
         """This rank's batches from the state's position to the end of the run."""
         return prefetch(
             self.builder.training,
-            self.plan.remaining(self.state.position, self.state.workers.world_rank),
+            self.plan.remaining(self.state.step, self.state.position, self.state.workers.world_rank),
             depth=self.prefetching.depth,
             num_threads=self.prefetching.num_threads,
             pin_memory=self.state.device.type == "cuda",
@@ -107,67 +113,31 @@ def build_training(
     Args:
         report: told in one line about damaged entries and images, from the threads that make batches.
     """
-    model, revision = resolve_model(config.model.path), config.model.revision or None
-    dtype = DTYPES[config.model.dtype]
-    unet = load_unet(model, dtype=dtype, device=device, revision=revision, variant=config.model.variant or None)
-    attach_adapter(
-        unet,
-        kind=config.adapter.kind,
-        rank=config.adapter.rank,
-        alpha=config.adapter.scaling_alpha,
-        dropout=config.adapter.dropout,
-        targets=config.adapter.targets,
-        seed=config.run.seed,
-    )
-    set_gradient_checkpointing(unet, config.train.gradient_checkpointing)
-    unet.train()
-    masters = MasterWeights(adapter_parameters(unet), dtype, num_extra=NUM_EXTRAS)
-    optimizer = adamw(
-        masters,
-        learning_rate=config.optimizer.learning_rate,
-        weight_decay=config.optimizer.weight_decay,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        epsilon=config.optimizer.epsilon,
-    )
-    state = TrainState(
-        unet=unet,
-        denoise=functools.partial(predict, unet),
-        masters=masters,
-        optimizer=optimizer,
-        learning_rate=lambda step: config.optimizer.learning_rate,
-        device=device,
-        workers=workers,
-    )
+    order = data_order(config, data)
+    steps_per_epoch = order.micro_batches_per_epoch / (config.train.num_workers * config.train.accumulation)
+    state = build_state(config, device, workers=workers, steps_per_epoch=steps_per_epoch)
     if checkpoint is not None:
         state.load_state_dict(load_checkpoint(checkpoint))
-    order = data_order(config, data)
-    plan = build_plan(
-        config,
-        order,
-        step=state.step,
-        position=state.position,
-        can_evaluate=bool(data.held_out),
-    )
-    steps_per_epoch = order.micro_batches_per_epoch / plan.micro_batches_per_step
-    state.learning_rate = lr_schedule(
-        config.lr_schedule.name,
-        peak=config.optimizer.learning_rate,
-        warmup_steps=config.lr_schedule.warmup.in_steps(plan.max_steps, steps_per_epoch),
-        max_steps=plan.max_steps,
-    )
-    scheduler_config = load_scheduler_config(model, revision=revision)
-    schedule = NoiseSchedule.from_config(scheduler_config).to(device)
-    if config.loss.objective == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+    plan = build_plan(config, order, step=state.step, position=state.position, can_evaluate=bool(data.held_out))
+    state.learning_rate = learning_rates(config, plan.max_steps, steps_per_epoch)
+    scheduler_config = load_scheduler_config(resolve_model(config.model.path), revision=config.model.revision or None)
+    loss = config.loss
+    schedule = NoiseSchedule.from_config(scheduler_config, zero_terminal_snr=loss.zero_terminal_snr).to(device)
+    if loss.objective == "epsilon" and schedule.alphas_cumprod[-1] == 0:
         raise ConfigError(
             f'loss.objective = "epsilon", but the schedule of {config.model.path} ends in pure noise '
             "(rescale_betas_zero_snr), where epsilon says nothing about the image. Models with this schedule "
             'predict v: set loss.objective = "v_prediction".'
         )
-    objective_class = OBJECTIVES[config.loss.objective]
-    weighting = min_snr(config.loss.min_snr_gamma, config.loss.objective) if config.loss.min_snr_gamma else None
-
+    if loss.zero_terminal_snr:
+        scheduler_config = {**scheduler_config, "rescale_betas_zero_snr": True}
+    objective_class = OBJECTIVES[loss.objective]
+    weighting = make_weighting(loss.weighting, loss.objective, gamma=loss.min_snr_gamma)
+    distance = make_distance(loss.error, schedule, huber_c=loss.huber_c, huber_schedule=loss.huber_schedule)
     entries = build_entries(config, data, device=device, report=report)
     sections = data.sections.values()
+
+    conditions = _conditions(config, data, entries, state.text)
 
     def builder(samples: Samples) -> BatchBuilder:
         return BatchBuilder(
@@ -175,9 +145,11 @@ def build_training(
             entries,
             seed=config.run.seed,
             num_timesteps=schedule.num_timesteps,
-            caption_dropout=config.loss.caption_dropout,
+            draws=_draws(config, steps_per_epoch, schedule.num_timesteps),
+            conditions=conditions,
             weights={section.name: section.weight for section in sections},
             crop_epochs={section.name: section.crop_epochs for section in sections},
+            from_parent=[section.name for section in sections if section.prior_prediction],
         )
 
     return Training(
@@ -185,13 +157,102 @@ def build_training(
         plan=plan,
         state=state,
         objective=objective_class(schedule, weighting),
+        form=LossForm(distance, loss.mask_normalize, loss.unmasked_share),
         builder=builder(data.train),
         eval_builder=builder(data.held_out),
-        eval_objective=objective_class(schedule),  # unweighted, so that runs with other weightings can be compared
+        # squared and unweighted, so that runs with other weightings can be compared
+        eval_objective=objective_class(schedule),
         num_eval_timesteps=config.eval.num_timesteps,
         scheduler_config=scheduler_config,
         prefetching=_prefetching(config),
     )
+
+
+def build_state(
+    config: Config, device: torch.device, *, workers: Workers | None = None, steps_per_epoch: float = 1.0
+) -> TrainState:
+    """The model with its optimizer, before the first step; the learning rate is the peak until somebody sets it."""
+    stops = {part: getattr(config, part).stop.in_steps(steps_per_epoch) for part in PARTS}
+    built = build_model(config, device, stops)
+    return TrainState(
+        unet=built.unet,
+        denoise=built.denoise,
+        masters=built.masters,
+        optimizer=_optimizer(config, built.masters),
+        learning_rate=lambda step: config.optimizer.learning_rate,
+        device=device,
+        workers=workers or Workers(),
+        parent=built.parent,
+        text=built.text,
+        ema=Ema(built.masters.masters, config.ema.decay, config.ema.warmup) if config.ema.decay else None,
+        averages_evaluated=config.ema.evaluate,
+        loss_scale=LossScale(device) if config.model.dtype == "fp16" else None,
+    )
+
+
+def _optimizer(config: Config, masters: MasterWeights) -> torch.optim.Optimizer:
+    optimizer = config.optimizer
+    rates = LearningRates(
+        blocks=[(pattern, rule.learning_rate_scale) for pattern, rule in config.adapter.blocks.items()],
+        text={part: rate / optimizer.learning_rate for part in PARTS if (rate := getattr(config, part).learning_rate)},
+        lora_plus_ratio=optimizer.lora_plus_ratio,
+    )
+    return make_optimizer(
+        optimizer.name,
+        parameter_groups(masters.masters, rates),
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        betas=(optimizer.beta1, optimizer.beta2),
+        epsilon=optimizer.epsilon,
+        options=optimizer.options,
+    )
+
+
+def learning_rates(config: Config, max_steps: int, steps_per_epoch: float) -> LrSchedule:
+    """The peak's share of each step, from the settings."""
+    settings = config.lr_schedule
+    return lr_schedule(
+        settings.name,
+        peak=config.optimizer.learning_rate,
+        warmup_steps=settings.warmup.in_steps(max_steps, steps_per_epoch),
+        max_steps=max_steps,
+        end_share=settings.end_share,
+        power=settings.power,
+        cycles=settings.cycles,
+        decay_steps=settings.decay.in_steps(max_steps, steps_per_epoch),
+    )
+
+
+def _draws(config: Config, steps_per_epoch: float, num_timesteps: int) -> Draws:
+    loss = config.loss
+    return Draws(
+        sampler=timestep_sampler(config, num_timesteps),
+        stratified=loss.stratified,
+        noise=NoiseRecipe(
+            offset=loss.offset_noise,
+            offset_probability=loss.offset_noise_probability,
+            multires_discount=loss.multires_noise_discount,
+            multires_levels=loss.multires_noise_levels,
+            perturbation=loss.input_perturbation,
+        ),
+        perturbation_end=loss.input_perturbation_end.in_steps(steps_per_epoch),
+        caption_dropout=loss.caption_dropout,
+        size_dropout=loss.size_dropout,
+    )
+
+
+def _conditions(config: Config, data: Data, entries: CacheEntries, text: TrainedText | None) -> Conditions:
+    to_empty = config.loss.caption_dropout_to == "empty"
+    if text is not None:
+        return Conditions(tokenize=text.tokenize, drop_to_zeros=not to_empty)
+    if not to_empty or not config.loss.caption_dropout:
+        return Conditions()
+    if "" not in data.prompts:
+        raise CacheError(
+            "the cache has no embedding of the empty caption, which loss.caption_dropout_to asks for. Run "
+            "`sdxl-ray cache` with this config."
+        )
+    return Conditions(dropped_text=entries.prompt("", *data.prompts[""]))
 
 
 def _prefetching(config: Config) -> Prefetching:

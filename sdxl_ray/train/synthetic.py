@@ -29,7 +29,9 @@ from sdxl_ray.sdxl.architecture import SCHEDULER_CONFIG
 from sdxl_ray.sdxl.checkpointing import set_gradient_checkpointing
 from sdxl_ray.sdxl.conditioning import add_time_ids, predict, unet_dtype
 from sdxl_ray.train.loop import NUM_EXTRAS
-from sdxl_ray.train.optimizers import MasterWeights, adamw, lr_schedule
+from sdxl_ray.train.lr_schedules import lr_schedule
+from sdxl_ray.train.masters import MasterWeights
+from sdxl_ray.train.optimizers import ParameterGroup, make_optimizer
 from sdxl_ray.train.plan import DataOrder, Every, MicroBatch, Plan
 from sdxl_ray.train.state import TrainState
 
@@ -103,7 +105,15 @@ def synthetic_state(
         unet=unet,
         denoise=functools.partial(predict, unet),
         masters=masters,
-        optimizer=adamw(masters, learning_rate=learning_rate, weight_decay=0.01, betas=(0.9, 0.999), epsilon=1e-8),
+        optimizer=make_optimizer(
+            "adamw",
+            [ParameterGroup(tuple(masters.masters.values()))],
+            learning_rate=learning_rate,
+            weight_decay=0.01,
+            betas=(0.9, 0.999),
+            epsilon=1e-8,
+            options={},
+        ),
         learning_rate=lr_schedule("constant", peak=learning_rate, warmup_steps=0, max_steps=1),
         device=masters.buffer.device,
     )
@@ -113,14 +123,25 @@ def synthetic_batches(
     unet_config: Mapping[str, Any], plan: Plan, *, resolution_hw: tuple[int, int], position: int = 0
 ) -> Iterator[Batch]:
     """What is left of the plan from `position` on, on the CPU. Step s gets the same batch wherever one begins."""
-    for micro_batch in plan.remaining(position, world_rank=0):
-        yield synthetic_batch(unet_config, micro_batch, resolution_hw=resolution_hw, seed=plan.seed)
+    for share in plan.remaining(0, position, world_rank=0):
+        yield synthetic_batch(unet_config, share.micro_batch, resolution_hw=resolution_hw, seed=plan.seed)
 
 
 def synthetic_batch(
-    unet_config: Mapping[str, Any], micro_batch: MicroBatch, *, resolution_hw: tuple[int, int], seed: int = 0
+    unet_config: Mapping[str, Any],
+    micro_batch: MicroBatch,
+    *,
+    resolution_hw: tuple[int, int],
+    seed: int = 0,
+    num_chunks: int = 1,
+    encodes_text: bool = False,
 ) -> Batch:
-    """Normal latents and embeddings as wide as the U-Net wants them, keyed noise and timesteps."""
+    """Normal latents and embeddings as wide as the U-Net wants them, keyed noise and timesteps.
+
+    Args:
+        num_chunks: of 77 tokens for each caption.
+        encodes_text: for a model that encodes captions in each step; all of them are empty.
+    """
     height, width = resolution_hw
     latent_shape = (unet_config["in_channels"], height // 8, width // 8)
     text_width = unet_config["cross_attention_dim"]
@@ -136,10 +157,11 @@ def synthetic_batch(
         noise=normal(latent_shape, "noise"),
         timesteps=torch.tensor([uniform_timestep(keyed_uniform(*key, "timestep"), 1000) for key in keys]),
         # bf16 as in the shards of the cache
-        prompt_embeds=normal((77, text_width), "prompt_embeds").bfloat16(),
+        prompt_embeds=normal((77 * num_chunks, text_width), "prompt_embeds").bfloat16(),
         pooled_prompt_embeds=normal((pooled_width,), "pooled_prompt_embeds").bfloat16(),
         add_time_ids=add_time_ids([MicroConditioning(resolution_hw, (0, 0), resolution_hw)] * len(keys)),
         weights=torch.ones(len(keys)),
+        input_ids=torch.zeros(len(keys), 2, num_chunks, 77, dtype=torch.int64) if encodes_text else None,
     )
 
 

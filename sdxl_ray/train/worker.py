@@ -3,11 +3,12 @@ and again after a failure."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from sdxl_ray.train.finish import export_run
 from sdxl_ray.train.loop import run
 from sdxl_ray.train.setup import Training, build_training, validation_prompts
 from sdxl_ray.train.state import TrainState, Workers
-from sdxl_ray.train.validation import draw_share
+from sdxl_ray.train.validation import draw_share, read_prompts
 
 _STOP_POLL_S = 0.5
 _LATE_S = 30.0  # a network drive may show a new file that much later
@@ -88,6 +89,7 @@ def _train(config: Config, workers: Workers, settings: dict[str, Any]) -> dict[s
             training.objective,
             report,
             training.evaluate if data.held_out else None,
+            training.form,
         )
         exports: Sequence[Any] = []
         if finished and settings["export"] and workers.world_rank == 0:  # nothing collective from here on
@@ -179,7 +181,7 @@ class RayReporter:
         self.workers = training.state.workers
         self.is_first = self.workers.world_rank == 0
         self.identity = run_identity(config, training.data)
-        self.prompts = validation_prompts(config, training.data)
+        self.prompts = None if training.state.text else validation_prompts(config, training.data)
         self.vae: Any = None
         self.last_eval: dict[str, float] = {}
         self.metrics_file: MetricsFile | None = None
@@ -210,8 +212,8 @@ class RayReporter:
             return
         if self.training.data.held_out:
             self._write(0, self.training.evaluate())
-        if self.prompts is not None:
-            with adapter_disabled(state.unet):
+        if self.config.validation.prompts:
+            with self._base_model():
                 self._draw(self.run_folder / "samples" / "base", 0)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -255,6 +257,17 @@ class RayReporter:
         for tracker in self.trackers:
             tracker.close()
 
+    @contextlib.contextmanager
+    def _base_model(self) -> Iterator[None]:
+        """Where the U-Net itself is trained, it is the base model before the first step."""
+        state = self.training.state
+        with contextlib.ExitStack() as stack:
+            if self.config.adapter.kind != "full":
+                stack.enter_context(adapter_disabled(state.unet))
+            if state.text is not None:
+                stack.enter_context(state.text.disabled())
+            yield
+
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.metrics_file is not None:
             self.metrics_file.write(step, values)
@@ -264,8 +277,11 @@ class RayReporter:
 
     def _draw(self, folder: Path, step: int) -> None:
         """Each rank its share of the prompts; then all wait, so that rank 0 can show every image. Collective."""
-        assert self.prompts is not None
         settings, state = self.config.validation, self.training.state
+        prompts = self.prompts
+        if state.text is not None:  # what they say about the prompts changes while they learn
+            prompts = read_prompts(settings.prompts, settings.negative_prompt, state.text.prompt)
+        assert prompts is not None
         if self.vae is None:
             model, revision = resolve_model(self.config.model.path), self.config.model.revision or None
             # fp32: a single small forward pass, and some SDXL VAEs overflow below it
@@ -275,7 +291,7 @@ class RayReporter:
             state.unet,
             self.vae,
             self.training.scheduler_config,
-            self.prompts,
+            prompts,
             folder,
             world_rank=self.workers.world_rank,
             world_size=self.workers.world_size,

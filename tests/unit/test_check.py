@@ -46,7 +46,7 @@ def test_the_variant_is_what_is_counted(config, monkeypatch):
         return {}
 
     monkeypatch.setattr("sdxl_ray.check.unet_weight_shapes", shapes)
-    monkeypatch.setattr("sdxl_ray.check.count_adapter_parameters", lambda *_: (0, 0))
+    monkeypatch.setattr("sdxl_ray.check.count_adapter_parameters", lambda *_, **__: (0, 0))
     # the tiny model has no such files, and nothing else of this test reads the weights
     monkeypatch.setattr(fingerprint, "variant_to_load", lambda *_: None)
     explain(with_overrides(config, {"model.variant": "fp16"}))

@@ -38,7 +38,8 @@ HOMES = {
         "doctor.cluster",
         "connection",
     ],
-    "peft": ["sdxl.adapters", "export.formats"],
+    "peft": ["sdxl.adapter_layers", "export.*"],
+    "optimum": ["sdxl.quantize"],
     "wandb": ["tracking.trackers"],
     "huggingface_hub": [
         "storage.clouds",

@@ -145,7 +145,7 @@ duration = "2000"
         ('[model]\npath = ""', '2: model.path = "": must not be empty'),
         (
             '[model]\ndtype = "fp12"',
-            "2: model.dtype = \"fp12\": must be one of 'bf16', 'fp16', 'fp32'. Did you mean \"fp16\"?",
+            "2: model.dtype = \"fp12\": must be one of 'bf16', 'fp16', 'fp32'. Did you mean \"fp32\"?",
         ),
         (
             '[optimizer]\nlearning_rate = "1e-4"',

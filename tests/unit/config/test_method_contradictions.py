@@ -50,8 +50,8 @@ def problems(raw):
         ),
         (
             {**FULL, "dataset": REGULARIZATION},
-            'dataset 2 (b): dataset.prior_prediction: needs the model without the adapter, and adapter.kind = "full" changes the '
-            "model itself",
+            "dataset 2 (b): dataset.prior_prediction: needs the model without the adapter, and adapter.kind = "
+            '"full" changes the model itself',
         ),
         (
             {**FULL, "model": {"quantize": "int8"}},
@@ -80,8 +80,13 @@ def problems(raw):
         (
             {"loss": {"zero_terminal_snr": True}},
             'loss.zero_terminal_snr: is set, but with loss.objective = "epsilon" the last noise level would say '
-            'nothing about the image: noise is all there is to see and to predict. Set loss.objective = "v_prediction", '
-            "or remove it.",
+            "nothing about the image: noise is all there is to see and to predict. Set loss.objective = "
+            '"v_prediction", or remove it.',
+        ),
+        (
+            {"loss": {"objective": "sample", "weighting": "debiased"}},
+            'loss.weighting: "debiased" has no published form for loss.objective = "sample". Set loss.weighting = '
+            '"min_snr", say.',
         ),
         (
             {"loss": {"timestep_min": 600, "timestep_max": 500}},
@@ -151,7 +156,8 @@ def test_refused_with_the_reason(raw, expected):
 
 @pytest.mark.parametrize(("key", "value"), [
     ("adapter.factor", 4), ("loss.min_snr_gamma", 1.0), ("loss.huber_c", 0.5), ("loss.huber_schedule", "constant"),
-    ("loss.offset_noise_probability", 0.5), ("loss.multires_noise_levels", 3), ("loss.input_perturbation_end", "9 steps"),
+    ("loss.offset_noise_probability", 0.5), ("loss.multires_noise_levels", 3),
+    ("loss.input_perturbation_end", "9 steps"),
     ("loss.logit_mean", 1.0), ("loss.logit_std", 2.0), ("loss.bias_factor", 3.0), ("loss.bias_share", 0.5),
     ("loss.bias_begin", 1), ("loss.bias_end", 2), ("loss.mask_normalize", True), ("loss.unmasked_share", 0.1),
     ("lr_schedule.end_share", 0.1), ("lr_schedule.power", 3.0), ("lr_schedule.cycles", 2),

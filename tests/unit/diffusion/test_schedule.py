@@ -4,8 +4,12 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdxl_ray.diffusion import schedule as schedule_module
+from sdxl_ray.diffusion.distances import make_distance
 from sdxl_ray.diffusion.schedule import NoiseSchedule
+from sdxl_ray.diffusion.weighting import make_weighting
 from sdxl_ray.errors import ModelError
+from tests.unit.diffusion import reference
 
 CONFIGS = {
     "sdxl": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000},
@@ -71,6 +75,38 @@ def test_zero_terminal_snr_ends_in_pure_noise():
     torch.testing.assert_close(schedule.alphas_cumprod[0], plain.alphas_cumprod[0])
 
 
+def test_zero_terminal_snr_can_be_asked_for():
+    """To the bit what the model's own config would give, and in double precision what the paper says."""
+    schedule = NoiseSchedule.from_config(CONFIGS["sdxl"], zero_terminal_snr=True)
+    own = NoiseSchedule.from_config(CONFIGS["zero terminal snr"])
+    assert torch.equal(schedule.alphas_cumprod, own.alphas_cumprod)
+    for timestep in reference.TIMESTEPS:
+        expected = reference.alphas_cumprod(timestep, zero_terminal_snr=True)
+        assert float(schedule.alphas_cumprod[timestep]) == pytest.approx(expected, rel=5e-4), timestep
+    assert not torch.equal(schedule.alphas_cumprod, NoiseSchedule.from_config(CONFIGS["sdxl"]).alphas_cumprod)
+
+
+def test_a_schedule_that_is_rescaled_already_is_not_rescaled_again(monkeypatch):
+    calls, rescale = [], schedule_module._with_zero_terminal_snr
+    monkeypatch.setattr(schedule_module, "_with_zero_terminal_snr", lambda betas: calls.append(1) or rescale(betas))
+    schedule = NoiseSchedule.from_config(CONFIGS["zero terminal snr"], zero_terminal_snr=True)
+    assert calls == [1]
+    assert torch.equal(schedule.alphas_cumprod, NoiseSchedule.from_config(CONFIGS["zero terminal snr"]).alphas_cumprod)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_snr_is_of_the_schedule_that_corrupts(zero_terminal_snr):
+    """Field notes, trap 15: kohya's scripts weight by the ratios from before the betas were rescaled."""
+    schedule = NoiseSchedule.from_config(CONFIGS["sdxl"], zero_terminal_snr=zero_terminal_snr)
+    timesteps = torch.arange(1000)
+    signal_scale, noise_scale = schedule.signal_and_noise(timesteps, torch.zeros(1000, 1))
+    snr = schedule.snr(timesteps)
+    assert snr.isfinite().all()
+    torch.testing.assert_close((signal_scale / noise_scale).squeeze(1) ** 2, snr)
+    expected = [reference.snr(timestep, zero_terminal_snr) for timestep in reference.TIMESTEPS]
+    assert snr[list(reference.TIMESTEPS)].tolist() == pytest.approx(expected, rel=5e-4)
+
+
 def test_a_lookup_copies_nothing():
     """A copy from the CPU would make the host wait for the accelerator two or three times per micro-batch."""
     schedule = NoiseSchedule.from_config({})
@@ -81,6 +117,19 @@ def test_a_lookup_copies_nothing():
         scales = elsewhere.signal_and_noise(timesteps, torch.zeros(3, 4, 8, 8, device="meta"))
         snr = elsewhere.snr(timesteps)
     assert {tensor.device.type for tensor in (*scales, snr)} == {"meta"}
+    assert copies.found == []
+
+
+@pytest.mark.parametrize("name", ["mse", "mae", "huber", "smooth_l1"])
+@pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr", "debiased", "debiased_sqrt"])
+def test_weights_and_distances_copy_nothing_either(name, weighting):
+    elsewhere = NoiseSchedule.from_config({}).to("meta")
+    distance = make_distance(name, elsewhere, huber_c=0.1, huber_schedule="snr")
+    weigh = make_weighting(weighting, "v_prediction", gamma=5.0)
+    timesteps, latents = torch.zeros(3, dtype=torch.int64, device="meta"), torch.zeros(3, 4, 8, 8, device="meta")
+    with _CopiesBetweenDevices() as copies:
+        found = distance(latents, latents, timesteps), weigh(elsewhere.snr(timesteps))
+    assert {tensor.device.type for tensor in found} == {"meta"}
     assert copies.found == []
 
 

@@ -6,8 +6,16 @@ import json
 import pytest
 
 from sdxl_ray.export import metadata as metadata_module
-from sdxl_ray.export.formats import AdapterSpec
-from sdxl_ray.export.metadata import DatasetFacts, TrainingFacts, build_metadata, public_name, tag_frequency
+from sdxl_ray.export.metadata import (
+    DatasetFacts,
+    TrainingFacts,
+    build_metadata,
+    plain_lora_metadata,
+    public_name,
+    tag_frequency,
+    whole_model_metadata,
+)
+from sdxl_ray.export.spec import AdapterSpec
 
 SPEC = AdapterSpec("lora", 16, 8.0)
 FACTS = TrainingFacts(
@@ -144,3 +152,99 @@ def test_rare_tags_give_way_where_there_are_too_many(monkeypatch):
 
 def test_the_header_stays_small():
     assert len(tag_frequency([[f"tag {number}"] for number in range(2000)])) == 1000
+
+
+@pytest.mark.parametrize(
+    ("spec", "module", "arguments"),
+    [
+        (AdapterSpec("lora", 16, 8.0), "networks.lora", None),
+        (AdapterSpec("lora", 16, 8.0, rank_stabilized=True), "networks.lora", {"rs_lora": "True"}),
+        (
+            AdapterSpec("dora", 16, 8.0),
+            "lycoris.kohya",
+            {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"},
+        ),
+        (AdapterSpec("loha", 8, 8.0), "lycoris.kohya", {"algo": "loha"}),
+        (AdapterSpec("lokr", 8, 8.0, factor=4), "lycoris.kohya", {"algo": "lokr", "factor": "4"}),
+    ],
+)
+def test_kinds_are_told_by_their_network(spec, module, arguments):
+    metadata = build_metadata(FACTS, spec)
+    assert metadata["ss_network_module"] == module
+    assert metadata["ss_network_dim"] == str(spec.rank)
+    assert json.loads(metadata.get("ss_network_args", "null")) == arguments
+    plain = plain_lora_metadata(metadata, rank=32)
+    assert plain["ss_network_module"] == "networks.lora" and "ss_network_args" not in plain
+    assert (plain["ss_network_dim"], plain["ss_network_alpha"]) == ("32", "32.0")
+    assert plain["sdxl_ray.adapter"] == metadata["sdxl_ray.adapter"]
+
+
+def test_what_was_trained_is_said_without_defaults():
+    spec = AdapterSpec("lokr", 8, 8.0, ("to_q",), factor=4, text_encoder_rank=4)
+    said = json.loads(build_metadata(FACTS, spec)["sdxl_ray.adapter"])
+    assert said == {"kind": "lokr", "rank": 8, "alpha": 8.0, "targets": ["to_q"], "factor": 4, "text_encoder_rank": 4}
+    assert json.loads(build_metadata(FACTS, SPEC)["sdxl_ray.adapter"]) == {
+        "kind": "lora",
+        "rank": 16,
+        "alpha": 8.0,
+        "targets": "attention",
+    }
+    full = build_metadata(FACTS, AdapterSpec("full", 16, 16.0))
+    assert json.loads(full["sdxl_ray.adapter"]) == {"kind": "full"}
+    assert "ss_network_module" not in full and "ss_network_dim" not in full
+
+
+def test_the_objective_has_kohyas_names():
+    facts = dataclasses.replace(
+        FACTS,
+        text_encoder_learning_rates=(1e-5, 5e-6),
+        weighting="debiased",
+        zero_terminal_snr=True,
+        error="mae",
+        noise_offset=0.05,
+        multires_noise_discount=0.3,
+        multires_noise_levels=6,
+        input_perturbation=0.1,
+        ema_decay=0.999,
+        timestep_range=(100, 900),
+    )
+    expected = {
+        "ss_text_encoder_lr": "[1e-05, 5e-06]",
+        "ss_debiased_estimation": "True",
+        "ss_zero_terminal_snr": "True",
+        "ss_loss_type": "l1",
+        "ss_noise_offset": "0.05",
+        "ss_multires_noise_discount": "0.3",
+        "ss_multires_noise_iterations": "6",
+        "ss_ip_noise_gamma": "0.1",
+        "ss_ema_decay": "0.999",
+        "modelspec.timestep_range": "100,900",
+    }
+    metadata = build_metadata(facts, SPEC)
+    assert expected.items() <= metadata.items()
+    assert "ss_min_snr_gamma" not in metadata
+    unknown = build_metadata(FACTS, SPEC)
+    assert not (expected.keys() - {"modelspec.timestep_range"}) & unknown.keys()
+    same = dataclasses.replace(facts, text_encoder_learning_rates=(1e-5, 1e-5), weighting="min_snr", error="huber")
+    assert build_metadata(same, SPEC)["ss_text_encoder_lr"] == "1e-05"
+    assert build_metadata(same, SPEC)["ss_debiased_estimation"] == "False"
+    assert build_metadata(same, SPEC)["ss_loss_type"] == "huber"
+
+
+def test_multires_levels_mean_nothing_without_a_discount():
+    facts = dataclasses.replace(FACTS, multires_noise_discount=0.0, multires_noise_levels=6)
+    assert not [key for key in build_metadata(facts, SPEC) if "multires" in key]
+
+
+@pytest.mark.parametrize(("objective", "said"), [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "sample")])
+def test_what_the_model_predicts(objective, said):
+    facts = dataclasses.replace(FACTS, prediction_type=objective)
+    assert build_metadata(facts, SPEC)["modelspec.prediction_type"] == said
+
+
+def test_a_whole_model_is_no_lora():
+    metadata = whole_model_metadata(build_metadata(FACTS, SPEC))
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert metadata["modelspec.title"] == "tabby"
+    assert not any(key.startswith("ss_") for key in metadata)
+    assert whole_model_metadata({}) == plain_lora_metadata({}, rank=4) == {}

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 
-from sdxl_ray.export.formats import AdapterSpec
 from sdxl_ray.export.metadata import TrainingFacts
 from sdxl_ray.export.model_card import SampleImage, write_model_card
+from sdxl_ray.export.spec import AdapterSpec
+from sdxl_ray.export.verify import VerifiedFile
+from sdxl_ray.export.which import DEFAULT_FORMATS, FORMATS
 from sdxl_ray.records import ExportedFile
 
 HUB_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -17,9 +20,9 @@ FILES = [
 ]
 
 
-def card(folder, *, images=(), **facts):
+def card(folder, *, images=(), spec=SPEC, files=FILES, **facts):
     defaults = {"name": "tabby", "base_model": HUB_MODEL, "num_steps": 2000, "trigger_phrase": "sks tabby"}
-    text = write_model_card(folder, TrainingFacts(**(defaults | facts)), SPEC, FILES, images).read_text()
+    text = write_model_card(folder, TrainingFacts(**(defaults | facts)), spec, files, images).read_text()
     _, front_matter, body = text.split("---\n", 2)
     return yaml.safe_load(front_matter), body
 
@@ -58,3 +61,66 @@ def test_sample_images_go_along_with_any_prompt(tmp_path):
 def test_v_prediction_is_pointed_out(tmp_path):
     _, body = card(tmp_path, prediction_type="v_prediction")
     assert "choose v-prediction" in body
+
+
+def files_of(formats):
+    return [VerifiedFile(Path(f"/export/tabby.{name}"), name, 1e-7) for name in formats]
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "comfy", "diffusers"),
+    [
+        ("dora", "A DoRA for SDXL", "kohya-svd", "diffusers"),
+        ("loha", "A LoHa for SDXL", "kohya", "kohya-svd"),
+        ("lokr", "A LoKr for SDXL", "kohya", "kohya-svd"),
+    ],
+)
+def test_other_kinds_send_each_program_to_a_file_that_it_reads(tmp_path, kind, word, comfy, diffusers):
+    spec = AdapterSpec(kind, 16, 8.0, rank_stabilized=True, text_encoder_2_rank=4)
+    _, body = card(tmp_path, spec=spec, files=files_of(DEFAULT_FORMATS[kind]))
+    assert f"{word}, trained on {HUB_MODEL}" in body
+    assert f"put `tabby.{comfy}` into `models/loras`" in body
+    assert f'weight_name="tabby.{diffusers}"' in body
+    assert f"| adapter | {kind}, rank 16, alpha 8, attention |" in body
+    assert "| scale | alpha / sqrt(rank) |" in body
+    assert "| text encoders | OpenCLIP bigG lora, rank 4 |" in body
+
+
+def test_a_finetune_is_a_checkpoint_and_not_a_lora(tmp_path):
+    front_matter, body = card(
+        tmp_path, spec=AdapterSpec("full", 16, 16.0), files=files_of(["checkpoint", "diffusers-folder"])
+    )
+    assert "lora" not in front_matter["tags"]
+    assert "A finetune of SDXL" in body and "| trained | the whole U-Net |" in body
+    assert "put `tabby.checkpoint` into the folder for checkpoints" in body
+    assert 'from_pretrained("tabby.diffusers-folder")' in body
+    assert "load_lora_weights" not in body and "models/loras" not in body
+
+
+def test_how_near_a_stand_in_comes_is_told(tmp_path):
+    near = VerifiedFile(Path("/export/a"), "kohya-svd", 1e-3, note="off by 1.0 %")
+    far = VerifiedFile(Path("/export/b"), "kohya-svd", 1e-1, note="off by 9.0 %", warning="off by 9.0 %. Raise it.")
+    _, body = card(tmp_path, files=[near, far])
+    assert "\noff by 1.0 %\n" in body and "\noff by 9.0 %. Raise it.\n" in body
+
+
+def test_every_format_is_described(tmp_path):
+    _, body = card(tmp_path, files=files_of(FORMATS))
+    assert body.count("| 1.0e-07 |") == len(FORMATS)
+    for name in FORMATS:
+        assert f"| `tabby.{name}` | {name} |" not in body
+
+
+def test_the_method_is_listed(tmp_path):
+    _, body = card(
+        tmp_path, error="huber", weighting="min_snr", ema_decay=0.999, zero_terminal_snr=True, quantization="int8"
+    )
+    for row in (
+        "| loss | huber |",
+        "| weighting | min_snr |",
+        "| moving average | 0.999 |",
+        "| zero terminal SNR | yes |",
+    ):
+        assert row in body
+    assert "| quantisation | int8 |" in body
+    assert "moving average" not in card(tmp_path)[1]

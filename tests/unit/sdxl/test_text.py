@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from sdxl_ray.sdxl.adapters import adapter_parameters, attach_adapter
 from sdxl_ray.sdxl.components import load_text_encoders
-from sdxl_ray.sdxl.text import cut, encode_prompts
+from sdxl_ray.sdxl.text import cut, encode_prompts, encode_tokens, tokenize
 
 CAPTIONS = [
     "a photo of a tabby cat, sitting on a wooden table!",
@@ -163,3 +164,64 @@ def test_the_pooled_vector_ignores_added_tokens(tiny_model):
             expected, expected_pooled, _ = encode_prompts(encoders, [without], num_chunks)
             torch.testing.assert_close(embeds, expected)
             torch.testing.assert_close(pooled, expected_pooled)
+
+
+# ---- two halves ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_tokens_then_embeddings_are_the_prompts(encoders, num_chunks):
+    captions = [*CAPTIONS, LONG]
+    input_ids, num_tokens = tokenize(encoders, captions, num_chunks)
+    assert input_ids.shape == (4, 2, num_chunks, 77) and input_ids.dtype == torch.int64
+    embeds, pooled, expected_counts = encode_prompts(encoders, captions, num_chunks)
+    assert num_tokens == expected_counts
+    with torch.no_grad():
+        again, pooled_again = encode_tokens(encoders, input_ids)
+    assert torch.equal(again, embeds) and torch.equal(pooled_again, pooled)
+
+
+def test_each_encoder_has_its_own_padding(encoders):
+    input_ids, _ = tokenize(encoders, ["a red roof"])
+    for number, tokenizer in enumerate((encoders.tokenizer, encoders.tokenizer_2)):
+        begin, *words, end = tokenizer("a red roof").input_ids
+        assert len(words) == 3
+        assert input_ids[0, number, 0].tolist() == [begin, *words, end] + [tokenizer.pad_token_id] * 72
+    assert encoders.tokenizer.pad_token_id != encoders.tokenizer_2.pad_token_id
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+def test_gradients_reach_each_adapter_of_both_encoders(tiny_model, targets):
+    encoders = load_text_encoders(tiny_model, dtype=torch.float32)
+    expected, expected_pooled, _ = encode_prompts(encoders, CAPTIONS)
+    for encoder in (encoders.text_encoder, encoders.text_encoder_2):
+        attach_adapter(encoder, rank=2, alpha=2.0, targets=targets)
+    embeds, pooled = encode_tokens(encoders, tokenize(encoders, CAPTIONS)[0])
+    assert torch.equal(embeds, expected) and torch.equal(pooled, expected_pooled)
+    generator = torch.Generator().manual_seed(0)
+    (embeds * torch.randn(embeds.shape, generator=generator)).sum().backward(retain_graph=True)
+    without_pooled = gradients_of_b(encoders.text_encoder_2)
+    (pooled * torch.randn(pooled.shape, generator=generator)).sum().backward()
+    for encoder in (encoders.text_encoder, encoders.text_encoder_2):
+        gradients = gradients_of_b(encoder)
+        assert gradients and all(gradient is not None and gradient.any() for gradient in gradients.values())
+    # encoder 2's last layer learns from the pooled vector alone
+    last = {name for name in without_pooled if ".layers.2." in name}
+    assert last and all(without_pooled[name] is None for name in last)
+    assert all(without_pooled[name] is not None for name in without_pooled.keys() - last)
+
+
+def gradients_of_b(encoder):
+    return {
+        name: None if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in adapter_parameters(encoder).items()
+        if "lora_B" in name
+    }
+
+
+def test_encoder_1_is_not_adapted_where_it_is_not_read(tiny_model):
+    """Its last layer comes after the penultimate hidden state, so an adapter there would never get a gradient."""
+    encoders = load_text_encoders(tiny_model, dtype=torch.float32)
+    for encoder, layers in ((encoders.text_encoder, {"0", "1"}), (encoders.text_encoder_2, {"0", "1", "2"})):
+        attach_adapter(encoder, rank=2, alpha=2.0)
+        assert {name.split("layers.")[1][0] for name in adapter_parameters(encoder)} == layers

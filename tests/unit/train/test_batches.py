@@ -19,15 +19,16 @@ from sdxl_ray.cache.live import LiveEntries
 from sdxl_ray.cache.shards import ShardReader, UnreadableShard, write_shard
 from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.config.load import with_overrides
+from sdxl_ray.diffusion.noise import NoiseRecipe
 from sdxl_ray.diffusion.randomness import keyed_generator, keyed_normal
 from sdxl_ray.errors import CacheError
 from sdxl_ray.sdxl.components import load_unet
 from sdxl_ray.sdxl.vae import sample_latents
 from sdxl_ray.storage import open_folder
-from sdxl_ray.train.batches import BatchBuilder, prefetch
+from sdxl_ray.train.batches import BatchBuilder, Conditions, Draws, prefetch
 from sdxl_ray.train.data import load_data
 from sdxl_ray.train.entries import CacheEntries
-from sdxl_ray.train.plan import DataOrder, MicroBatch
+from sdxl_ray.train.plan import DataOrder, Every, MicroBatch, Plan, Share
 from sdxl_ray.train.setup import build_entries
 from tests.tiny import cache_without_ray, tiny_config, write_images
 
@@ -56,15 +57,20 @@ def make_entries(data, config=None, *, report=no_report, **settings):
     return CacheEntries(data.reader, live=SimpleNamespace(), repair=nothing, rules={}, report=report, **settings)
 
 
-def make_builder(data, *, entries=None, caption_dropout=0.3, seed=7, **settings):
+def make_builder(data, *, entries=None, caption_dropout=0.3, seed=7, draws=None, **settings):
     return BatchBuilder(
         data.train,
         entries or make_entries(data),
         seed=seed,
         num_timesteps=1000,
-        caption_dropout=caption_dropout,
+        draws=draws or Draws(caption_dropout=caption_dropout),
         **settings,
     )
+
+
+def alone(micro_batch, step=1):
+    """The micro-batch as the only one of its step."""
+    return Share(micro_batch, step=step, first=0, total=len(micro_batch.rows))
 
 
 def micro_batches(data, epoch, *, micro_batch_size=4, repeats=2):
@@ -101,13 +107,13 @@ def rows_of_epoch(data, epoch, micro_batch_size, builder=None):
     builder = builder or make_builder(data)
     found = {}
     for micro_batch in micro_batches(data, epoch, micro_batch_size=micro_batch_size):
-        batch = builder.training(micro_batch)
+        batch = builder.training(alone(micro_batch))
         for place, key in enumerate(zip(micro_batch.rows, micro_batch.repeats, strict=True)):
             assert batch.sample_ids[place] == data.train[key[0]].sample_id
             found[key] = {
                 name: getattr(batch, name)[place].float().numpy().tobytes()
                 for name in batch.__slots__
-                if name not in ("sample_ids", "masks")
+                if name != "sample_ids" and getattr(batch, name) is not None
             }
     return found
 
@@ -134,7 +140,7 @@ def test_building_twice_gives_the_same_bytes_whatever_was_built_between(data):
 def test_repeats_epochs_and_seeds_draw_afresh(data, name):
     """latents too: each draws from the posterior anew (field notes, trap 29)."""
     drawn = [
-        getattr(builder.training(one(data, 0, epoch=epoch, repeat=repeat)), name)
+        getattr(builder.training(alone(one(data, 0, epoch=epoch, repeat=repeat))), name)
         for builder in (make_builder(data), make_builder(data, seed=8))
         for epoch in (0, 1)
         for repeat in (0, 1)
@@ -144,7 +150,9 @@ def test_repeats_epochs_and_seeds_draw_afresh(data, name):
 
 def test_two_samples_of_a_batch_have_different_noise_and_timesteps(data):
     batch = next(
-        make_builder(data).training(micro_batch) for micro_batch in micro_batches(data, 0) if len(micro_batch.rows) == 4
+        make_builder(data).training(alone(micro_batch))
+        for micro_batch in micro_batches(data, 0)
+        if len(micro_batch.rows) == 4
     )
     assert len({row.numpy().tobytes() for row in batch.noise}) == 4
     assert len(set(batch.timesteps.tolist())) > 1
@@ -155,7 +163,7 @@ def test_every_caption_of_an_image_is_used(data):
     builder = make_builder(data, caption_dropout=0.0)
     first, second = (text["prompt_embeds"] for text in texts_of(data, data.train[row]))
     assert not torch.equal(first, second)
-    seen = [builder.training(one(data, row, epoch=epoch)).prompt_embeds[0] for epoch in range(20)]
+    seen = [builder.training(alone(one(data, row, epoch=epoch))).prompt_embeds[0] for epoch in range(20)]
     num_first = sum(torch.equal(embeds, first) for embeds in seen)
     assert num_first + sum(torch.equal(embeds, second) for embeds in seen) == 20
     assert 3 <= num_first <= 17
@@ -166,8 +174,8 @@ def test_every_caption_of_an_image_is_used(data):
 
 def test_full_caption_dropout_is_zero_embeddings_and_changes_nothing_else(data):
     micro_batch = micro_batches(data, 0)[0]
-    dropped = make_builder(data, caption_dropout=1.0).training(micro_batch)
-    kept = make_builder(data, caption_dropout=0.0).training(micro_batch)
+    dropped = make_builder(data, caption_dropout=1.0).training(alone(micro_batch))
+    kept = make_builder(data, caption_dropout=0.0).training(alone(micro_batch))
     assert torch.equal(dropped.prompt_embeds, torch.zeros_like(kept.prompt_embeds))
     assert torch.equal(dropped.pooled_prompt_embeds, torch.zeros_like(kept.pooled_prompt_embeds))
     for name in ("latents", "noise", "timesteps", "add_time_ids", "weights"):
@@ -177,7 +185,7 @@ def test_full_caption_dropout_is_zero_embeddings_and_changes_nothing_else(data):
 def test_no_caption_dropout_is_the_cached_embeddings(data):
     builder = make_builder(data, caption_dropout=0.0)
     for row, sample in enumerate(data.train):
-        batch = builder.training(one(data, row))
+        batch = builder.training(alone(one(data, row)))
         cached = texts_of(data, sample)
         assert any(
             torch.equal(batch.prompt_embeds[0], text["prompt_embeds"])
@@ -189,7 +197,7 @@ def test_no_caption_dropout_is_the_cached_embeddings(data):
 def test_caption_dropout_drops_its_share(data):
     builder = make_builder(data, caption_dropout=0.3)
     dropped = [
-        bool((builder.training(one(data, row, epoch=epoch)).prompt_embeds == 0).all())
+        bool((builder.training(alone(one(data, row, epoch=epoch))).prompt_embeds == 0).all())
         for epoch in range(30)
         for row in range(len(data.train))
     ]
@@ -204,7 +212,7 @@ def test_a_cached_batch_is_what_encoding_on_the_spot_gives(data, tiny_model, pla
     images, text = LatentEncoder(tiny_model, dtype="fp32", **place), TextEncoder(tiny_model, **place)
     builder = make_builder(data, caption_dropout=0.0)
     for row, sample in enumerate(data.train):
-        batch = builder.training(one(data, row, epoch=3))
+        batch = builder.training(alone(one(data, row, epoch=3)))
         posterior = images.encode([load_pixels(sample.image_record())], [sample.path])
         noise = keyed_normal(posterior["mean"].shape[1:], 7, 3, 0, sample.sample_id, "posterior")
         latents = sample_latents(posterior["mean"].float(), posterior["std"].float(), noise[None])
@@ -238,7 +246,7 @@ def test_time_ids_are_the_real_crop_in_diffusers_order(data, tiny_model):
     builder = make_builder(data)
     offsets = set()
     for row, sample in enumerate(data.train):
-        (time_ids,) = builder.training(one(data, row)).add_time_ids
+        (time_ids,) = builder.training(alone(one(data, row))).add_time_ids
         assert time_ids.dtype == torch.float32
         original_hw, crop_top_left, target_hw = (tuple(map(int, pair)) for pair in time_ids.reshape(3, 2))
         expected = StableDiffusionXLPipeline._get_add_time_ids(
@@ -258,8 +266,8 @@ def test_time_ids_are_the_real_crop_in_diffusers_order(data, tiny_model):
 
 def test_time_ids_keep_sizes_that_bf16_would_round(data):
     sample = dataclasses.replace(data.train[0], original_hw=(1365, 1023))
-    builder = BatchBuilder([sample], make_entries(data), seed=0, num_timesteps=1000, caption_dropout=0.0)
-    assert builder.training(one(data, 0)).add_time_ids[0, :2].tolist() == [1365.0, 1023.0]
+    builder = BatchBuilder([sample], make_entries(data), seed=0, num_timesteps=1000)
+    assert builder.training(alone(one(data, 0))).add_time_ids[0, :2].tolist() == [1365.0, 1023.0]
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -309,7 +317,7 @@ class FakeEntries:
 
 def fake_builder(data, entries, samples=None, **settings):
     samples = samples or [dataclasses.replace(data.train[0], sample_id=name, target_hw=(64, 64)) for name in "abcd"]
-    return BatchBuilder(samples, entries, seed=0, num_timesteps=1000, caption_dropout=0.0, **settings)
+    return BatchBuilder(samples, entries, seed=0, num_timesteps=1000, **settings)
 
 
 FOUR = MicroBatch(number=0, epoch=0, rows=(0, 1, 2, 3), repeats=(0, 0, 0, 0))
@@ -318,8 +326,8 @@ FOUR = MicroBatch(number=0, epoch=0, rows=(0, 1, 2, 3), repeats=(0, 0, 0, 0))
 def test_a_datasets_weight_is_the_weight_of_its_samples_and_changes_nothing_else(data):
     names = ["cats", "dogs", "cats", "birds"]
     samples = [dataclasses.replace(data.train[0], dataset=name, sample_id=str(row)) for row, name in enumerate(names)]
-    plain = fake_builder(data, FakeEntries(), samples).training(FOUR)
-    weighted = fake_builder(data, FakeEntries(), samples, weights={"cats": 0.5, "dogs": 2.0}).training(FOUR)
+    plain = fake_builder(data, FakeEntries(), samples).training(alone(FOUR))
+    weighted = fake_builder(data, FakeEntries(), samples, weights={"cats": 0.5, "dogs": 2.0}).training(alone(FOUR))
     assert plain.weights.tolist() == [1, 1, 1, 1]
     assert weighted.weights.tolist() == [0.5, 2, 0.5, 1]
     assert weighted.weights.dtype == torch.float32
@@ -333,7 +341,7 @@ def test_crops_take_turns_and_the_time_ids_are_the_crops_own(data, crop_epochs, 
     entries = FakeEntries()
     builder = fake_builder(data, entries, [sample], crop_epochs={sample.dataset: crop_epochs})
     for epoch, variant in enumerate(expected):
-        batch = builder.training(one(data, 0, epoch=epoch, repeat=1))
+        batch = builder.training(alone(one(data, 0, epoch=epoch, repeat=1)))
         assert entries.asked[-1] == (sample.sample_id, variant)
         assert tuple(batch.add_time_ids[0, 2:4].tolist()) == crops[variant]
     builder.evaluation(0, 2)
@@ -342,11 +350,11 @@ def test_crops_take_turns_and_the_time_ids_are_the_crops_own(data, crop_epochs, 
 
 def test_masks_are_shares_and_samples_without_one_count_fully(data):
     mask = torch.arange(64, dtype=torch.uint8).reshape(8, 8)
-    batch = fake_builder(data, FakeEntries({"b": mask})).training(FOUR)
+    batch = fake_builder(data, FakeEntries({"b": mask})).training(alone(FOUR))
     assert batch.masks.shape == (4, 1, 8, 8) and batch.masks.dtype == torch.float32
     assert torch.equal(batch.masks[1, 0], mask.float() / 255)
     assert (batch.masks[[0, 2, 3]] == 1).all()
-    plain = fake_builder(data, FakeEntries()).training(FOUR)
+    plain = fake_builder(data, FakeEntries()).training(alone(FOUR))
     assert plain.masks is None
     assert_same(dataclasses.replace(batch, masks=None), plain)
 
@@ -363,8 +371,8 @@ def test_evaluation_has_the_mask_too(data):
 
 @pytest.mark.parametrize("damaged", ["b", "ad", "abcd"])
 def test_a_damaged_image_counts_nothing_and_changes_no_other(data, damaged):
-    whole = fake_builder(data, FakeEntries()).training(FOUR)
-    batch = fake_builder(data, FakeEntries(damaged=damaged)).training(FOUR)
+    whole = fake_builder(data, FakeEntries()).training(alone(FOUR))
+    batch = fake_builder(data, FakeEntries(damaged=damaged)).training(alone(FOUR))
     assert batch.sample_ids == whole.sample_ids
     for row, name in enumerate("abcd"):
         assert batch.weights[row] == (name not in damaged)
@@ -420,7 +428,9 @@ def test_a_damaged_entry_is_encoded_anew_and_noted(tiny_cache, data, damaged_cac
     builder = make_builder(copy, entries=make_entries(copy, config, report=told.append))
     expected = make_builder(data)
     for epoch in range(6):
-        assert_same(builder.training(one(copy, 0, epoch=epoch)), expected.training(one(data, 0, epoch=epoch)))
+        assert_same(
+            builder.training(alone(one(copy, 0, epoch=epoch))), expected.training(alone(one(data, 0, epoch=epoch)))
+        )
     (line,) = told
     assert keys[0] in line and "damaged" in line and line.endswith("For this run it is encoded anew.")
     assert ShardStore(config.cache.path).shard_of(keys[0]) is None
@@ -437,7 +447,7 @@ def test_damage_that_cannot_be_noted_does_not_stop_the_run(damaged_cache, monkey
 
     monkeypatch.setattr("sdxl_ray.cache.shards.mark_damaged", refuse)
     told = []
-    make_builder(copy, entries=make_entries(copy, config, report=told.append)).training(one(copy, 0))
+    make_builder(copy, entries=make_entries(copy, config, report=told.append)).training(alone(one(copy, 0)))
     assert len(told) == 2 and "could not be noted in the cache" in told[1]
 
 
@@ -482,7 +492,7 @@ def test_a_shard_that_is_lost_is_encoded_anew_and_told_once(data, damaged_cache,
     builder = make_builder(copy, entries=make_entries(copy, config, report=told.append))
     expected = make_builder(data)
     for row in rows[:4]:
-        assert_same(builder.training(one(copy, row)), expected.training(one(data, row)))
+        assert_same(builder.training(alone(one(copy, row))), expected.training(alone(one(data, row))))
         assert_same(builder.evaluation(row, 2), expected.evaluation(row, 2))
     (line,) = told
     assert line.startswith(f"{config.cache.path}/{shard}: ")
@@ -564,7 +574,7 @@ def varied(tmp_path_factory, tiny_model):
 
 def batches_of(config, data, **settings):
     builder = make_builder(data, entries=make_entries(data, config), caption_dropout=0.3, **settings)
-    return [builder.training(micro_batch) for epoch in range(2) for micro_batch in micro_batches(data, epoch)], [
+    return [builder.training(alone(micro_batch)) for epoch in range(2) for micro_batch in micro_batches(data, epoch)], [
         builder.evaluation(row, 2) for row in range(0, len(data.train), 5)
     ]
 
@@ -593,7 +603,7 @@ def test_captions_are_varied_while_training_and_not_in_the_evaluation(varied, ti
     sample = dataclasses.replace(data.train[0], captions=("red, green, blue, large, small",))
     text = TextEncoder(tiny_model, **place)
     builder = BatchBuilder(
-        [sample], make_entries(data, config), seed=7, num_timesteps=1000, caption_dropout=0.0
+        [sample], make_entries(data, config), seed=7, num_timesteps=1000
     )  # fmt: skip
     rules = CaptionRules.of(config.datasets[0])
     seen = set()
@@ -601,7 +611,7 @@ def test_captions_are_varied_while_training_and_not_in_the_evaluation(varied, ti
         draw = keyed_generator(7, epoch, 0, sample.sample_id, "caption_variant")
         caption = draw_variant(sample.captions[0], rules, draw)
         seen.add(caption)
-        batch = builder.training(one(data, 0, epoch=epoch))
+        batch = builder.training(alone(one(data, 0, epoch=epoch)))
         assert torch.equal(batch.prompt_embeds, text.encode([caption])[0]["prompt_embeds"])
     assert len(seen) > 2
     expected = text.encode([decorate(sample.captions[0], rules)])[0]["prompt_embeds"]
@@ -612,7 +622,7 @@ def test_captions_are_varied_while_training_and_not_in_the_evaluation(varied, ti
 def test_without_encoders_none_is_loaded(data, tiny_cache, monkeypatch):
     monkeypatch.setattr(LiveEntries, "_images", no_report)
     monkeypatch.setattr(LiveEntries, "_texts", no_report)
-    make_builder(data, entries=make_entries(data, tiny_cache[0])).training(one(data, 0))
+    make_builder(data, entries=make_entries(data, tiny_cache[0])).training(alone(one(data, 0)))
 
 
 # ---- prefetching -----------------------------------------------------------------------------------------------------
@@ -649,3 +659,95 @@ def test_prefetch_raises_where_the_batch_is_due():
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(ValueError, match="damaged"):
         next(batches)
+
+
+# ---- draws and conditions --------------------------------------------------------------------------------------------
+
+
+def shares_of_a_step(data, *, step, micro_batch_size, num_ranks):
+    """Each rank's share of one step, as `Plan.remaining` gives them."""
+    buckets, _ = data.train.codes("bucket")
+    order = DataOrder(buckets, [1] * len(buckets), micro_batch_size=micro_batch_size, seed=7)
+    every = Every(0)
+    plan = Plan(order, num_ranks, 1, 4, 4 * num_ranks, every, every, every, every, 1.0, 7)
+    return [share for rank in range(num_ranks) for share in plan.remaining(0, 0, rank) if share.step == step]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_noise_levels_of_a_step_are_spread_over_all_ranks(data, step):
+    """One sample in each of N equal intervals of [0, 1000), N being the samples of all ranks together."""
+    builder = make_builder(data, draws=Draws(stratified=True))
+    shares = shares_of_a_step(data, step=step, micro_batch_size=2, num_ranks=3)
+    levels = [int(level) for share in shares for level in builder.training(share).timesteps]
+    total = shares[0].total
+    assert len(levels) == total == sum(len(share.micro_batch.rows) for share in shares) > 3
+    assert sorted(int(level / 1000 * total) for level in levels) == list(range(total))
+
+
+def test_another_step_spreads_them_otherwise_and_a_sample_alone_is_as_without(data):
+    builder = make_builder(data, draws=Draws(stratified=True))
+    (micro_batch, *_) = micro_batches(data, 0)
+    levels = {tuple(builder.training(alone(micro_batch, step)).timesteps.tolist()) for step in range(1, 9)}
+    assert len(levels) > 1
+    single = alone(one(data, 0))
+    assert_same(builder.training(single), make_builder(data, draws=Draws()).training(single))
+
+
+def test_the_perturbation_falls_to_nothing_and_leaves_the_noise_as_it_is(data):
+    (micro_batch, *_) = micro_batches(data, 0)
+    plain = make_builder(data, draws=Draws()).training(alone(micro_batch))
+    builder = make_builder(data, draws=Draws(noise=NoiseRecipe(perturbation=0.2), perturbation_end=10))
+    first, middle, last = (builder.training(alone(micro_batch, step)) for step in (1, 6, 11))
+    assert 0.15 < float(first.perturbation.std()) < 0.25
+    assert torch.equal(first.perturbation * 0.5, middle.perturbation)
+    assert_same(last, plain)
+    assert torch.equal(first.noise, plain.noise)
+
+
+def test_untold_sizes_are_six_zeros_as_often_as_asked(data):
+    builder = make_builder(data, draws=Draws(size_dropout=0.5))
+    told = [
+        bool(builder.training(alone(one(data, row, epoch=epoch))).add_time_ids.any())
+        for row in range(len(data.train))
+        for epoch in range(40)
+    ]
+    assert 0.4 < sum(told) / len(told) < 0.6
+    everything = make_builder(data, draws=Draws(size_dropout=1.0)).training(alone(one(data, 0)))
+    assert everything.add_time_ids.tolist() == [[0.0] * 6]
+
+
+def test_a_dropped_caption_is_the_encoded_empty_text_where_that_is_asked(data):
+    nothing = make_entries(data).prompt("", *data.prompts[""])
+    builder = make_builder(data, caption_dropout=1.0, conditions=Conditions(dropped_text=nothing))
+    batch = builder.training(alone(one(data, 0)))
+    assert torch.equal(batch.prompt_embeds[0], nothing["prompt_embeds"])
+    assert torch.equal(batch.pooled_prompt_embeds[0], nothing["pooled_prompt_embeds"])
+    assert nothing["prompt_embeds"].any()  # not the zeros that it stands in for
+
+
+@pytest.mark.parametrize("to_zeros", [True, False])
+def test_text_that_is_encoded_in_the_step_comes_as_ids(data, to_zeros):
+    seen = []
+
+    def tokenize(texts):
+        seen.extend(texts)
+        return torch.full((len(texts), 2, 1, 77), len(texts[0]), dtype=torch.int64)
+
+    builder = make_builder(data, caption_dropout=1.0, conditions=Conditions(tokenize=tokenize, drop_to_zeros=to_zeros))
+    batch = builder.training(alone(one(data, 0)))
+    assert batch.prompt_embeds.numel() == batch.pooled_prompt_embeds.numel() == 0
+    assert batch.input_ids.shape == (1, 2, 1, 77)
+    if to_zeros:
+        assert seen[0] in data.train[0].captions and batch.dropped.tolist() == [True]
+    else:
+        assert seen == [""] and batch.dropped is None
+    evaluated = builder.evaluation(0, 3)
+    assert evaluated.input_ids.shape == (3, 2, 1, 77) and evaluated.dropped is None
+    assert seen[-1] == data.train[0].captions[0]
+
+
+def test_samples_whose_target_is_the_parents_prediction(data):
+    dataset = data.train[0].dataset
+    assert make_builder(data).training(alone(one(data, 0))).from_parent is None
+    assert make_builder(data, from_parent=[dataset]).training(alone(one(data, 0))).from_parent.tolist() == [True]
+    assert make_builder(data, from_parent=["others"]).training(alone(one(data, 0))).from_parent is None

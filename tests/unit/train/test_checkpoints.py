@@ -12,7 +12,8 @@ from sdxl_ray.run_folder import ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, list_c
 from sdxl_ray.train import checkpoints
 from sdxl_ray.train.checkpoints import check_resumable, load_checkpoint, read_progress, save_checkpoint
 from sdxl_ray.train.data import load_data, run_identity
-from sdxl_ray.train.optimizers import MasterWeights, adamw
+from sdxl_ray.train.masters import MasterWeights
+from sdxl_ray.train.optimizers import ParameterGroup, make_optimizer
 from sdxl_ray.train.state import TrainState
 from tests.tiny import assert_equal, snapshot
 
@@ -26,8 +27,16 @@ def make_state(*, steps=0, dtype=torch.bfloat16) -> TrainState:
         "x.lora_B.weight": nn.Parameter(torch.zeros(8, 2)),
     }
     masters = MasterWeights(parameters, dtype)
-    optimizer = adamw(masters, learning_rate=1e-2, weight_decay=0.0, betas=(0.9, 0.999), epsilon=1e-8)
-    state = TrainState(None, lambda *_: None, masters, optimizer, lambda step: 1e-2, torch.device("cpu"))
+    optimizer = make_optimizer(
+        "adamw",
+        [ParameterGroup(tuple(masters.masters.values()))],
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        epsilon=1e-8,
+        options={},
+    )
+    state = TrainState(nn.Module(), lambda *_: None, masters, optimizer, lambda step: 1e-2, torch.device("cpu"))
     for _ in range(steps):
         masters.gradient.copy_(torch.linspace(-1, 1, 32))
         optimizer.step()

@@ -81,7 +81,16 @@ def test_the_mode_comes_back_also_after_an_error(training):
     assert training.state.unet.training
 
 
-@pytest.mark.parametrize("changes", [{"loss.min_snr_gamma": 5.0}, {"loss.caption_dropout": 1.0}, {"run.seed": 99}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss.weighting": "min_snr"},
+        {"loss.error": "mae"},
+        {"loss.offset_noise": 0.1},
+        {"loss.caption_dropout": 1.0},
+        {"run.seed": 99},
+    ],
+)
 def test_how_the_loss_of_training_is_made_does_not_matter(config, index_path, changes):
     """Else trials could not be compared. (A new adapter is zero, whatever the seed.)"""
     values = make_training(config, index_path).evaluate()

@@ -27,7 +27,8 @@ def export(config, index_path, folder, **more):
 
 def test_a_finished_run_leaves_verified_files_that_say_how_they_were_made(config, index_path, tmp_path):
     config = with_overrides(
-        config, {"train.accumulation": 2, "loss.min_snr_gamma": 5.0, "lr_schedule.name": "cosine", "eval.holdout": 0.0}
+        config,
+        {"train.accumulation": 2, "loss.weighting": "min_snr", "lr_schedule.name": "cosine", "eval.holdout": 0.0},
     )
     files, _ = export(config, index_path, tmp_path)
     assert [(file.path.name, file.format) for file in files] == [

@@ -12,6 +12,7 @@ from sdxl_ray.errors import TrainingError
 from sdxl_ray.run_folder import checkpoint_name, list_checkpoints
 from sdxl_ray.tracking.metrics import METRICS
 from sdxl_ray.train.loop import Clock, run, train_step
+from sdxl_ray.train.plan import Share
 from tests.tiny import ListReporter, assert_close, assert_equal, make_training, run_workers, snapshot, train
 
 
@@ -85,10 +86,13 @@ def test_gradient_checkpointing_changes_no_number(config, index_path):
 
 def test_the_gradient_of_a_step_is_that_of_all_its_samples_at_once(config, index_path):
     """Each sample counts the same, although the two micro-batches differ in size (field notes, trap 12)."""
-    config = with_settings(config, train__accumulation=2, train__max_grad_norm=0.0, train__micro_batch_size=3)
+    config = with_settings(
+        config, train__accumulation=2, train__max_grad_norm=0.0, train__micro_batch_size=3, loss__stratified=False
+    )
     training = make_training(config, index_path)
     state, plan = training.state, training.plan
-    order = [training.builder.training(plan.order[number]) for number in range(plan.order.micro_batches_per_epoch)]
+    micro_batches = [plan.order[number] for number in range(plan.order.micro_batches_per_epoch)]
+    order = [training.builder.training(Share(each, 1, 0, len(each.rows))) for each in micro_batches]
     position = next(index for index in range(len(order) - 1) if len(order[index]) != len(order[index + 1]))
     state.position = position
     with torch.no_grad():  # away from zero, so that lora_A has gradients too

@@ -191,7 +191,7 @@ def test_two_epochs_end_exactly_and_all_ranks_do_the_same_number_of_steps(counts
         assert [len(taken) for taken in ranks] == [accumulation] * num_workers
     # what a rank reads ahead is what its steps ask for
     for rank in range(num_workers):
-        read = [micro_batch.number for micro_batch in plan.remaining(0, rank)]
+        read = [share.micro_batch.number for share in plan.remaining(0, 0, rank)]
         assert read == [number for ranks in steps for number in ranks[rank]]
 
 
@@ -219,8 +219,8 @@ def test_the_samples_of_a_step_do_not_depend_on_how_they_are_dealt_out():
 def test_what_remains_from_a_position_is_the_tail_of_the_whole(position):
     order = make_order(AWKWARD["7, 1 and 13 images"])
     plan = make_plan(order, epochs=2)
-    whole = [micro_batch.number for micro_batch in plan.remaining(0, 0)]
-    assert [micro_batch.number for micro_batch in plan.remaining(position, 0)] == whole[position:]
+    whole = [share.micro_batch.number for share in plan.remaining(0, 0, 0)]
+    assert [share.micro_batch.number for share in plan.remaining(0, position, 0)] == whole[position:]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 3), (3, 4), (2, 2)])
@@ -248,7 +248,7 @@ def test_in_steps_a_resume_with_other_workers_keeps_the_steps():
 def test_a_resume_behind_the_end_has_nothing_to_do(length):
     plan = make_plan(make_order({"a": 8}), step=5, position=5, **length)
     assert steps_of(plan, step=5, position=5) == ([], 5)
-    assert list(plan.remaining(5, 0)) == []
+    assert list(plan.remaining(0, 5, 0)) == []
 
 
 @pytest.mark.parametrize(
@@ -411,8 +411,8 @@ def test_a_run_resumed_in_its_second_phase_goes_on_as_if_it_had_not_stopped(leng
     resumed = make_plan(order(), num_workers=2, step=5, position=position, **length)
     assert (resumed.max_steps, resumed.num_micro_batches) == (whole.max_steps, whole.num_micro_batches)
     for rank in range(2):
-        expected = [micro_batch for micro_batch in whole.remaining(0, rank) if micro_batch.number >= position]
-        assert list(resumed.remaining(position, rank)) == expected
+        expected = [share.micro_batch for share in whole.remaining(0, 0, rank) if share.micro_batch.number >= position]
+        assert [share.micro_batch for share in resumed.remaining(0, position, rank)] == expected
 
 
 def test_items_are_the_epochs_also_across_borders_and_backwards():
@@ -465,7 +465,7 @@ def test_a_run_without_any_dataset_at_some_border_is_refused(spans, length, text
 )
 def test_the_last_dataset_may_end_with_the_run(spans, length):
     plan = make_plan(make_phases((16, 8), spans), **length)
-    assert len(list(plan.remaining(0, 0))) == plan.num_micro_batches > 0
+    assert len(list(plan.remaining(0, 0, 0))) == plan.num_micro_batches > 0
 
 
 def test_a_dataset_without_training_images_is_said_to_be_so():

@@ -49,7 +49,7 @@ def test_v_prediction_trains_on_a_schedule_that_ends_in_pure_noise(config, index
     changes = {
         "model.path": zero_snr_model(tiny_model, tmp_path / "zero-snr"),
         "loss.objective": "v_prediction",
-        "loss.min_snr_gamma": 5.0,
+        "loss.weighting": "min_snr",
     }
     objective = make_training(with_overrides(config, changes), index_path).objective
     weights = objective.weight(torch.arange(1000))
