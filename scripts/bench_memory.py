@@ -54,12 +54,12 @@ def weights(args: argparse.Namespace) -> list[dict[str, Any]]:
     builders: dict[str, Callable[[torch.dtype], nn.Module]] = {
         "U-Net": lambda dtype: build_unet(dtype=dtype, device="meta", config=network_config(args.tiny)),
         "text encoder 1": lambda dtype: build_text_encoder("CLIPTextModel", TEXT_ENCODER_CONFIG, dtype),
-        "text encoder 2": lambda dtype: build_text_encoder(
-            "CLIPTextModelWithProjection", TEXT_ENCODER_2_CONFIG, dtype
-        ),
+        "text encoder 2": lambda dtype: build_text_encoder("CLIPTextModelWithProjection", TEXT_ENCODER_2_CONFIG, dtype),
     }
     rows = []
-    print("| GiB | fp32 | bf16 | int8 | fp8 | int4 | layers quantised | layers kept |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| GiB | fp32 | bf16 | int8 | fp8 | int4 | layers quantised | layers kept |\n|---|---|---|---|---|---|---|---|"
+    )
     for name, build in builders.items():
         row: dict[str, Any] = {"network": name}
         row["fp32"] = stored_bytes(build(torch.float32))
@@ -118,8 +118,7 @@ class LiveBytes(TorchDispatchMode):
 def activations(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per setting of checkpointing: MiB held where the forward pass ends, and the most in the whole step."""
     fake = FakeTensorMode()
-    with fake:
-        unet = fake_unet(args)
+    unet = fake_unet(args, fake)
     print(f"attention LoRA, rank {args.rank}, {args.dtype}, batch 1, {args.resolution}²")
     print("| checkpointing | held at the end of the forward pass, MiB | most at any time, MiB |\n|---|---|---|")
     rows = []
@@ -136,15 +135,16 @@ def activations(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def fake_unet(args: argparse.Namespace) -> UNet2DConditionModel:
-    """With its LoRA, all in --dtype, as while training. To be called inside a FakeTensorMode."""
+def fake_unet(args: argparse.Namespace, fake: FakeTensorMode) -> UNet2DConditionModel:
+    """With its LoRA, all in --dtype, as while training."""
     unet = build_unet(dtype=DTYPES[args.dtype], device="meta", config=network_config(args.tiny))
     attach_adapter(unet, kind="lora", rank=args.rank, alpha=float(args.rank))
-    for module in unet.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            # fake tensors on the CPU, whose attention is a flash kernel; meta's keeps the matrix of all pairs
-            fake = torch.empty(parameter.shape, dtype=DTYPES[args.dtype])
-            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+    with fake:
+        for module in unet.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                # as if on the CPU, whose attention is a flash kernel; meta's keeps the matrix of all pairs
+                weight = torch.empty(parameter.shape, dtype=DTYPES[args.dtype])
+                setattr(module, name, nn.Parameter(weight, requires_grad=parameter.requires_grad))
     return unet.train()
 
 

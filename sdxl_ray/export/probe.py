@@ -53,15 +53,16 @@ def make_probe(unet: diffusers.UNet2DConditionModel, *, seed: int = 0) -> Probe:
 def probe_output(unet: diffusers.UNet2DConditionModel, probe: Probe) -> Tensor:
     """The prediction (1, 4, h, w) for the probe, float32 on the CPU, without dropout."""
     was_training = unet.training
+    device = next(unet.parameters()).device  # diffusers' own property walks through all modules
     unet.eval()
     try:
         prediction = predict(
             unet,
-            probe.noisy_latents.to(unet.device),
-            probe.timesteps.to(unet.device),
-            probe.prompt_embeds.to(unet.device),
-            probe.pooled_prompt_embeds.to(unet.device),
-            probe.add_time_ids.to(unet.device),
+            probe.noisy_latents.to(device),
+            probe.timesteps.to(device),
+            probe.prompt_embeds.to(device),
+            probe.pooled_prompt_embeds.to(device),
+            probe.add_time_ids.to(device),
         )
     finally:
         unet.train(was_training)

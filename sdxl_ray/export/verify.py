@@ -221,6 +221,7 @@ def _diffusers(job: _Job, path: Path) -> _Exported:
 def _nearest(job: _Job, path: Path) -> _Exported:
     parts: dict[str, dict[str, TrainedModule]] = {}
     errors: dict[str, float] = {}
+    device = next(job.models["unet"].parameters()).device
     for part, modules in job.parts.items():
         parts[part] = {}
         for module_path, module in modules.items():
@@ -230,7 +231,7 @@ def _nearest(job: _Job, path: Path) -> _Exported:
                 continue
             weight = base_weight(model.get_submodule(module_path))
             parts[part][module_path], errors[module_path] = nearest_lora(
-                module, weight, rank=job.svd_rank, device=model.device
+                module, weight, rank=job.svd_rank, device=device
             )
     header = plain_lora_metadata(job.metadata, rank=job.svd_rank)
     write_kohya(path, parts, header, dtype=job.dtype, layers_per_block=job.layers_per_block)

@@ -93,6 +93,8 @@ class _Trial:
         from sdxl_ray.train.plan import MicroBatch
         from sdxl_ray.train.synthetic import synthetic_batch
 
+        for parameter in self.state.masters.parameters.values():  # of a try that ended half-way
+            parameter.grad = None
         edge = 64 * math.ceil(self.config.largest_edge / 64)
         rows = tuple(range(micro_batch_size))
         micro_batch = MicroBatch(number=0, epoch=0, rows=rows, repeats=(0,) * micro_batch_size)

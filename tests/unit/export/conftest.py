@@ -9,7 +9,7 @@ from sdxl_ray.export.spec import AdapterSpec
 from sdxl_ray.sdxl.adapters import adapter_parameters, attach_adapter, detach_adapter, trained_modules
 
 # peft takes 3 ms for each module
-FEW = ("attn1.to_q", "attn2.to_out.0")
+FEW = ("attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.proj_in")
 
 
 @pytest.fixture(scope="session")

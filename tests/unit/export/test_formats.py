@@ -57,7 +57,9 @@ def test_ranks_and_scales_that_differ_between_modules_are_read_right(pipeline, t
     from sdxl_ray.sdxl.adapters import BlockRule
 
     rules = (BlockRule("mid_block", 2, 7.0), BlockRule("up_blocks.0", 6, 3.0), BlockRule("to_out", 3, None))
-    _, parts, trained = train(blocks=rules, text=TEXT[:1], rank_stabilized=True)
+    _, parts, trained = train(
+        targets=("attn1.to_q", "attn2.to_out.0"), blocks=rules, text=TEXT[:1], rank_stabilized=True
+    )
     assert len({(module.rank, module.scale) for module in parts["unet"].values()}) >= 4
     strip()
     write(tmp_path / "cat.safetensors", parts, {})

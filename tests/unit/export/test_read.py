@@ -133,7 +133,7 @@ def test_training_begins_as_the_file(models, train, strip, tmp_path):
     strip()
     write_kohya(tmp_path / "cat.safetensors", parts, {})
     for part, modules in read_lora(tmp_path / "cat.safetensors", unet_config=models["unet"].config).items():
-        attach_adapter(models[part], rank=6, alpha=3.0, targets="attention" if part == "unet" else "all-linear")
+        attach_adapter(models[part], rank=6, alpha=3.0, targets="all-linear")
         start_from(models[part], modules)
         now = trained_modules(models[part])
         for module_path, module in parts[part].items():

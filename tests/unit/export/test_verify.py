@@ -25,7 +25,7 @@ from sdxl_ray.sdxl.adapters import attach_adapter, detach_adapter, load_adapter_
 from sdxl_ray.sdxl.quantize import quantize_frozen
 
 TEXT = ("text_encoder", "text_encoder_2")
-FEW = ("attn1.to_q", "attn2.to_out.0")  # as `train`
+FEW = ("attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.proj_in")  # as `train`
 NAMES = {
     "kohya": "cat.safetensors",
     "diffusers": "cat.diffusers.safetensors",
@@ -59,10 +59,10 @@ def export(models, tmp_path, tiny_model):
 @pytest.mark.parametrize(
     ("kind", "targets", "text"),
     [
-        ("lora", ("attn1.to_q", "conv1", "conv_shortcut", "upsamplers.0.conv"), TEXT),
-        ("dora", ("attn1.to_q", "conv1", "conv_shortcut"), TEXT[:1]),
-        ("loha", ("attn1.to_q", "conv1", "conv_shortcut"), TEXT[1:]),
-        ("lokr", ("attn1.to_q", "conv1", "conv_shortcut"), ()),
+        ("lora", (*FEW, "resnets.0.conv1", "conv_shortcut", "upsamplers.0.conv"), TEXT),
+        ("dora", (*FEW, "resnets.0.conv1", "conv_shortcut"), TEXT[:1]),
+        ("loha", (*FEW, "resnets.0.conv1", "conv_shortcut"), TEXT[1:]),
+        ("lokr", (*FEW, "resnets.0.conv1", "conv_shortcut"), ()),
     ],
 )
 def test_each_kind_in_each_of_its_formats(models, train, export, tmp_path, kind, targets, text):

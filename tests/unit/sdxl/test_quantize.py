@@ -84,7 +84,9 @@ def test_outputs_and_input_gradients_are_those_of_the_unpacked_weights(kind, dty
         (nn.Conv2d(64, 8, 1, bias=False), (1, 64, 3, 3)),
     ):
         model = frozen(layer, dtype)
-        plain = frozen(type(layer)(**{name: getattr(layer, name) for name in geometry(layer)}, bias=layer.bias is not None), dtype)
+        plain = frozen(
+            type(layer)(**{name: getattr(layer, name) for name in geometry(layer)}, bias=layer.bias is not None), dtype
+        )
         quantize_frozen(model, kind)
         plain.load_state_dict({"0.weight": model[0].weight.dequantize()}, strict=False)
         if layer.bias is not None:
@@ -136,9 +138,7 @@ def test_an_adapter_trains_on_a_quantised_unet(tiny_model, inputs, kind, dtype):
     with adapter_disabled(unet), torch.no_grad():
         assert torch.equal(predict(unet, **inputs).float(), base)
     assert all(
-        torch.equal(module.weight.dequantize(), packed[name])
-        for name, module in unet.named_modules()
-        if name in packed
+        torch.equal(module.weight.dequantize(), packed[name]) for name, module in unet.named_modules() if name in packed
     )
     assert not any(p.requires_grad for p in unet.parameters() if not any(p is q for q in parameters.values()))
 
@@ -262,7 +262,9 @@ def test_text_encoders_say_nearly_the_same(encoders, tiny_model, kind):
 
 
 def test_four_bits_leave_rows_alone_that_do_not_fall_into_groups():
-    model = nn.Sequential(nn.Linear(64, 4), nn.Linear(96, 4), nn.Linear(40, 4), nn.Conv2d(16, 4, 3)).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(64, 4), nn.Linear(96, 4), nn.Linear(40, 4), nn.Conv2d(16, 4, 3)).requires_grad_(
+        False
+    )
     done = quantize_frozen(model, "int4")
     assert done.quantized == ("0", "2")
     assert done.kept == ("1", "3")
