@@ -17,6 +17,7 @@ from sdxl_ray.cache.planning import CachePlan, plan_cache
 from sdxl_ray.cache.preview import write_contact_sheet
 from sdxl_ray.cache.scan import scan_each
 from sdxl_ray.errors import ConfigError
+from sdxl_ray.export.which import is_whole_model
 from sdxl_ray.records import parse_bucket_key
 from sdxl_ray.sdxl.components import objective_warning, read_part_config, resolve_model
 from sdxl_ray.sdxl.fingerprint import unet_weight_shapes
@@ -44,6 +45,7 @@ _TILE_GIB = 0.8
 QUANTIZED_BYTES = {"int8": 1.05, "fp8": 1.05, "int4": 0.65}
 _NUM_BLOCKS = 70  # transformer blocks of SDXL's U-Net
 _TRUE_UNET_PARAMETERS = 2_500_000_000  # at least: anything smaller is not the architecture of the table above
+_WHOLE_MODEL_PARAMETERS = 3_468_840_000  # U-Net, both text encoders and VAE of SDXL
 _MUCH_EVALUATION = 0.1  # of the forward passes
 _CONTEXT_GIB = 1.0  # CUDA context, cuDNN and cuBLAS workspaces
 
@@ -273,13 +275,22 @@ def _explain_disk(config: Config, plan: CachePlan, model: str, found: Explanatio
     for bucket, count in plan.missing_by_bucket().items():
         height, latent_width = (edge // 8 for edge in parse_bucket_key(bucket))
         latent_bytes += count * 2 * 2 * 4 * height * latent_width  # mean and std, 4 channels, bf16
-    checkpoints = (config.checkpoint.keep + 1) * 12 * found.num_adapter_parameters  # masters and two moments
-    exports = len(export_formats(config)) * 4 * found.num_adapter_parameters
+    # masters, two moments, and the average
+    checkpoints = (config.checkpoint.keep + 1) * (16 if config.ema.decay else 12) * found.num_adapter_parameters
+    exports = sum(_export_bytes(name, config, found.num_adapter_parameters) for name in export_formats(config))
     found.disk_gib = (text_bytes + latent_bytes + checkpoints + exports) / GIB
     found.lines.append(
         f"disk        {(text_bytes + latent_bytes) / GIB:.2f} GiB more cache, "
         f"{(checkpoints + exports) / GIB:.2f} GiB checkpoints and LoRA files in {config.run.output}"
     )
+
+
+def _export_bytes(format_name: str, config: Config, num_adapter_parameters: int) -> int:
+    bytes_per_weight = 4 if config.export.dtype == "fp32" else 2
+    if is_whole_model(format_name):
+        return bytes_per_weight * _WHOLE_MODEL_PARAMETERS
+    wider = (config.export.svd_rank or 4 * config.adapter.rank) / config.adapter.rank if "svd" in format_name else 1
+    return round(bytes_per_weight * wider * num_adapter_parameters)
 
 
 def check_num_blocks(shapes: Mapping[str, tuple[int, ...]], checkpointing: str | int) -> None:

@@ -182,7 +182,7 @@ def train(
         )
         console.line()
         for file in result.exports:
-            console.line(f"LoRA: {file.path}  ({file.format}, verified: relative error {file.relative_error:.1e})")
+            console.line(f"LoRA: {file}")
         console.line(f'Next: sdxl-ray generate {result.run_folder} -p "..."')
 
 
@@ -208,7 +208,7 @@ def sweep(
         console.line()
         console.line(f"best settings: {result.best_config_path}")
         for file in result.exports:
-            console.line(f"best LoRA: {file.path}  ({file.format}, verified: relative error {file.relative_error:.1e})")
+            console.line(f"best LoRA: {file}")
         console.line(f"Next: sdxl-ray train {result.best_config_path}")
 
 
@@ -256,10 +256,13 @@ def generate(
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
     step: Annotated[int | None, typer.Option(help="Of the checkpoint. Else the last.")] = None,
-    formats: Annotated[list[str] | None, typer.Option("--format", help="kohya, diffusers; may be repeated.")] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="kohya, diffusers, kohya-svd, checkpoint, diffusers-folder; may be repeated."),
+    ] = None,
 ) -> None:
     """Write and verify the LoRA files of a checkpoint."""
     from sdxl_ray.train.launch import export_lora
 
     for file in export_lora(run, step=step, formats=formats or ()):
-        typer.echo(f"{file.path}  ({file.format}, verified: relative error {file.relative_error:.1e})")
+        typer.echo(str(file))

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
+# Of each kind the exported file that diffusers reads as it was trained; of the others the checkpoint is drawn with.
+_READ_BY_DIFFUSERS = {"lora": "{}.safetensors", "dora": "{}.diffusers.safetensors"}
+
+
 @dataclass(frozen=True)
 class Source:
     """What to draw with: a base model and, on top of it, a LoRA file or the adapter of a checkpoint."""
@@ -70,8 +74,8 @@ def find_source(path: str | Path, *, step: int | None = None, model: str = "") -
         "zero_terminal_snr": config.loss.zero_terminal_snr,
         "height_width": (config.validation.height, config.validation.width),
     }
-    exported = run_folder / EXPORT_FOLDER / f"{config.run.name}.safetensors"
-    if path == run_folder and step is None and exported.exists():
+    exported = run_folder / EXPORT_FOLDER / _READ_BY_DIFFUSERS.get(config.adapter.kind, "").format(config.run.name)
+    if path == run_folder and step is None and exported.is_file():
         return Source(**common, lora_file=exported)
     _, checkpoint = find_checkpoint(path, step)
     adapters = {

@@ -203,11 +203,23 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class ExportedFile:
-    """One verified file; relative_error is its largest output difference over the trained model's largest output."""
+    """One verified file, or a folder of them.
+
+    relative_error  its largest output difference over the trained model's largest output
+    note            how near it comes, in the format kohya-svd; empty for files that hold what was trained exactly
+    warning         the same, where it is not near
+    """
 
     path: Path
     format: str
     relative_error: float
+    note: str = ""
+    warning: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.path}  ({self.format}, verified: relative error {self.relative_error:.1e})"
+        told = f"warning: {self.warning}" if self.warning else self.note
+        return f"{text}\n      {told}" if told else text
 
 
 def bucket_key(height_width: tuple[int, int]) -> str:

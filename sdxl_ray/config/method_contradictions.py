@@ -166,7 +166,8 @@ def _in_loss(config: Config) -> Iterator[tuple[str, str]]:
     if loss.objective == "sample" and loss.weighting in ("debiased", "debiased_sqrt"):
         yield (
             "loss.weighting",
-            f'"{loss.weighting}" has no published form for loss.objective = "sample". Set loss.weighting = "min_snr", say.',
+            f'"{loss.weighting}" has no published form for loss.objective = "sample". Set loss.weighting = '
+            '"min_snr", say.',
         )
     if loss.timestep_min > loss.timestep_max:
         yield "loss.timestep_min", f"is {loss.timestep_min}, above loss.timestep_max = {loss.timestep_max}"

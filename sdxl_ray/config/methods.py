@@ -1,4 +1,4 @@
-"""Settings of what is trained and how: adapter, text encoders, loss, noise, optimizer, learning rate, moving average."""
+"""Settings of what is trained and how: adapter, text encoders, loss, noise, optimizer, learning rate, average."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class AdapterSection(Section):
     targets: Annotated[Strings, BeforeValidator(_one_or_many)] = setting(
         ("attention",),
         "attention: q, k, v, out (560 layers). all-linear: every linear layer of the blocks (722). all-linear+conv: "
-        "the convolutions and time projections of resnets and samplers too (788). Or module names or their ends in a list, or a regular "
+        "the convolutions and time projections of resnets and samplers too (788). Or module names or their ends in a list, "
+        "or a regular "
         "expression for whole names.",
         min_length=1,
     )
@@ -164,7 +165,8 @@ class LossSection(Section):
     )
     offset_noise: float = setting(
         0.0,
-        "Adds noise that is one value for a whole channel, so that dark and bright images are learnt. Usually 0.03-0.1.",
+        "Adds noise that is one value for a whole channel, so that dark and bright images are learnt. Usually "
+        "0.03-0.1.",
         ge=0,
         le=1,
         more=_NOISE,

@@ -57,18 +57,6 @@ DELTA_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-
 SVD_WARNING = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedFile(ExportedFile):
-    """With what a person should know about the file.
-
-    note     how near a file in the format kohya-svd comes; empty for files that hold what was trained exactly
-    warning  the same, where it is not near
-    """
-
-    note: str = ""
-    warning: str = ""
-
-
 @dataclass(frozen=True)
 class _Job:
     """What all formats have in common; `models` have no adapters any more."""
@@ -107,7 +95,7 @@ def export_adapter(
     prediction_type: str = "epsilon",
     zero_terminal_snr: bool = False,
 ) -> list[ExportedFile]:
-    """Write what was trained in each format and prove each file; what comes back are `VerifiedFile`s.
+    """Write what was trained in each format and prove each file.
 
     **Afterwards no model has an adapter.**
 
@@ -177,7 +165,7 @@ def _full_weights(unet: nn.Module, weights: Mapping[str, Tensor] | None) -> dict
     return {name: tensor if weights is None else weights[name] for name, tensor in own.items()}
 
 
-def _export(job: _Job, format_name: str, path: Path) -> VerifiedFile:
+def _export(job: _Job, format_name: str, path: Path) -> ExportedFile:
     unverified = path.with_name(f"{path.name}.unverified")
     try:
         error, note, warning = _EXPORTS[format_name](job, unverified)
@@ -188,7 +176,7 @@ def _export(job: _Job, format_name: str, path: Path) -> VerifiedFile:
         _replace(unverified, rejected)
         raise ExportError(f"{refusal} The file is kept as {rejected}.") from refusal
     _replace(unverified, path)
-    return VerifiedFile(path, format_name, error, note, warning)
+    return ExportedFile(path, format_name, error, note, warning)
 
 
 def _replace(source: Path, target: Path) -> None:

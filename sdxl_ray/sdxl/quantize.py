@@ -179,8 +179,10 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
 def _fits(layer: nn.Linear | nn.Conv2d, kind: str) -> bool:
     """A scale per output channel needs two of them; 4-bit rows are short or fall into groups, and numbers pair up."""
     num_rows = layer.weight.shape[0]
-    if num_rows < 2 or (isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros"):
+    if num_rows < 2:
         return False
+    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        return False  # SDXL has neither
     row = layer.weight.numel() // num_rows
     return kind != "int4" or row <= INT4_GROUP or row % INT4_GROUP == 0
 
@@ -273,7 +275,7 @@ class _FrozenConv2d(torch.autograd.Function):
         weight: Any,
         bias: Tensor | None,
         stride: Sequence[int],
-        padding: Sequence[int] | str,
+        padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:

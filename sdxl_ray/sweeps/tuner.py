@@ -7,6 +7,7 @@ is that of the best evaluation of all, also when its trial was stopped or went o
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -251,8 +252,11 @@ def _export_best(config: Config, best: Trial, folder: Path) -> tuple[ExportedFil
         target = folder / "export" / f"{config.run.name}{suffix}"
         with storage_errors("copying the best LoRA", target, f"Free some space; it is also at {file.path}."):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file.path, target)
-        exported.append(ExportedFile(target, file.format, file.relative_error))
+            if file.path.is_dir():
+                shutil.copytree(file.path, target, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(file.path, target)
+        exported.append(dataclasses.replace(file, path=target))
     return tuple(exported)
 
 

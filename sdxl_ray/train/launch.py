@@ -202,7 +202,7 @@ def fit(
         run_folder=run_folder,
         step=returned["step"],
         eval_loss=returned["eval_loss"],
-        exports=tuple(ExportedFile(Path(path), kind, error) for path, kind, error in returned["exports"]),
+        exports=tuple(ExportedFile(**{**file, "path": Path(file["path"])}) for file in returned["exports"]),
     )
 
 

@@ -6,6 +6,7 @@ load ─▶ quantise ─▶ adapter ─▶ checkpointing, compiling ─▶ maste
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +42,17 @@ class Model:
     parent: Denoiser | None  # the base model; None where the U-Net itself is trained
 
 
-def build_model(config: Config, device: torch.device, stops: dict[str, int] | None = None) -> Model:
+def build_model(
+    config: Config,
+    device: torch.device,
+    stops: dict[str, int] | None = None,
+    report: Callable[[str], None] = lambda text: None,
+) -> Model:
     """Load the base model and attach what is trained. Every rank and every restart comes to the same weights.
 
     Args:
         stops: last learning step of each text encoder; see `TrainedText`.
+        report: told in a line what of adapter.start_from finds no place.
 
     Raises:
         ConfigError: the settings do not fit the model, or adapter.start_from does not fit them.
@@ -68,7 +75,7 @@ def build_model(config: Config, device: torch.device, stops: dict[str, int] | No
     if config.text_encoder.rank or config.text_encoder_2.rank:
         text = _trained_text(config, model, where, stops or {})
     if config.adapter.start_from:
-        _start_from(config, unet, text)
+        _start_from(config, unet, text, report)
     set_gradient_checkpointing(unet, config.train.gradient_checkpointing)
     if config.train.compile:
         compile_blocks(unet)
@@ -98,13 +105,18 @@ def _trained_text(config: Config, model: str, where: dict[str, Any], stops: dict
     return TrainedText(encoders, num_chunks=config.cache.caption_chunks, stops=trained)
 
 
-def _start_from(config: Config, unet: Any, text: TrainedText | None) -> None:
+def _start_from(config: Config, unet: Any, text: TrainedText | None, report: Callable[[str], None]) -> None:
     parts = read_lora(Path(config.adapter.start_from), unet_config=unet.config)
     for part, modules in parts.items():
         if part == "unet":
             start_from(unet, modules)
         elif text is not None and part in text.stops:
             start_from(text.encoder(part), modules)
+        else:
+            report(
+                f"{config.adapter.start_from} also changes {part}, which is not trained here, so that part of it is "
+                f"left out. To go on from it: {part}.rank = {max(down.shape[0] for down, _, _ in modules.values())}"
+            )
 
 
 def _predict_as_base(unet: Any, *inputs: torch.Tensor) -> torch.Tensor:

@@ -115,7 +115,7 @@ def build_training(
     """
     order = data_order(config, data)
     steps_per_epoch = order.micro_batches_per_epoch / (config.train.num_workers * config.train.accumulation)
-    state = build_state(config, device, workers=workers, steps_per_epoch=steps_per_epoch)
+    state = build_state(config, device, workers=workers, steps_per_epoch=steps_per_epoch, report=report)
     if checkpoint is not None:
         state.load_state_dict(load_checkpoint(checkpoint))
     plan = build_plan(config, order, step=state.step, position=state.position, can_evaluate=bool(data.held_out))
@@ -169,11 +169,16 @@ def build_training(
 
 
 def build_state(
-    config: Config, device: torch.device, *, workers: Workers | None = None, steps_per_epoch: float = 1.0
+    config: Config,
+    device: torch.device,
+    *,
+    workers: Workers | None = None,
+    steps_per_epoch: float = 1.0,
+    report: Callable[[str], None] = logging.getLogger(__name__).warning,
 ) -> TrainState:
     """The model with its optimizer, before the first step; the learning rate is the peak until somebody sets it."""
     stops = {part: getattr(config, part).stop.in_steps(steps_per_epoch) for part in PARTS}
-    built = build_model(config, device, stops)
+    built = build_model(config, device, stops, report)
     return TrainState(
         unet=built.unet,
         denoise=built.denoise,

@@ -4,6 +4,7 @@ and again after a failure."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import socket
 import threading
@@ -110,7 +111,7 @@ def _train(config: Config, workers: Workers, settings: dict[str, Any]) -> dict[s
         "finished": finished,
         "step": training.state.step,
         "eval_loss": training.state.last_eval_loss,
-        "exports": [(str(file.path), file.format, file.relative_error) for file in exports],
+        "exports": [dataclasses.asdict(file) | {"path": str(file.path)} for file in exports],
     }
 
 

@@ -38,7 +38,7 @@ HOMES = {
         "doctor.cluster",
         "connection",
     ],
-    "peft": ["sdxl.adapter_layers", "export.*"],
+    "peft": ["sdxl.adapter_layers"],
     "optimum": ["sdxl.quantize"],
     "wandb": ["tracking.trackers"],
     "huggingface_hub": [

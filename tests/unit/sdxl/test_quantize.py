@@ -80,7 +80,6 @@ def test_outputs_and_input_gradients_are_those_of_the_unpacked_weights(kind, dty
         (nn.Linear(64, 8), (2, 5, 64)),
         (nn.Linear(64, 8, bias=False), (3, 64)),
         (nn.Conv2d(64, 8, 3, stride=2, padding=1), (2, 64, 6, 5)),
-        (nn.Conv2d(64, 8, 3, padding="same"), (2, 64, 4, 4)),
         (nn.Conv2d(64, 8, 1, bias=False), (1, 64, 3, 3)),
     ):
         model = frozen(layer, dtype)

@@ -142,7 +142,7 @@ def test_a_pattern_behind_a_wider_one_is_no_mistake():
     ],
 )
 def test_of_sdxl_at_rank_16(kind, targets, modules, parameters):
-    """The figures of docs/training-methods.md, counted apart from this code; 788 are 722, 49 convolutions and 17 time projections."""
+    """The figures of docs/training-methods.md: 788 are 722, 49 convolutions and 17 time projections."""
     assert count_adapter_parameters(shapes_of(FULL_SIZE), 16, targets, kind=kind) == (modules, parameters)
 
 
