@@ -24,6 +24,7 @@ from sdxl_ray.sdxl.fingerprint import unet_weight_shapes
 from sdxl_ray.sdxl.targets import count_adapter_parameters
 from sdxl_ray.train.data import Split, build_plan, data_order, split
 from sdxl_ray.train.preflight import check_methods, export_formats
+from sdxl_ray.train.rehearsal import needs_rehearsal, rehearse
 from sdxl_ray.train.try_out import with_batch_size
 
 if TYPE_CHECKING:
@@ -226,6 +227,8 @@ def _explain_model(config: Config, model: str, found: Explanation) -> None:
         if getattr(config, part).rank:
             found.lines.append(f"            and lora rank {getattr(config, part).rank} on {part}")
     check_num_blocks(shapes, config.train.gradient_checkpointing)
+    if needs_rehearsal(config):
+        rehearse(config, model)
     warning = objective_warning(config.loss.objective, read_part_config(model, "scheduler", revision=revision))
     if warning:
         found.warnings.append(warning)

@@ -50,8 +50,8 @@ class AdapterSection(Section):
     targets: Annotated[Strings, BeforeValidator(_one_or_many)] = setting(
         ("attention",),
         "attention: q, k, v, out (560 layers). all-linear: every linear layer of the blocks (722). all-linear+conv: "
-        "the convolutions and time projections of resnets and samplers too (788). Or module names or their ends in a list, "
-        "or a regular "
+        "the convolutions and time projections of resnets and samplers too (788). Or module names or their ends in a "
+        "list, or a regular "
         "expression for whole names.",
         min_length=1,
     )

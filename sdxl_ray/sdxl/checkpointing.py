@@ -34,13 +34,14 @@ def set_gradient_checkpointing(unet: UNet2DConditionModel, mode: str | int) -> N
         ConfigError: an unknown mode, or more blocks than there are.
     """
     blocks = [block for _, block in dial_order(unet)]
-    is_number = isinstance(mode, int) and not isinstance(mode, bool)
-    if not is_number and mode not in CHECKPOINTING_MODES:
+    names = {"none": 0, "transformer": len(blocks), "full": len(blocks)}
+    if (isinstance(mode, str) and mode not in names) or not isinstance(mode, str | int) or isinstance(mode, bool):
         raise ConfigError(
             f"train.gradient_checkpointing = {mode!r} is unknown. Known: {', '.join(CHECKPOINTING_MODES)}, or how many "
             f"of the {len(blocks)} transformer blocks."
         )
-    if is_number and not 0 <= mode <= len(blocks):  # type: ignore[operator]
+    number = names[mode] if isinstance(mode, str) else mode
+    if not 0 <= number <= len(blocks):
         raise ConfigError(
             f"train.gradient_checkpointing = {mode}, but this U-Net has {len(blocks)} transformer blocks. Give a "
             f'number from 0 to {len(blocks)}; all of them are "transformer", and "full" goes further.'
@@ -49,10 +50,9 @@ def set_gradient_checkpointing(unet: UNet2DConditionModel, mode: str | int) -> N
     if mode == "full":
         unet.enable_gradient_checkpointing()  # diffusers' default function: torch's checkpoint, use_reentrant=False
         return
-    chosen = {"none": 0, "transformer": len(blocks)}.get(mode, mode)  # type: ignore[call-overload]
-    if not chosen:
+    if not number:
         return
-    again = functools.partial(_checkpoint_some, frozenset(blocks[:chosen]))
+    again = functools.partial(_checkpoint_some, frozenset(blocks[:number]))
     for module in unet.modules():
         if isinstance(module, Transformer2DModel):
             # It gives each of its blocks to this function, so choosing needs no wrapper around a block, and what is

@@ -23,8 +23,8 @@ def compile_blocks(unet: nn.Module, *, dynamic: bool = True, backend: str | Call
 
     Regional compilation: blocks of one width share a graph, so the compiler sees 3 small graphs rather than one of the
     whole U-Net. With `dynamic` a bucket's height and width are symbols, and another bucket compiles nothing; without,
-    every new shape does. Call it after quantising, attaching the adapter and set_gradient_checkpointing, in any order of
-    those: a checkpointed block is compiled inside, and names in the state dict stay the same.
+    every new shape does. Call it when the model is quantised and has its adapter. Checkpointing goes with it, a block
+    being compiled inside; names in the state dict stay the same.
 
     Source: docs.pytorch.org/tutorials/recipes/regional_compilation.html.
 

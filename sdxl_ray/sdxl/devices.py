@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from sdxl_ray.errors import ConfigError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(device: torch.device, dtype: torch.dtype) -> None:
+    """
+    Raises:
+        ConfigError: the device cannot compute in this precision.
+    """
+    if device.type == "mps" and dtype is torch.bfloat16 and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise ConfigError('model.dtype = "bf16" needs macOS 14 or newer on this machine. Set model.dtype = "fp32".')
+    if device.type == "mps" and dtype is torch.float16:
+        raise ConfigError(
+            'model.dtype = "fp16" is for GPUs that have no bf16; Apple\'s have it from macOS 14 on. Set model.dtype = '
+            '"bf16" or "fp32".'
+        )
 
 
 def best_device(accelerator: str = "auto") -> torch.device:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.grad import conv2d_input
 
 from sdxl_ray.errors import ConfigError
 
@@ -224,9 +225,10 @@ def _rounded(weight: Tensor, kind: str, setting: str) -> Tensor:
     group = INT4_GROUP if kind == "int4" and weight[0].numel() > INT4_GROUP else None
     rows = weight.reshape(-1, group or weight[0].numel())  # (scales, weights that share one)
     numbers, scales, shifts = [], [], []
-    # A few rows at a time stay in the processor's cache, and fp32 copies of the whole weight would be four times it.
+    # On the CPU a few rows at a time, which stay in its cache: three times as fast, without fp32 copies of the whole.
     # optimized=False: quanto's plain layout, not that of one of its kernels.
-    for part in rows.tensor_split(max(1, min(rows.numel() // _PART, len(rows) // 2))):
+    num_parts = min(rows.numel() // _PART, len(rows) // 2) if weight.device.type == "cpu" else 1
+    for part in rows.tensor_split(max(1, num_parts)):
         exact = part.float()
         if kind == "int4":
             scale, shift = (value.to(dtype) for value in MaxOptimizer()(exact, qtype=qint4, axis=0))
@@ -292,5 +294,5 @@ class _FrozenConv2d(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return (None,) * 7
         (weight,) = ctx.saved_tensors
-        gradient = nn.grad.conv2d_input(ctx.input_shape, weight.dequantize(), gradient, *ctx.geometry)
+        gradient = conv2d_input(ctx.input_shape, weight.dequantize(), gradient, *ctx.geometry)
         return (gradient, *(None,) * 6)

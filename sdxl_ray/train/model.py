@@ -6,7 +6,7 @@ load ─▶ quantise ─▶ adapter ─▶ checkpointing, compiling ─▶ maste
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from sdxl_ray.sdxl.checkpointing import set_gradient_checkpointing
 from sdxl_ray.sdxl.compiling import compile_blocks
 from sdxl_ray.sdxl.components import load_text_encoders, load_unet, resolve_model
 from sdxl_ray.sdxl.conditioning import predict
-from sdxl_ray.sdxl.devices import DTYPES
+from sdxl_ray.sdxl.devices import DTYPES, check_precision
 from sdxl_ray.sdxl.full import train_everything
 from sdxl_ray.sdxl.quantize import quantize_frozen
 from sdxl_ray.train.loop import NUM_EXTRAS
@@ -64,6 +64,7 @@ def build_model(
         "revision": config.model.revision or None,
         "variant": config.model.variant or None,
     }
+    check_precision(device, dtype)
     unet = load_unet(model, **where)
     if config.model.quantize != "none":
         quantize_frozen(unet, config.model.quantize)
@@ -105,9 +106,18 @@ def _trained_text(config: Config, model: str, where: dict[str, Any], stops: dict
     return TrainedText(encoders, num_chunks=config.cache.caption_chunks, stops=trained)
 
 
+def read_start(config: Config, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The modules of adapter.start_from by part, as `start_from` takes them; empty without one.
+
+    Raises:
+        InputError: the file is no LoRA of SDXL that can be gone on from.
+    """
+    path = config.adapter.start_from
+    return dict(read_lora(Path(path), unet_config=unet_config)) if path else {}
+
+
 def _start_from(config: Config, unet: Any, text: TrainedText | None, report: Callable[[str], None]) -> None:
-    parts = read_lora(Path(config.adapter.start_from), unet_config=unet.config)
-    for part, modules in parts.items():
+    for part, modules in read_start(config, unet.config).items():
         if part == "unet":
             start_from(unet, modules)
         elif text is not None and part in text.stops:

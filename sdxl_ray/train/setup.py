@@ -183,7 +183,7 @@ def build_state(
         unet=built.unet,
         denoise=built.denoise,
         masters=built.masters,
-        optimizer=_optimizer(config, built.masters),
+        optimizer=make_optimizer_of(config, built.masters),
         learning_rate=lambda step: config.optimizer.learning_rate,
         device=device,
         workers=workers or Workers(),
@@ -195,7 +195,8 @@ def build_state(
     )
 
 
-def _optimizer(config: Config, masters: MasterWeights) -> torch.optim.Optimizer:
+def make_optimizer_of(config: Config, masters: MasterWeights) -> torch.optim.Optimizer:
+    """The optimizer of the settings, with a group for each learning rate."""
     optimizer = config.optimizer
     rates = LearningRates(
         blocks=[(pattern, rule.learning_rate_scale) for pattern, rule in config.adapter.blocks.items()],

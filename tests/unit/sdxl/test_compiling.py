@@ -51,7 +51,7 @@ def gradient(unet, hw):
     return torch.cat([parameter.grad.flatten() for parameter in adapter_parameters(unet).values()])
 
 
-@pytest.mark.parametrize(("mode", "quantize"), [("none", ""), (5, ""), ("full", ""), ("transformer", "int8")])
+@pytest.mark.parametrize(("mode", "quantize"), [("none", ""), (5, "int8"), ("full", "")])
 def test_three_graphs_for_six_buckets_and_the_gradients_of_eager(unet, mode, quantize):
     if quantize:
         quantize_frozen(unet, quantize)

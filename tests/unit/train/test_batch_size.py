@@ -62,8 +62,8 @@ def test_a_global_batch_that_cannot_be_shared(num_workers, wanted, cure):
     with pytest.raises(ConfigError) as error:
         global_batch(8, num_workers, wanted)
     assert str(error.value) == (
-        f"train.global_batch_size = {wanted} cannot be shared evenly by {num_workers} workers, which each need the same "
-        f"number of images. Set train.global_batch_size = {cure}, or change train.num_workers."
+        f"train.global_batch_size = {wanted} cannot be shared evenly by {num_workers} workers, which each need the "
+        f"same number of images. Set train.global_batch_size = {cure}, or change train.num_workers."
     )
 
 

@@ -91,6 +91,43 @@ def test_a_run_is_the_same_with_a_moved_model_and_another_with_another(config, i
     assert run_identity(with_overrides(config, {"eval.max_images": 3}), data)["eval.max_images"] == 3
 
 
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "cosine_restarts", "polynomial", "wsd", "rex"])
+def test_the_learning_rate_is_the_same_curve_for_any_number_of_workers(config, index_path, name):
+    """Field notes, traps 10 and 11: others step it once per process, or per micro-batch."""
+
+    def curve(**dealt):
+        changes = {f"train.{key}": value for key, value in dealt.items()}
+        settings = {"lr_schedule.name": name, "lr_schedule.warmup": "3 steps", "train.duration": "10 steps"}
+        training = make_training(with_overrides(config, {**settings, **changes}), index_path)
+        return [training.state.learning_rate(step) for step in range(1, 11)]
+
+    alone = curve()
+    assert curve(num_workers=2) == alone == curve(accumulation=3) == curve(num_workers=2, accumulation=2)
+    assert alone[2] == max(alone) == config.optimizer.learning_rate  # the warm-up ends at its third step
+    assert alone[-1] > 0
+
+
+def test_the_settings_of_the_loss_reach_the_step(config, index_path):
+    changes = {
+        "loss.error": "huber", "loss.weighting": "debiased", "loss.timestep_max": 500, "loss.offset_noise": 0.1,
+        "loss.size_dropout": 0.5, "loss.caption_dropout": 0.25, "loss.stratified": False,
+    }  # fmt: skip
+    training = make_training(with_overrides(config, changes), index_path)
+    draws = training.builder.draws
+    assert (draws.noise.offset, draws.size_dropout, draws.caption_dropout, draws.stratified) == (0.1, 0.5, 0.25, False)
+    assert draws.sampler.probabilities[501:].sum() == 0 < draws.sampler.probabilities[500]
+    ones = torch.ones(1, 4, 2, 2)
+    error = training.form.distance(ones, torch.zeros_like(ones), torch.tensor([0]))
+    assert not torch.equal(error, ones)  # it is not the squared one
+    assert training.objective.weight(torch.tensor([999])) > 10 * training.objective.weight(torch.tensor([0]))
+    assert training.eval_objective.weight(torch.tensor([0, 999])).tolist() == [1.0, 1.0]
+    assert make_training(with_dataset(config, mask="alpha"), index_path).form.mask_normalize is False
+    masked = with_dataset(config, mask="alpha").model_dump(mode="json")
+    masked["loss"] |= {"mask_normalize": True, "unmasked_share": 0.1}
+    form = make_training(type(config).model_validate(masked), index_path).form
+    assert (form.mask_normalize, form.unmasked_share) == (True, 0.1)
+
+
 # ---- datasets and modes of the cache ---------------------------------------------------------------------------------
 
 
