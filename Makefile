@@ -3,6 +3,8 @@
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11 python3.13; do \
 	$$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$candidate && break; done)
 VENV := .venv
+# One process for the tests with Ray, which mostly wait for its processes, and one for the others: tests/conftest.py.
+TWO_AT_ONCE := -n 2 --dist loadgroup
 INSTALLED := $(VENV)/.installed
 
 .PHONY: setup demo test test-all check docs clean
@@ -19,10 +21,10 @@ demo: $(INSTALLED)
 	$(VENV)/bin/sdxl-ray demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE)
 
 test-all: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "not gpu"
+	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) -m "not gpu"
 
 check: $(INSTALLED)
 	scripts/check

@@ -5,7 +5,7 @@
     int4  a scale and a shift per 64 weights of a row scale = (max - min) / 15                            about   9 %
 
 (root mean square, of normal weights.) optimum-quanto does the rounding, packing and unpacking. Its linear layer is not
-used: it keeps each layer's input for a weight gradient that nobody asks for, 22 % more activations in a transformer
+used: it keeps each layer's input for a weight gradient that nobody asks for, a fifth more activations in a transformer
 block, and its CPU kernels for int8 and int4 take twice as long as unpacking a weight and multiplying. So a weight is
 unpacked where it is used, in the forward pass and again in the backward pass, and no unpacked copy lives longer.
 """
@@ -29,7 +29,7 @@ from sdxl_ray.errors import ConfigError
 
 QUANTIZATIONS = ("int8", "int4", "fp8")
 
-# What stays as it is, by the module's whole name; * takes in dots. Together 0.9 % of the U-Net's weights.
+# What stays as it is, by the module's whole name; * takes in dots. Together 1.0 % of the U-Net's weights.
 KEPT = (
     "conv_in",  # few weights, all of the image goes through them; and predict() reads the compute dtype here
     "conv_out",

@@ -65,9 +65,11 @@ def build_model(
         "variant": config.model.variant or None,
     }
     check_precision(device, dtype)
-    unet = load_unet(model, **where)
-    if config.model.quantize != "none":
-        quantize_frozen(unet, config.model.quantize)
+    if config.model.quantize == "none":
+        unet = load_unet(model, **where)
+    else:  # on the CPU, so that an accelerator never holds the weights as they were
+        unet = load_unet(model, **{**where, "device": torch.device("cpu")})
+        quantize_frozen(unet, config.model.quantize, device=device)
     if config.adapter.kind == "full":
         train_everything(unet)
     else:
@@ -99,7 +101,7 @@ def _trained_text(config: Config, model: str, where: dict[str, Any], stops: dict
         encoder.requires_grad_(False)
         quantize = getattr(config.model, f"quantize_{part}")
         if quantize != "none":
-            quantize_frozen(encoder, quantize)
+            quantize_frozen(encoder, quantize, setting=f"model.quantize_{part}")
         if getattr(config, part).rank:
             attach_adapter(encoder, **getattr(config, part).arguments(config.run.seed))
             trained[part] = stops.get(part, 0)

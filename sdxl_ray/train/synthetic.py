@@ -92,7 +92,7 @@ def synthetic_state(
     *,
     rank: int,
     targets: str | Sequence[str] = "attention",
-    gradient_checkpointing: str = "none",
+    gradient_checkpointing: str | int = "none",
     learning_rate: float = 1e-4,
     seed: int = 0,
 ) -> TrainState:
