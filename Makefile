@@ -3,11 +3,13 @@
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11 python3.13; do \
 	$$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$candidate && break; done)
 VENV := .venv
-# One process for the tests with Ray, which mostly wait for its processes, and one for the others: tests/conftest.py.
-TWO_AT_ONCE := -n 2 --dist loadgroup
 INSTALLED := $(VENV)/.installed
+PYTEST = $(VENV)/bin/python -m pytest
+# A test that fails fails the target, although its output goes through sed.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 
-.PHONY: setup demo test test-all check docs clean
+.PHONY: setup demo test test-all test-ray test-unit check docs clean
 
 setup: $(INSTALLED)
 
@@ -20,11 +22,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(VENV)/bin/sdxl-ray demo
 
+# Side by side: the tests with Ray mostly wait for its processes to start.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE)
+	$(MAKE) --no-print-directory --jobs=2 --keep-going test-ray test-unit
 
 test-all: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(TWO_AT_ONCE) -m "not gpu"
+	$(MAKE) --no-print-directory --jobs=2 --keep-going test-ray test-unit PYTEST='$(PYTEST) -m "not gpu"'
+
+test-ray: $(INSTALLED)
+	$(PYTEST) tests/integration tests/gpu | sed -u 's/^/ray  | /'
+
+test-unit: $(INSTALLED)
+	$(PYTEST) tests/unit | sed -u 's/^/unit | /'
 
 check: $(INSTALLED)
 	scripts/check

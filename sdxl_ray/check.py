@@ -23,7 +23,7 @@ from sdxl_ray.sdxl.components import objective_warning, read_part_config, resolv
 from sdxl_ray.sdxl.fingerprint import unet_weight_shapes
 from sdxl_ray.sdxl.targets import count_adapter_parameters
 from sdxl_ray.train.data import Split, build_plan, data_order, split
-from sdxl_ray.train.preflight import check_methods, export_formats
+from sdxl_ray.train.preflight import check_methods, check_schedule, export_formats
 from sdxl_ray.train.rehearsal import needs_rehearsal, rehearse
 from sdxl_ray.train.try_out import with_batch_size
 
@@ -220,6 +220,8 @@ def _explain_model(config: Config, model: str, found: Explanation) -> None:
             factor=adapter.factor,
             blocks=adapter.arguments(0)["blocks"],
         )
+        if not modules:
+            rehearse(config, model)  # which says why
         found.lines.append(
             f"adapter     {adapter.kind} rank {adapter.rank} on {modules} layers: "
             f"{found.num_adapter_parameters / 1e6:.2f} M parameters beside {num_parameters / 1e6:,.0f} M frozen ones"
@@ -230,7 +232,9 @@ def _explain_model(config: Config, model: str, found: Explanation) -> None:
     check_num_blocks(shapes, config.train.gradient_checkpointing)
     if needs_rehearsal(config):
         rehearse(config, model)
-    warning = objective_warning(config.loss.objective, read_part_config(model, "scheduler", revision=revision))
+    scheduler_config = read_part_config(model, "scheduler", revision=revision)
+    check_schedule(config, scheduler_config)
+    warning = objective_warning(config.loss.objective, scheduler_config)
     if warning:
         found.warnings.append(warning)
     if num_parameters < _TRUE_UNET_PARAMETERS:

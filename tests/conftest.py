@@ -12,14 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup` (make test): the tests with Ray share one, so one process runs them all; a file
-    of unit tests stays together, since its fixtures are made once per process."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "integration" else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of the tiny SDXL. Tests that change it copy it first."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdxl_ray.diffusion.timesteps import TimestepSampler, make_sampler
 from sdxl_ray.errors import ConfigError
@@ -28,6 +28,19 @@ def check_methods(config: Config) -> None:
 def export_formats(config: Config) -> tuple[str, ...]:
     """What will be written."""
     return config.export.formats or DEFAULT_FORMATS[config.adapter.kind]
+
+
+def check_schedule(config: Config, scheduler_config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: the model's own schedule does not go with the objective.
+    """
+    if config.loss.objective == "epsilon" and scheduler_config.get("rescale_betas_zero_snr"):
+        raise ConfigError(
+            f'loss.objective = "epsilon", but the schedule of {config.model.path} ends in pure noise '
+            "(rescale_betas_zero_snr), where epsilon says nothing about the image. Models with this schedule "
+            'predict v: set loss.objective = "v_prediction".'
+        )
 
 
 def timestep_sampler(config: Config, num_timesteps: int = 1000) -> TimestepSampler:

@@ -49,7 +49,7 @@ def rehearse(config: Config, model: str) -> None:
             if getattr(config, part).rank:
                 settings = read_part_config(model, part, revision=revision)
                 models[part] = classes[part](CLIPTextConfig.from_dict(settings))
-    parameters = {}
+    parameters: dict[str, Any] = {}
     for part, module in models.items():
         module.to(dtype)
         if part == "unet" and config.adapter.kind == "full":

@@ -22,7 +22,7 @@ from sdxl_ray.diffusion.noise import NoiseRecipe
 from sdxl_ray.diffusion.objectives import OBJECTIVES, Objective
 from sdxl_ray.diffusion.schedule import NoiseSchedule
 from sdxl_ray.diffusion.weighting import make_weighting
-from sdxl_ray.errors import CacheError, ConfigError
+from sdxl_ray.errors import CacheError
 from sdxl_ray.records import Batch
 from sdxl_ray.sdxl.components import load_scheduler_config, resolve_model
 from sdxl_ray.storage import is_uri
@@ -38,7 +38,7 @@ from sdxl_ray.train.masters import MasterWeights
 from sdxl_ray.train.model import build_model
 from sdxl_ray.train.optimizers import make_optimizer
 from sdxl_ray.train.plan import Plan
-from sdxl_ray.train.preflight import timestep_sampler
+from sdxl_ray.train.preflight import check_schedule, timestep_sampler
 from sdxl_ray.train.scaling import LossScale
 from sdxl_ray.train.state import TrainState, Workers
 from sdxl_ray.train.text import PARTS, TrainedText
@@ -121,14 +121,9 @@ def build_training(
     plan = build_plan(config, order, step=state.step, position=state.position, can_evaluate=bool(data.held_out))
     state.learning_rate = learning_rates(config, plan.max_steps, steps_per_epoch)
     scheduler_config = load_scheduler_config(resolve_model(config.model.path), revision=config.model.revision or None)
+    check_schedule(config, scheduler_config)
     loss = config.loss
     schedule = NoiseSchedule.from_config(scheduler_config, zero_terminal_snr=loss.zero_terminal_snr).to(device)
-    if loss.objective == "epsilon" and schedule.alphas_cumprod[-1] == 0:
-        raise ConfigError(
-            f'loss.objective = "epsilon", but the schedule of {config.model.path} ends in pure noise '
-            "(rescale_betas_zero_snr), where epsilon says nothing about the image. Models with this schedule "
-            'predict v: set loss.objective = "v_prediction".'
-        )
     if loss.zero_terminal_snr:
         scheduler_config = {**scheduler_config, "rescale_betas_zero_snr": True}
     objective_class = OBJECTIVES[loss.objective]

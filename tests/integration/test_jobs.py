@@ -191,12 +191,14 @@ def model_without_a_number(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_bad_input_ends_the_driver_with_2(troubled):
     job = troubled["misspelt"]
     assert (job.client_exit_code, job.driver_exit_code, job.status) == (1, 2, JobStatus.FAILED)
     assert "Did you mean optimizer.learning_rate?" in job.output
 
 
+@pytest.mark.slow
 def test_a_run_without_room_ends_the_driver_with_1(troubled):
     job = troubled["crowded"]
     assert (job.client_exit_code, job.driver_exit_code, job.status) == (1, 1, JobStatus.FAILED)
@@ -204,12 +206,14 @@ def test_a_run_without_room_ends_the_driver_with_1(troubled):
     assert "Traceback" not in job.output
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_ends_the_driver_with_1(troubled):
     job = troubled["no_number"]
     assert (job.client_exit_code, job.driver_exit_code, job.status) == (1, 1, JobStatus.FAILED), job.output
     assert "error: step 1: loss nan" in job.output
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_repaired_on_the_way(troubled):
     job = troubled["damaged"]
     assert (job.client_exit_code, job.driver_exit_code, job.status) == (0, 0, JobStatus.SUCCEEDED), job.output

@@ -113,6 +113,7 @@ def another(config, folder: Path, name: str, **cache):
     return with_overrides(config, {"run.name": name, "cache.path": str(folder / "cache"), **changes})
 
 
+@pytest.mark.slow
 def test_on_demand_training_starts_before_encoding_ends_and_comes_to_the_same(config, disk, web, tmp_path):
     """The images of the second epoch are kept back until the first step is done."""
     config = another(config, tmp_path, "ondemand", mode="ondemand")

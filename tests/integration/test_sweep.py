@@ -22,13 +22,13 @@ def config(tmp_path_factory, shared_cache, tiny_model):
     return small_config(
         tmp_path_factory.mktemp("sweeps"),
         shared_cache,
-        "six",
+        "four",
         tiny_model,
         train={"duration": "24 steps", "num_workers": 1, "micro_batch_size": 4},
         eval={"every": "6 steps"},
         cache={"mode": "ondemand"},  # a sweep encodes everything first all the same: its trials share one index
         sweep={
-            "num_trials": 6,
+            "num_trials": 4,
             "max_concurrent": 2,
             "grace_steps": 6,
             "reduction_factor": 2,
@@ -41,20 +41,20 @@ def config(tmp_path_factory, shared_cache, tiny_model):
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_six_trials_of_learning_rate_and_rank(config):
+def test_four_trials_of_learning_rate_and_rank(config):
     lines: list[str] = []
     started = time.monotonic()
     result = sweep(config, on_event=lambda event: lines.append(event.get("text", "")))
     seconds = time.monotonic() - started
     assert seconds < 300
 
-    assert len(result.trials) == 6
-    assert sum(trial.outcome == "stopped early" for trial in result.trials) >= 2, result.table()
+    assert len(result.trials) == 4
+    assert sum(trial.outcome == "stopped early" for trial in result.trials) >= 1, result.table()
     assert not any(trial.problem for trial in result.trials)
     ranked = [trial.best_loss for trial in result.trials]
     assert ranked == sorted(ranked)
     assert all({"optimizer.learning_rate", "adapter.rank"} == trial.parameters.keys() for trial in result.trials)
-    assert any("| 6 ended, 0 running" in line or "| 5 ended" in line for line in lines), lines
+    assert any("| 4 ended, 0 running" in line or "| 3 ended" in line for line in lines), lines
 
     # the best LoRA is the best evaluation of all, and its file is verified
     every_loss = [
@@ -64,19 +64,19 @@ def test_six_trials_of_learning_rate_and_rank(config):
         if line["step"] > 0 and "eval/loss" in line
     ]
     assert result.best.best_loss == min(every_loss)
-    assert [file.path.name for file in result.exports] == ["six.safetensors", "six.diffusers.safetensors"]
+    assert [file.path.name for file in result.exports] == ["four.safetensors", "four.diffusers.safetensors"]
     assert all(file.path.exists() and file.relative_error < 1e-4 for file in result.exports)
 
     best = load_config(result.best_config_path)
     assert best.optimizer.learning_rate == result.best.parameters["optimizer.learning_rate"]
     assert best.adapter.rank == result.best.parameters["adapter.rank"]
-    assert best.run.name == "six-best"
+    assert best.run.name == "four-best"
     with (result.folder / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["trial"] for row in rows] == [trial.name for trial in result.trials]
 
     # no trial encodes anything, and nothing of the trials is left on the cluster
-    written = max(path.stat().st_mtime for path in result.folder.parent.glob("six/config.toml"))
+    written = max(path.stat().st_mtime for path in result.folder.parent.glob("four/config.toml"))
     shards = list(Path(config.cache.path).glob("**/*.safetensors"))
     assert shards and all(shard.stat().st_mtime <= written for shard in shards)
     assert_nothing_left()

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from sdxl_ray.config.load import dump_config
 from sdxl_ray.tracking.metrics import read_metrics
 
@@ -45,6 +47,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_two_raylets_train_together(tmp_path, shared_cache, tiny_model):
     config = small_config(tmp_path / "runs", shared_cache, "two", tiny_model, train={"duration": "6 steps"})
     settings = tmp_path / "two.toml"

@@ -1,9 +1,13 @@
 """What `sdxl-ray check` says, on the tiny data set. .venv/bin/pytest tests/unit/test_check.py"""
 
+import json
+import shutil
+
 import pytest
 
 from sdxl_ray.check import ACTIVATIONS_GIB, estimate_memory_gib, explain
 from sdxl_ray.config.load import with_overrides
+from sdxl_ray.errors import ConfigError
 from sdxl_ray.sdxl import fingerprint
 
 UNET, ADAPTER = 2_567_463_684, 23_000_000
@@ -66,3 +70,71 @@ def test_drawing_counts_where_it_takes_more_than_a_step(config):
     assert estimate(train__micro_batch_size=4, **small) == estimate(
         train__micro_batch_size=4, validation__prompts=[], **small
     )
+
+
+# ---- training methods ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"adapter.kind": "lokr", "export.formats": ["diffusers"]}, "diffusers cannot read a LoKr"),
+        ({"adapter.targets": ["nothing"]}, "adapter.targets"),
+        ({"adapter.blocks": {"nowhere": {"rank": 4}}}, "adapter.blocks: 'nowhere' is found in the name of none"),
+        ({"optimizer.options": {"betta": 1}}, "betta"),
+        ({"train.gradient_checkpointing": 1000}, "train.gradient_checkpointing = 1000, but this U-Net has"),
+        ({"adapter.start_from": "/nowhere/x.safetensors"}, "no such file"),
+        (
+            {"train.micro_batch_size": "auto", "train.global_batch_size": 3, "train.num_workers": 2},
+            "train.global_batch_size = 3 cannot be shared evenly by 2 workers",
+        ),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(config, changes, expected):
+    with pytest.raises(ConfigError) as error:
+        explain(with_overrides(config, changes))
+    assert expected in str(error.value)
+
+
+def test_a_schedule_that_ends_in_pure_noise_does_not_go_with_epsilon(config, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "zero-snr")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True}))
+    with pytest.raises(ConfigError, match="ends in pure noise"):
+        explain(with_overrides(config, {"model.path": str(folder)}))
+
+
+def test_a_batch_size_that_is_found_later_is_said_to_be(config):
+    auto = {"train.micro_batch_size": "auto", "train.global_batch_size": 4, "train.accumulation": 1}
+    text = explain(with_overrides(config, auto)).text()
+    assert "batch       4 images a step = 1 x 4 accumulated x 1 workers" in text
+    assert 'note: train.micro_batch_size = "auto" is found out when the run starts; here it is taken as 1' in text
+
+
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("dora", "dora rank 2 on 176 layers"), ("lokr", "lokr rank 2 on 176 layers"), ("full", "the whole U-Net: 1 M"),
+])  # fmt: skip
+def test_what_is_trained_is_counted(config, kind, expected):
+    assert expected in explain(with_overrides(config, {"adapter.kind": kind})).text()
+
+
+def test_memory_falls_with_quantised_weights_and_with_each_checkpointed_block(config):
+    def estimate(**changes):
+        given = {
+            "dataset.resolution": 1024,
+            "train.micro_batch_size": 1,
+            "validation.prompts": [],
+            "model.dtype": "bf16",
+        }
+        changed = with_overrides(config, given | {name.replace("__", "."): value for name, value in changes.items()})
+        return estimate_memory_gib(changed, UNET, ADAPTER)
+
+    sizes = [estimate(model__quantize=kind) for kind in ("none", "int8", "int4")]
+    # docs/memory.md: 4.782, 2.419 and 1.381 GiB of weights
+    assert sizes[0] - sizes[1] == pytest.approx(4.782 - 2.419, abs=0.01)
+    assert sizes[1] - sizes[2] == pytest.approx(2.419 - 1.381, abs=0.01)
+    dial = [estimate(train__gradient_checkpointing=mode) for mode in ("none", 0, 5, 10, 35, 69, "transformer", "full")]
+    assert dial[0] == dial[1]
+    assert dial[1:] == sorted(dial[1:], reverse=True)
+    assert estimate(ema__decay=0.99) > estimate()
+    assert estimate(adapter__kind="full") < estimate()  # what is trained is counted as the adapter

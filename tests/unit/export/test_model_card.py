@@ -8,7 +8,6 @@ import yaml
 from sdxl_ray.export.metadata import TrainingFacts
 from sdxl_ray.export.model_card import SampleImage, write_model_card
 from sdxl_ray.export.spec import AdapterSpec
-from sdxl_ray.export.verify import VerifiedFile
 from sdxl_ray.export.which import DEFAULT_FORMATS, FORMATS
 from sdxl_ray.records import ExportedFile
 
@@ -64,7 +63,7 @@ def test_v_prediction_is_pointed_out(tmp_path):
 
 
 def files_of(formats):
-    return [VerifiedFile(Path(f"/export/tabby.{name}"), name, 1e-7) for name in formats]
+    return [ExportedFile(Path(f"/export/tabby.{name}"), name, 1e-7) for name in formats]
 
 
 @pytest.mark.parametrize(
@@ -98,8 +97,8 @@ def test_a_finetune_is_a_checkpoint_and_not_a_lora(tmp_path):
 
 
 def test_how_near_a_stand_in_comes_is_told(tmp_path):
-    near = VerifiedFile(Path("/export/a"), "kohya-svd", 1e-3, note="off by 1.0 %")
-    far = VerifiedFile(Path("/export/b"), "kohya-svd", 1e-1, note="off by 9.0 %", warning="off by 9.0 %. Raise it.")
+    near = ExportedFile(Path("/export/a"), "kohya-svd", 1e-3, note="off by 1.0 %")
+    far = ExportedFile(Path("/export/b"), "kohya-svd", 1e-1, note="off by 9.0 %", warning="off by 9.0 %. Raise it.")
     _, body = card(tmp_path, files=[near, far])
     assert "\noff by 1.0 %\n" in body and "\noff by 9.0 %. Raise it.\n" in body
 

@@ -51,6 +51,7 @@ def result(tmp_path_factory):
     return json.loads(path.read_text(encoding="utf-8")) | {"stdout": done.stdout}
 
 
+@pytest.mark.slow
 def test_each_point_of_the_grid_is_a_row(result):
     points = [(row["recipe"], row["checkpointing"], row["batch"]) for row in result["rows"]]
     expected = [(r, c, b) for r in ("sdxl-ray", "diffusers") for c in ("none", "full") for b in (1, 2)]
@@ -59,6 +60,7 @@ def test_each_point_of_the_grid_is_a_row(result):
     assert result["stdout"].count("\nsdxl-ray ") == 4
 
 
+@pytest.mark.slow
 def test_figures_agree_with_each_other(result):
     for row in result["rows"]:
         assert row["images_per_s"] == pytest.approx(row["batch"] / row["step_s_median"])
@@ -68,6 +70,7 @@ def test_figures_agree_with_each_other(result):
         assert row["peak_memory_gib"] > 0
 
 
+@pytest.mark.slow
 def test_checkpointing_repeats_work_that_the_mathematics_does_not_need(result):
     none, full = (next(r for r in result["rows"] if r["checkpointing"] == mode) for mode in ("none", "full"))
     assert none["executed_flops_per_image"] == none["forward_backward_flops_per_image"]
@@ -76,6 +79,7 @@ def test_checkpointing_repeats_work_that_the_mathematics_does_not_need(result):
     assert none["forward_backward_flops_per_image"] > 1.5 * none["forward_flops_per_image"]
 
 
+@pytest.mark.slow
 def test_recipes_and_checkpointing_train_the_same_network(result):
     """Equal weights, batches and start: the last loss differs by rounding only."""
     losses = [row["last_loss"] for row in result["rows"] if row["batch"] == 1]
@@ -105,6 +109,7 @@ def test_flops_of_sdxl_are_those_of_the_field_notes(monkeypatch):
     assert full.executed / 1e12 == pytest.approx(19.336, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_row(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     import bench_train

@@ -51,7 +51,9 @@ def gradient(unet, hw):
     return torch.cat([parameter.grad.flatten() for parameter in adapter_parameters(unet).values()])
 
 
-@pytest.mark.parametrize(("mode", "quantize"), [("none", ""), (5, "int8"), ("full", "")])
+@pytest.mark.parametrize(("mode", "quantize"), [
+    ("none", ""), pytest.param(5, "int8", marks=pytest.mark.slow), pytest.param("full", "", marks=pytest.mark.slow)
+])  # fmt: skip
 def test_three_graphs_for_six_buckets_and_the_gradients_of_eager(unet, mode, quantize):
     if quantize:
         quantize_frozen(unet, quantize)
@@ -70,6 +72,7 @@ def test_three_graphs_for_six_buckets_and_the_gradients_of_eager(unet, mode, qua
     assert list(unet.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_without_dynamic_shapes_every_bucket_is_compiled_anew(unet):
     attach_adapter(unet, rank=4, alpha=4.0)
     backend = Counting()

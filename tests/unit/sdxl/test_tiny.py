@@ -52,6 +52,7 @@ def test_a_half_copied_model_is_made_again(tmp_path):
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path):
     code = (
         "import sys, pathlib; from sdxl_ray.sdxl.tiny import builtin_model as b; b('tiny', pathlib.Path(sys.argv[1]))"

@@ -70,7 +70,13 @@ def resumed_and_whole(config, index_path, folder):
     return whole, resumed, before
 
 
-@pytest.mark.parametrize("name", KINDS)
+# What another kind in the default suite goes through as well.
+SLOW = ("dora", "olora", "lora with dropout from a normal start")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in KINDS]
+)
 def test_each_kind_learns_resumes_to_the_bit_and_is_exported(config, index_path, tmp_path, name):
     config = with_overrides(config, KINDS[name])
     whole, resumed, before = resumed_and_whole(config, index_path, tmp_path / "checkpoints")

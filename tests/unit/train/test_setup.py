@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.errors import ConfigError
-from sdxl_ray.train.data import load_data, run_identity
-from sdxl_ray.train.setup import Prefetching, build_training
+from sdxl_ray.train.data import build_plan, data_order, load_data, run_identity
+from sdxl_ray.train.setup import Prefetching, build_training, learning_rates
 from sdxl_ray.train.state import Workers
 from tests.tiny import assert_equal, cache_without_ray, make_training, snapshot, train
 
@@ -98,8 +98,11 @@ def test_the_learning_rate_is_the_same_curve_for_any_number_of_workers(config, i
     def curve(**dealt):
         changes = {f"train.{key}": value for key, value in dealt.items()}
         settings = {"lr_schedule.name": name, "lr_schedule.warmup": "3 steps", "train.duration": "10 steps"}
-        training = make_training(with_overrides(config, {**settings, **changes}), index_path)
-        return [training.state.learning_rate(step) for step in range(1, 11)]
+        changed = with_overrides(config, {**settings, **changes})
+        order = data_order(changed, load_data(changed, index_path))
+        plan = build_plan(changed, order, step=0, position=0, can_evaluate=True)
+        rate = learning_rates(changed, plan.max_steps, order.micro_batches_per_epoch / plan.micro_batches_per_step)
+        return [rate(step) for step in range(1, 11)]
 
     alone = curve()
     assert curve(num_workers=2) == alone == curve(accumulation=3) == curve(num_workers=2, accumulation=2)
