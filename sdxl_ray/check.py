@@ -47,6 +47,7 @@ QUANTIZED_BYTES = {"int8": 1.012, "fp8": 1.012, "int4": 0.578}
 _NUM_WIDE_BLOCKS = 10  # transformer blocks at a quarter of the latents' size; the other 60 see an eighth
 _FREED_GIB = (0.108, 0.055)  # by each of either kind that is recomputed
 _TRUE_UNET_PARAMETERS = 2_500_000_000  # at least: anything smaller is not the architecture of the table above
+_TEXT_ENCODER_PARAMETERS, _TEXT_ENCODER_2_PARAMETERS = 123_060_480, 694_659_840
 _WHOLE_MODEL_PARAMETERS = 3_468_840_000  # U-Net, both text encoders and VAE of SDXL
 _MUCH_EVALUATION = 0.1  # of the forward passes
 _CONTEXT_GIB = 1.0  # CUDA context, cuDNN and cuBLAS workspaces
@@ -129,7 +130,7 @@ def _plan(config: Config, model: str, progress: Callable[[str, int, int], None])
         config.model,
         config.cache,
         model_path=model,
-        prompts=(*config.validation.prompts, config.validation.negative_prompt),
+        prompts=config.prompts,
         scan=lambda *args, **kwargs: scan_each(
             *args, **kwargs, progress=lambda done, total: progress("scan", done, total)
         ),
@@ -228,7 +229,9 @@ def _explain_model(config: Config, model: str, found: Explanation) -> None:
         )
     for part in ("text_encoder", "text_encoder_2"):
         if getattr(config, part).rank:
-            found.lines.append(f"            and lora rank {getattr(config, part).rank} on {part}")
+            added = _text_adapter_parameters(config, model, part)
+            found.num_adapter_parameters += added
+            found.lines.append(f"            and lora rank {getattr(config, part).rank} on {part}: {added / 1e6:.2f} M")
     check_num_blocks(shapes, config.train.gradient_checkpointing)
     if needs_rehearsal(config):
         rehearse(config, model)
@@ -262,7 +265,22 @@ def estimate_memory_gib(config: Config, num_parameters: int, num_adapter_paramet
     drawing = _VAE_GIB + _TILE_GIB if config.validation.prompts else 0.0
     is_full = config.adapter.kind == "full"
     frozen_bytes = 0 if is_full else QUANTIZED_BYTES.get(config.model.quantize, weight_bytes)
-    return num_parameters * frozen_bytes / GIB + max(step, drawing) + trained + _CONTEXT_GIB
+    frozen = num_parameters * frozen_bytes
+    if config.text_encoder.rank or config.text_encoder_2.rank:  # then both are there, whichever learns
+        frozen += _TEXT_ENCODER_PARAMETERS * QUANTIZED_BYTES.get(config.model.quantize_text_encoder, weight_bytes)
+        frozen += _TEXT_ENCODER_2_PARAMETERS * QUANTIZED_BYTES.get(config.model.quantize_text_encoder_2, weight_bytes)
+    return frozen / GIB + max(step, drawing) + trained + _CONTEXT_GIB
+
+
+def _text_adapter_parameters(config: Config, model: str, part: str) -> int:
+    """Of the LoRA of a text encoder, from its config: four square matrices and, with all-linear, the MLP's two."""
+    section = getattr(config, part)
+    shape = read_part_config(model, part, revision=config.model.revision or None)
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    # the last layer of encoder 1 is never read, so it has no adapter
+    num_layers = shape["num_hidden_layers"] - (part == "text_encoder")
+    per_layer = 4 * 2 * width + (2 * (width + inner) if section.targets == "all-linear" else 0)
+    return int(section.rank * per_layer * num_layers)
 
 
 def _activations_gib(config: Config) -> float:

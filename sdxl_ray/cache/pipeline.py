@@ -78,7 +78,7 @@ def build_cache(
         config.model,
         config.cache,
         model_path=resolve_model(config.model.path),
-        prompts=(*config.validation.prompts, config.validation.negative_prompt),
+        prompts=config.prompts,
         scan=lambda *args, **kwargs: scan_on_ray(connect, progress, *args, **kwargs),
     )
     clock.stage("scan")

@@ -257,14 +257,14 @@ def plan_cache(
     cache: CacheSection,
     *,
     model_path: str,
-    prompts: Iterable[str] = (),
+    prompts: Iterable[str] | None = (),
     scan: Scan = scan_each,
 ) -> CachePlan:
     """Find out what has to be encoded. Reads new files only.
 
     Args:
         model_path: a local folder or a Hub id (`resolve_model` of model.path).
-        prompts: texts to encode besides the captions: validation prompts.
+        prompts: texts to encode besides the captions and "": validation prompts. None: no text is encoded beforehand.
         scan: how new files are scanned; the pipeline passes one that shows progress, and uses Ray for many.
 
     Raises:
@@ -287,7 +287,10 @@ def plan_cache(
         folder=open_folder(f"{cache.path}/datasets/{_collection_name(datasets, cache, vae, text)}"),
         store=ShardStore(cache.path),
         collection=collection,
-        prompts={prompt: text_key(prompt, text, cache.caption_chunks) for prompt in ("", *prompts)},
+        prompts={
+            prompt: text_key(prompt, text, cache.caption_chunks)
+            for prompt in (() if prompts is None else ("", *prompts))
+        },
         vae_fingerprint=vae,
         text_fingerprint=text,
         num_chunks=cache.caption_chunks,

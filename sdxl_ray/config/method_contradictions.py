@@ -18,6 +18,8 @@ OPTIMIZERS = (
 
 _PRODIGY_RATE = 0.1  # below this somebody has left the rate of another optimizer there
 
+_ANOTHER = "another optimizer.name; what else its class takes goes to optimizer.options"
+
 # (setting, whether it plays a part, what would make it so)
 _ONLY_WITH: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("adapter.factor", lambda c: c.adapter.kind == "lokr", 'adapter.kind = "lokr"'),
@@ -51,7 +53,14 @@ _ONLY_WITH: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("ema.warmup", lambda c: c.ema.decay > 0, "ema.decay = 0.999, say"),
     ("ema.evaluate", lambda c: c.ema.decay > 0, "ema.decay = 0.999, say"),
     ("ema.export", lambda c: c.ema.decay > 0, "ema.decay = 0.999, say"),
-    ("export.svd_rank", lambda c: "kohya-svd" in c.export.formats, 'export.formats = ["kohya-svd"]'),
+    (
+        "export.svd_rank",
+        lambda c: "kohya-svd" in c.export.formats or not (c.export.formats or c.adapter.kind in ("lora", "full")),
+        'export.formats = ["kohya-svd"]',
+    ),
+    ("optimizer.beta1", lambda c: c.optimizer.name not in ("adafactor", "muon"), _ANOTHER),
+    ("optimizer.beta2", lambda c: c.optimizer.name not in ("adafactor", "muon"), _ANOTHER),
+    ("optimizer.epsilon", lambda c: c.optimizer.name not in ("adafactor", "lion"), _ANOTHER),
     ("train.global_batch_size", lambda c: c.train.micro_batch_size == 0, 'train.micro_batch_size = "auto"'),
 )
 
@@ -99,7 +108,7 @@ def _in_full(config: Config) -> Iterator[tuple[str, str]]:
     """There is no adapter."""
     if config.adapter.kind != "full":
         return
-    for name in ("dropout", "start_from", "rank_stabilized"):
+    for name in ("rank", "alpha", "dropout", "targets", "start_from", "rank_stabilized", "init"):
         if _is_set(config, f"adapter.{name}"):
             yield f"adapter.{name}", f'is about an adapter, and adapter.kind = "full" has none. Remove adapter.{name}.'
     if any(rule.rank is not None or rule.alpha is not None for rule in config.adapter.blocks.values()):
@@ -242,6 +251,14 @@ def _in_batch_size(config: Config) -> Iterator[tuple[str, str]]:
         )
     if train.accumulation != 1:
         yield "train.accumulation", 'is set, but follows from train.micro_batch_size = "auto". Remove it.'
+    is_trained = config.text_encoder.rank > 0 or config.text_encoder_2.rank > 0
+    for key, beside in (
+        ('cache.mode = "off"', config.cache.mode == "off"),
+        ('cache.text = "online"', config.cache.text == "online" and not is_trained),
+    ):
+        if beside:
+            text = f'"auto" tries out what training needs, and with {key} encoders work on the same GPU. Give a number.'
+            yield "train.micro_batch_size", text
     if config.cluster.accelerator == "cpu":
         yield (
             "train.micro_batch_size",

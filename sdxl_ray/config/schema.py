@@ -262,6 +262,13 @@ class Config(Section):
         return tuple(dataset for dataset in self.dataset if not dataset.disabled)
 
     @property
+    def prompts(self) -> tuple[str, ...] | None:
+        """The texts of validation images; None where they are encoded anew each time, since the encoders learn."""
+        if self.text_encoder.rank or self.text_encoder_2.rank:
+            return None
+        return (*self.validation.prompts, self.validation.negative_prompt)
+
+    @property
     def largest_edge(self) -> int:
         """Of all datasets that take part, in pixels: what memory is estimated with."""
         return max((round(edge) for dataset in self.datasets for edge in dataset.edges), default=0)

@@ -76,8 +76,8 @@ def _with_parent_targets(
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
     """`target` in float32, with the parent's prediction in the rows that are to have it."""
-    # The host waits here for the number of rows, unless from_parent lies on the CPU.
-    rows = from_parent.nonzero().squeeze(1).to(target.device)
+    # from_parent lies on the CPU: the number of rows is known at once, and nobody waits for the device.
+    rows = from_parent.nonzero().squeeze(1).to(target.device, non_blocking=True)
     if len(rows) == 0:
         return target
     with torch.no_grad():

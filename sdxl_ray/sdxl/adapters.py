@@ -32,7 +32,7 @@ from sdxl_ray.sdxl.adapter_layers import (
 from sdxl_ray.sdxl.adapter_start import FROM_BASE, check_ranks, check_start, factors_of_base, initial_value, row_norms
 from sdxl_ray.sdxl.full import trains_everything
 from sdxl_ray.sdxl.targets import TARGETS, BlockRule, match_targets, module_widths, unread_prefix
-from sdxl_ray.sdxl.trained import TrainedKind, TrainedModule
+from sdxl_ray.sdxl.trained import TrainedKind, TrainedModule, balanced
 
 __all__ = [
     "ADAPTER_KINDS",
@@ -193,7 +193,8 @@ def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 def trained_modules(module: nn.Module) -> dict[str, TrainedModule]:
     """What training made of each adapted layer, by the layer's name: copies, for the export. Empty without an adapter.
 
-    PiSSA's and OLoRA's come as a LoRA of twice the rank, W + s (B A - B0 A0), so that they fit the untouched base.
+    PiSSA's and OLoRA's come as a LoRA of twice the rank, W + s (B A - B0 A0), so that they fit the untouched base. Its
+    factors are other ones of the same product: [B, -B0] and [A; A0] nearly cancel, which 16 bits would not survive.
     """
     return {path: _trained(layer) for path, layer in sorted(adapted_layers(module).items())}
 
@@ -208,8 +209,9 @@ def _trained(layer: Any) -> TrainedModule:
     elif "lora_A.weight" not in tensors:
         kind = "lokr"
     if start := _copies(parameters_of(layer, START)):
-        tensors = {leaf: torch.cat([tensors[leaf], start[leaf]], dim=int("lora_B" in leaf)) for leaf in tensors}
-        rank *= 2
+        both = {leaf: torch.cat([tensors[leaf], start[leaf]], dim=int("lora_B" in leaf)) for leaf in tensors}
+        tensors = balanced(both)
+        rank = len(tensors["lora_A.weight"])
     return TrainedModule(kind, tensors, float(layer.scaling[TRAINED]), rank)
 
 

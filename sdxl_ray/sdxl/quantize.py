@@ -71,6 +71,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out), with a gradient for the input only."""
+        if not hasattr(self.weight, "qtype"):  # peft makes an adapter's factors of the base layer's own class
+            return super().forward(input)
         return _FrozenLinear.apply(input, self.weight, self.bias)
 
 
@@ -79,6 +81,8 @@ class QuantizedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, in, h, w) -> (B, out, h', w'), with a gradient for the input only."""
+        if not hasattr(self.weight, "qtype"):  # as in QuantizedLinear
+            return super().forward(input)
         return _FrozenConv2d.apply(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 

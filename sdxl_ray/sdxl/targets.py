@@ -35,7 +35,9 @@ class BlockRule(NamedTuple):
 
     pattern: str
     rank: int | None = None  # None: the general one; 0: these modules are not adapted
-    alpha: float | None = None  # None, 0: this block's rank where the general alpha is the general rank, else the same
+    alpha: float | None = (
+        None  # None: this block's rank if the general alpha is the general rank, else that; 0: this block's rank
+    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def module_widths(
 
 def _width(block: BlockRule, rank: int, alpha: float) -> Width:
     own = rank if block.rank is None else block.rank
-    return Width(own, block.alpha or (float(own) if alpha == rank else alpha))
+    if block.alpha is not None:
+        return Width(own, block.alpha or float(own))
+    return Width(own, float(own) if alpha == rank else alpha)
 
 
 def _block_part(names: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ TrainedKind = Literal["lora", "dora", "loha", "lokr"]
 
 @dataclass(frozen=True)
 class TrainedModule:
-    """One layer's update. PiSSA and OLoRA come as "lora" of twice their rank: B A - B0 A0 = [B, -B0] [A; A0]."""
+    """One layer's update. PiSSA and OLoRA come as "lora" of twice their rank, the `balanced` B A - B0 A0."""
 
     kind: TrainedKind
     # float32, contiguous, on the CPU, under peft's leaf names without the adapter's:
@@ -35,6 +35,26 @@ class TrainedModule:
     tensors: Mapping[str, Tensor]
     scale: float  # alpha / rank, or alpha / sqrt(rank): multiplies the product
     rank: int
+
+
+def balanced(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Other factors of the same product B A, with the smallest entries that it can have: B = P sqrt(S), A = sqrt(S) Q^T
+    from its singular value decomposition P S Q^T. In float64, by way of QR, so that B A is never formed.
+
+    Args:
+        factors: lora_A.weight (r, in[, k, k]) and lora_B.weight (out, r[, 1, 1]); so are the results, float32, with a
+            smaller r where the layer has fewer rows or columns.
+    """
+    down, up = factors["lora_A.weight"], factors["lora_B.weight"]
+    q_up, r_up = torch.linalg.qr(up.double().flatten(1))
+    q_down, r_down = torch.linalg.qr(down.double().flatten(1).T)
+    left, sizes, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    root = sizes.sqrt()
+    new_up, new_down = q_up @ (left * root), (root[:, None] * right) @ q_down.T
+    return {
+        "lora_A.weight": new_down.float().reshape(-1, *down.shape[1:]).contiguous(),
+        "lora_B.weight": new_up.float().reshape(up.shape[0], -1, *up.shape[2:]).contiguous(),
+    }
 
 
 def effective_delta(module: TrainedModule, base_weight: Tensor) -> Tensor:

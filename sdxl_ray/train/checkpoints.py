@@ -120,11 +120,15 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], run: P
     Raises:
         ConfigError: with every setting that differs.
     """
-    changed = [key for key in current if saved.get(key) != current[key]]
+    changed = [key for key in {**current, **saved} if saved.get(key) != current.get(key)]
     if not changed:
         return
+
+    def said(identity: Mapping[str, Any], key: str) -> str:
+        return repr(identity[key]) if key in identity else "the default"
+
     lines = "\n".join(
-        f"  {key}: the checkpoint has {saved.get(key)!r}, the config says {current[key]!r}" for key in changed
+        f"  {key}: the checkpoint has {said(saved, key)}, the config says {said(current, key)}" for key in changed
     )
     raise ConfigError(
         f"{run} cannot be resumed with these settings:\n{lines}\nSet them back, or start another run with run.name=..."

@@ -224,12 +224,8 @@ def run_identity(config: Config, data: Data) -> dict[str, Any]:
     identity = {
         "model (U-Net)": unet,
         "model.dtype": config.model.dtype,
-        "model.quantize": config.model.quantize,
         **_adapter_identity(config),
         "loss.objective": config.loss.objective,
-        "loss.zero_terminal_snr": config.loss.zero_terminal_snr,
-        "optimizer.name": config.optimizer.name,
-        "optimizer.lora_plus_ratio": config.optimizer.lora_plus_ratio,
         "run.seed": config.run.seed,
         "train.micro_batch_size": config.train.micro_batch_size,
         "eval.holdout": config.eval.holdout,
@@ -240,6 +236,13 @@ def run_identity(config: Config, data: Data) -> dict[str, Any]:
         **{f'dataset "{name}"': _dataset_identity(data.sections[name]) for name in sorted(data.sections)},
         "the training images and captions (hash)": data.digest,
     }
+    # Those at their default are not written down, so that a setting that a later version adds does not stand in the way
+    # of --resume.
+    for key in _METHOD:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value != type(getattr(config, section)).model_fields[name].default:
+            identity[key] = value
     borders = [border for section in data.sections.values() for border in (section.start, section.end)]
     if any(border.value and border.unit == "steps" for border in borders):
         # Elsewhere the number of workers may change; here it would move the borders among the data.
@@ -256,23 +259,27 @@ def _adapter_identity(config: Config) -> dict[str, Any]:
         "adapter.rank": adapter.rank,
         "adapter.alpha": adapter.scaling_alpha,
         "adapter.targets": ", ".join(adapter.targets),
-        "adapter.rank_stabilized": adapter.rank_stabilized,
-        "adapter.init": adapter.init,
-        "adapter.factor": adapter.factor,
-        "adapter.blocks": "; ".join(
+    }
+    if adapter.blocks:
+        identity["adapter.blocks"] = "; ".join(
             f"{pattern}: rank {rule.rank}, alpha {rule.alpha}, learning rate x {rule.learning_rate_scale:g}"
             for pattern, rule in adapter.blocks.items()
-        ),
-    }
+        )
     for part in ("text_encoder", "text_encoder_2"):
         section = getattr(config, part)
-        described = f"rank {section.rank}, alpha {section.scaling_alpha:g}, {section.targets}" if section.rank else "no"
-        identity[f"{part} trained"] = described
+        if section.rank:
+            identity[part] = f"rank {section.rank}, alpha {section.scaling_alpha:g}, {section.targets}"
     return identity
 
 
-# Settings that decide what a sample brings into an epoch and are not in its sample_id. Those at their default are not
-# written down, so that a setting that a later version adds does not stand in the way of --resume.
+# Settings of training methods that decide which weights there are, how they began, or what the optimizer remembers.
+_METHOD = (
+    "model.quantize", "adapter.rank_stabilized", "adapter.init", "adapter.factor", "loss.zero_terminal_snr",
+    "optimizer.name", "optimizer.lora_plus_ratio",
+)  # fmt: skip
+
+
+# Settings that decide what a sample brings into an epoch and are not in its sample_id; likewise.
 _DRAWN_FROM = (
     "crop_epochs", "caption_prefix", "trigger_word", "caption_suffix", "tag_separator", "shuffle_tags", "keep_tags",
     "tag_dropout", "caption_variants", "prior_prediction",

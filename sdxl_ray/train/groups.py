@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sdxl_ray.errors import ConfigError
 from sdxl_ray.train.optimizers import ParameterGroup
 from sdxl_ray.train.text import PARTS
 
@@ -39,7 +40,18 @@ class LearningRates:
 
 
 def parameter_groups(masters: Mapping[str, nn.Parameter], rates: LearningRates) -> list[ParameterGroup]:
-    """Groups in the order in which their factors first come up; parameters in their own order."""
+    """Groups in the order in which their factors first come up; parameters in their own order.
+
+    Raises:
+        ConfigError: a pattern is found in no module's name.
+    """
+    modules = {_WEIGHT.sub("", name) for name in masters if name.partition(".")[0] not in PARTS}
+    for pattern, _ in rates.blocks:
+        if not any(re.search(pattern, module) for module in modules):
+            raise ConfigError(
+                f"adapter.blocks: {pattern!r} is found in the name of none of the {len(modules)} modules that are "
+                f"trained. Such a name is {min(modules)}."
+            )
     by_factor: dict[float, list[nn.Parameter]] = {}
     for name, master in masters.items():
         by_factor.setdefault(rates.factor(name), []).append(master)

@@ -62,6 +62,8 @@ def run(
     """
     clock = Clock(state.device)
     votes = StopVotes(state.device)
+    if state.step == 0:
+        state.agree_on_start()
     while state.step < plan.max_steps:
         state.step += 1
         metrics = train_step(state, plan, batches, objective, clock, form=form, stop=report.asked_to_stop())
@@ -213,9 +215,10 @@ def numbers(state: TrainState, plan: Plan, metrics: dict[str, torch.Tensor], clo
     """
     values = {name: float(value) for name, value in metrics.items() if name != "stop"}
     if state.loss_scale is not None:
-        values["train/loss_scale"] = state.loss_scale.value()
-        if not math.isfinite(values["train/grad_norm"]):  # the step was skipped, and the scale lowered for the next
-            values["train/grad_norm"] = 0.0
+        scale = state.loss_scale.value()  # raises where no scale helps
+        if not math.isfinite(values["train/loss"] + values["train/grad_norm"]):
+            values = {}  # the step was skipped, and the scale lowered for the next
+        values["train/loss_scale"] = scale
     if not all(math.isfinite(value) for value in values.values()):
         raise TrainingError(
             f"step {state.step}: loss {values['train/loss']:g}, gradient norm {values['train/grad_norm']:g}: "

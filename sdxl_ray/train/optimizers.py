@@ -124,7 +124,7 @@ def make_optimizer(
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # prodigy prints how it decays
             optimizer: torch.optim.Optimizer = optimizer_class(described, lr=learning_rate, **settings)
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(
             f'optimizer.name = "{name}" refuses its settings: {error}. See optimizer.options and the other settings of '
             "[optimizer]."

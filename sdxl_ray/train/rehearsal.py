@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sdxl_ray.errors import ConfigError
+
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config
 
@@ -13,7 +15,9 @@ def needs_rehearsal(config: Config) -> bool:
     return bool(
         config.adapter.start_from
         or config.adapter.init in ("pissa", "olora")
-        or config.optimizer.name == "muon"
+        or config.adapter.blocks
+        or config.optimizer.options
+        or config.optimizer.name in ("muon", "adamw_schedule_free")
         or "." in config.optimizer.name
     )
 
@@ -63,3 +67,25 @@ def rehearse(config: Config, model: str) -> None:
         if part in models:
             start_from(models[part], modules)
     make_optimizer_of(config, MasterWeights(parameters, dtype))
+    _take_a_step(config)
+
+
+def _take_a_step(config: Config) -> None:
+    """What an optimizer does not say when it is made."""
+    import torch
+
+    from sdxl_ray.train.masters import MasterWeights
+    from sdxl_ray.train.setup import make_optimizer_of
+
+    if config.adapter.blocks:
+        config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"blocks": {}})})
+    masters = MasterWeights({"x.lora_A.weight": torch.nn.Parameter(torch.ones(4, 4))}, torch.float32)
+    optimizer = make_optimizer_of(config, masters)
+    masters.gradient.fill_(1.0)
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f'optimizer.name = "{config.optimizer.name}" cannot take a step with these settings: {error}. '
+            "Change optimizer.options, or take another optimizer."
+        ) from error

@@ -191,16 +191,24 @@ def build_state(
 
 
 def make_optimizer_of(config: Config, masters: MasterWeights) -> torch.optim.Optimizer:
-    """The optimizer of the settings, with a group for each learning rate."""
+    """The optimizer of the settings, with a group for each learning rate; what learns at a rate of 0 is frozen.
+
+    Raises:
+        ConfigError: it cannot train these parameters, or a pattern of adapter.blocks is in no module's name.
+    """
     optimizer = config.optimizer
     rates = LearningRates(
-        blocks=[(pattern, rule.learning_rate_scale) for pattern, rule in config.adapter.blocks.items()],
+        # rank 0: these modules are not there
+        blocks=[(key, rule.learning_rate_scale) for key, rule in config.adapter.blocks.items() if rule.rank != 0],
         text={part: rate / optimizer.learning_rate for part in PARTS if (rate := getattr(config, part).learning_rate)},
         lora_plus_ratio=optimizer.lora_plus_ratio,
     )
+    groups = parameter_groups(masters.masters, rates)
+    # Else their gradients would count when the norm is clipped, and with fp16 nobody would take the scale off them.
+    masters.freeze(name for name in masters.masters if rates.factor(name) == 0)
     return make_optimizer(
         optimizer.name,
-        parameter_groups(masters.masters, rates),
+        groups,
         learning_rate=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
         betas=(optimizer.beta1, optimizer.beta2),

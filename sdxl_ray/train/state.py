@@ -66,6 +66,26 @@ class TrainState:
         finished = self.text.finished(self.step)
         self.masters.freeze(name for name in self.masters.masters if name.partition(".")[0] in finished)
 
+    def agree_on_start(self) -> None:
+        """Rank 0's beginning becomes everyone's. Collective: all ranks, before the first step.
+
+        What is drawn is the same everywhere, but PiSSA's and OLoRA's beginning is computed, and machines with other
+        processors or numbers of threads compute other last digits.
+        """
+        frozen = start_state_dict(self.unet)
+        if not frozen or self.workers.world_size == 1:
+            return
+        for tensors in (frozen, self.masters.masters):
+            for name, tensor in tensors.items():
+                shared = tensor.detach().to(self.device, copy=True)
+                if self.workers.world_rank:
+                    shared.zero_()
+                self.workers.sum(shared)
+                with torch.no_grad():
+                    tensors[name].copy_(shared)
+        load_start_state_dict(self.unet, frozen)
+        self.masters.publish()
+
     @contextlib.contextmanager
     def evaluated_weights(self, *, average: bool | None = None) -> Iterator[None]:
         """Inside, the model has the weights that are evaluated, drawn with and exported; afterwards those of training.

@@ -37,16 +37,20 @@ def with_batch_size(config: Config, micro_batch_size: int) -> Config:
 
 
 def from_earlier_run(config: Config, run_folder: Path) -> Config:
-    """The config with the numbers that the run began with: a resumed run has to have the same."""
-    before = load_config(run_folder / CONFIG_FILE).train
-    return with_overrides(
-        config,
-        {
-            "train.micro_batch_size": before.micro_batch_size,
-            "train.accumulation": before.accumulation,
-            "train.global_batch_size": 0,
-        },
-    )
+    """The config with the micro-batch that the run began with, which a resumed run has to have too.
+
+    Raises:
+        ConfigError: the workers, of which there may be others now, cannot share the global batch in such pieces.
+    """
+    before, train = load_config(run_folder / CONFIG_FILE).train.micro_batch_size, config.train
+    changed = with_batch_size(config, before)
+    if changed.train.micro_batch_size != before:
+        raise ConfigError(
+            f"train.global_batch_size = {train.global_batch_size} cannot be shared by train.num_workers = "
+            f"{train.num_workers} in micro-batches of {before}, with which {run_folder} began. Set "
+            f"train.global_batch_size to a multiple of {before * train.num_workers}, or the number of workers back."
+        )
+    return changed
 
 
 def find_micro_batch_size(config: Config) -> int:

@@ -45,6 +45,15 @@ def problems(raw):
             'adapter.start_from: and adapter.init = "olora" are two beginnings. Remove one.',
         ),
         (
+            {"adapter": {"kind": "full", "rank": 64}},
+            'adapter.rank: is about an adapter, and adapter.kind = "full" has none. Remove adapter.rank.',
+        ),
+        (
+            {"train": {"micro_batch_size": "auto", "global_batch_size": 8}, "cache": {"mode": "off"}},
+            'train.micro_batch_size: "auto" tries out what training needs, and with cache.mode = "off" encoders work '
+            "on the same GPU. Give a number.",
+        ),
+        (
             {"adapter": {"kind": "full", "dropout": 0.1}},
             'adapter.dropout: is about an adapter, and adapter.kind = "full" has none. Remove adapter.dropout.',
         ),
@@ -171,6 +180,14 @@ def test_a_setting_that_would_play_no_part_is_an_error(key, value):
     assert text.startswith(f"given: {key}: is set, but plays no part. Remove it, or set ")
 
 
+@pytest.mark.parametrize(("name", "key", "value"), [
+    ("adafactor", "beta1", 0.5), ("muon", "beta2", 0.9), ("adafactor", "epsilon", 1e-4), ("lion", "epsilon", 1e-4),
+])  # fmt: skip
+def test_so_is_what_an_optimizer_has_no_use_for(name, key, value):
+    text = problems({"dataset": {"path": "images"}, "optimizer": {"name": name, key: value}})
+    assert text.startswith(f"given: optimizer.{key}: is set, but plays no part.")
+
+
 def test_every_such_setting_exists_and_plays_its_part_somewhere():
     for key, _, cure in _ONLY_WITH:
         section, name = key.split(".")
@@ -189,6 +206,7 @@ def test_every_such_setting_exists_and_plays_its_part_somewhere():
     {"train": {"micro_batch_size": "auto", "global_batch_size": 16}},
     {"train": {"gradient_checkpointing": 35}},
     {"dataset": REGULARIZATION},
+    {"adapter": {"kind": "dora"}, "export": {"svd_rank": 64}},
 ])  # fmt: skip
 def test_what_goes_together_survives_being_written_down(rates, tmp_path):
     from sdxl_ray.config.load import dump_config, load_config

@@ -283,6 +283,19 @@ def test_text_encoders_say_nearly_the_same(encoders, tiny_model, kind):
     assert torch.equal(rounded.hidden_states[0], exact.hidden_states[0])  # embeddings
 
 
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_a_quantised_layers_class_computes_with_plain_weights_too(kind):
+    """peft makes the factors of an adapter, when a file is read back, of the base layer's class."""
+    layers = nn.Sequential(nn.Conv2d(64, 8, 3), nn.Linear(64, 8)).requires_grad_(False).bfloat16()
+    quantize_frozen(layers, kind)
+    for layer, plain, shape in ((layers[0], nn.Conv2d(4, 8, 3), (1, 4, 6, 6)), (layers[1], nn.Linear(4, 8), (1, 4))):
+        arguments = (4, 8, 3) if isinstance(plain, nn.Conv2d) else (4, 8)
+        made = type(layer)(*arguments).bfloat16()
+        made.load_state_dict(plain.bfloat16().state_dict())
+        inputs = torch.randn(shape, dtype=torch.bfloat16)
+        assert torch.equal(made(inputs), plain(inputs))
+
+
 def test_four_bits_leave_rows_alone_that_do_not_fall_into_groups():
     model = nn.Sequential(nn.Linear(64, 4), nn.Linear(96, 4), nn.Linear(40, 4), nn.Conv2d(16, 4, 3)).requires_grad_(
         False

@@ -97,7 +97,7 @@ def test_blocks_have_their_own_rank_and_alpha():
 
 @pytest.mark.parametrize(
     ("alpha", "block_alpha", "expected"),
-    [(4.0, None, 8.0), (4.0, 0, 8.0), (4.0, 2.0, 2.0), (1.0, None, 1.0), (1.0, 0, 1.0), (1.0, 2.0, 2.0)],
+    [(4.0, None, 8.0), (4.0, 0, 8.0), (4.0, 2.0, 2.0), (1.0, None, 1.0), (1.0, 0, 8.0), (1.0, 2.0, 2.0)],
 )
 def test_the_alpha_of_a_block(alpha, block_alpha, expected):
     widths = module_widths(NAMES, rank=4, alpha=alpha, blocks=[BlockRule("mid", 8, block_alpha)])

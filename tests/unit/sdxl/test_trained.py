@@ -11,9 +11,10 @@ from sdxl_ray.sdxl.adapters import (
     attach_adapter,
     base_weight,
     detach_adapter,
+    start_state_dict,
     trained_modules,
 )
-from sdxl_ray.sdxl.trained import TrainedModule, effective_delta
+from sdxl_ray.sdxl.trained import TrainedModule, balanced, effective_delta
 
 
 def layer(shape: str) -> tuple[nn.Module, torch.Tensor]:
@@ -106,14 +107,17 @@ def test_the_factors_of_each_kind(arguments, shape, shapes):
 def test_pissa_is_told_as_the_difference_of_both_products():
     bare = layer("linear")[0]
     model, _ = adapted("linear", init="pissa")
-    own = {name.removeprefix("0."): p.detach() for name, p in adapter_parameters(model).items()}
+    own = {name.removeprefix("0."): parameter.detach() for name, parameter in adapter_parameters(model).items()}
+    frozen = {name.removeprefix("0."): value for name, value in start_state_dict(model).items()}
+    own["lora_B.weight"] += 1.0  # in place: it has learnt something
     (told,) = trained_modules(model).values()
-    assert torch.equal(told.tensors["lora_A.weight"][:3], own["lora_A.weight"])
-    assert torch.equal(told.tensors["lora_B.weight"][:, :3], own["lora_B.weight"])
+    assert told.rank == len(told.tensors["lora_A.weight"]) == 6
+    taken_off = frozen["lora_B.weight"] @ frozen["lora_A.weight"]
+    difference = own["lora_B.weight"] @ own["lora_A.weight"] + taken_off
+    torch.testing.assert_close(effective_delta(told, bare.weight), told.scale * difference, rtol=1e-4, atol=1e-5)
     u, s, v = np.linalg.svd(bare.weight.detach().double().numpy())
     principal = torch.tensor((u[:, :3] * s[:3]) @ v[:3], dtype=torch.float32)
-    frozen = told.tensors["lora_B.weight"][:, 3:] @ told.tensors["lora_A.weight"][3:]
-    torch.testing.assert_close(-told.scale * frozen, principal, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(-told.scale * taken_off, principal, rtol=1e-4, atol=1e-5)
 
 
 # ---- formulas, with small whole numbers ------------------------------------------------------------------------------
@@ -218,3 +222,27 @@ def test_a_base_in_bf16_is_computed_with_in_fp32():
     delta = effective_delta(TrainedModule("dora", tensors, 1.0, 1), number([3, 4], [0, 1]).bfloat16())
     assert delta.dtype == torch.float32
     torch.testing.assert_close(delta, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("shapes", [((4, 32), (24, 4)), ((6, 3, 3, 3), (8, 6, 1, 1)), ((20, 8), (6, 20))])
+def test_balanced_factors_have_the_same_product_and_survive_sixteen_bits(shapes):
+    """[B, -B0] and [A; A0] of a PiSSA that has hardly moved cancel: rounded to bf16, little of the change is left."""
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=generator) for shape in shapes)
+    moved_down, moved_up = (each * (1 + 0.01 * torch.randn(each.shape, generator=generator)) for each in (down, up))
+    both = {"lora_A.weight": torch.cat([moved_down, down]), "lora_B.weight": torch.cat([moved_up, -up], dim=1)}
+
+    def product(factors, dtype=torch.float64):
+        rounded = {name: tensor.to(dtype).double().flatten(1) for name, tensor in factors.items()}
+        return rounded["lora_B.weight"] @ rounded["lora_A.weight"]
+
+    expected, found = product(both), balanced(both)
+    rank = min(2 * len(down), up.shape[0], down[0].numel())
+    assert found["lora_A.weight"].shape == (rank, *down.shape[1:])
+    assert found["lora_B.weight"].shape == (up.shape[0], rank, *up.shape[2:])
+
+    def error(factors, dtype=torch.float64):
+        return float((product(factors, dtype) - expected).norm() / expected.norm())
+
+    assert error(found) < 1e-6
+    assert error(found, torch.bfloat16) < 0.01 < 0.1 < error(both, torch.bfloat16)

@@ -169,7 +169,7 @@ def test_a_run_with_equal_settings_can_be_resumed(config, index_path):
 
 
 def test_every_setting_that_differs_is_listed():
-    saved = {"adapter.rank": 16, "run.seed": 7, "model.dtype": "bf16"}
+    saved = {"adapter.rank": 16, "run.seed": 7, "model.dtype": "bf16", "optimizer.name": "lion"}
     current = {"adapter.rank": 8, "run.seed": 7, "model.dtype": "fp32", 'dataset "cats"': "repeats 2"}
     with pytest.raises(ConfigError) as error:
         check_resumable(saved, current, Path("runs/cat"))
@@ -177,7 +177,8 @@ def test_every_setting_that_differs_is_listed():
         "runs/cat cannot be resumed with these settings:\n"
         "  adapter.rank: the checkpoint has 16, the config says 8\n"
         "  model.dtype: the checkpoint has 'bf16', the config says 'fp32'\n"
-        "  dataset \"cats\": the checkpoint has None, the config says 'repeats 2'\n"
+        "  dataset \"cats\": the checkpoint has the default, the config says 'repeats 2'\n"
+        "  optimizer.name: the checkpoint has 'lion', the config says the default\n"
         "Set them back, or start another run with run.name=..."
     )
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from sdxl_ray.errors import ConfigError
 from sdxl_ray.train.groups import LearningRates, parameter_groups
 
 UNET = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -33,6 +34,12 @@ def test_factors_are_multiplied(name, expected):
 def test_a_pattern_sees_the_modules_name_and_not_the_weights():
     assert LearningRates(blocks=[("to_q$", 0.5)]).factor(f"{UNET}.lora_A.weight") == 0.5
     assert LearningRates(blocks=[("lora_B", 0.5)]).factor(f"{UNET}.lora_B.weight") == 1.0
+
+
+def test_a_pattern_that_no_module_has_is_refused():
+    masters = {f"{UNET}.lora_A.weight": nn.Parameter(torch.zeros(1))}
+    with pytest.raises(ConfigError, match=r"'mid_blocks' is found in the name of none of the 1 modules"):
+        parameter_groups(masters, LearningRates(blocks=[("mid_blocks", 0.5)]))
 
 
 def test_nothing_set_is_one_group_in_the_masters_order():

@@ -10,6 +10,7 @@ from sdxl_ray.config.load import with_overrides
 from sdxl_ray.diffusion.loss import diffusion_loss
 from sdxl_ray.errors import TrainingError
 from sdxl_ray.run_folder import checkpoint_name, list_checkpoints
+from sdxl_ray.sdxl.adapters import start_state_dict
 from sdxl_ray.tracking.metrics import METRICS
 from sdxl_ray.train.loop import Clock, run, train_step
 from sdxl_ray.train.plan import Share
@@ -256,6 +257,24 @@ def test_two_workers_are_one_worker_with_accumulation(config, index_path, tmp_pa
     up = run_workers(_run, 2, two, index_path, tmp_path / "one" / "step_000001")
     assert list(up[0]["losses"]) == [2, 3]
     assert_close(up[0]["snapshot"], expected["snapshot"], rtol=1e-5, atol=1e-7)
+
+
+def _start_otherwise(workers, config, index_path):
+    """As `_run`, but rank 1 computed another beginning."""
+    training = make_training(config, index_path, workers=workers)
+    if workers.world_rank:
+        with torch.no_grad():
+            for master in training.state.masters.masters.values():
+                master += 1e-3
+    train(training)
+    return snapshot(training.state), start_state_dict(training.state.unet)
+
+
+def test_ranks_that_compute_another_start_take_the_first_ones(config, index_path):
+    config = with_settings(config, train__num_workers=2, train__duration="2 steps", adapter__init="pissa")
+    (first, start), (second, other) = run_workers(_start_otherwise, 2, config, index_path)
+    assert_equal(second, first)
+    assert start and all(torch.equal(start[name], other[name]) for name in start)
 
 
 def test_a_stop_asked_of_one_rank_stops_both_at_the_same_step(config, index_path, tmp_path):

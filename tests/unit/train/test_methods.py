@@ -33,7 +33,7 @@ KINDS = {
     "dora of all linear layers and convolutions": {"adapter.kind": "dora", "adapter.targets": "all-linear+conv"},
     "loha": {"adapter.kind": "loha", "adapter.targets": "all-linear+conv"},
     "lokr": {"adapter.kind": "lokr", "adapter.targets": "all-linear+conv", "adapter.factor": 4},
-    "full": {"adapter.kind": "full", "optimizer.learning_rate": 1e-4},
+    "full": {"adapter.kind": "full", "adapter.rank": 16, "adapter.alpha": 0.0, "optimizer.learning_rate": 1e-4},
     "text encoders": {
         "cache.text": "online",
         "text_encoder.rank": 2,
@@ -120,6 +120,40 @@ def test_fp16_trains_with_a_loss_scale_that_a_resumed_run_takes_over(config, ind
     whole, resumed, _ = resumed_and_whole(config, index_path, tmp_path)
     assert_equal(snapshot(resumed.state), snapshot(whole.state))
     assert resumed.state.loss_scale.state_dict() == whole.state.loss_scale.state_dict()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_blocks_that_do_not_learn_count_nothing_in_the_gradient(config, index_path, dtype):
+    """With fp16 their gradients would keep the scale of the loss, and clipping would take everyone's step away."""
+    config = with_overrides(config, {"model.dtype": dtype, "train.duration": "1 steps", "train.log_every": 1})
+    still = {"adapter.blocks": {"down_blocks|mid_block": {"learning_rate_scale": 0.0}}}
+    norms, changed = [], []
+    for changes in ({}, still):
+        training = make_training(with_overrides(config, changes), index_path)
+        before = training.state.masters.state_dict()
+        norms.append(train(training).logged[0][1]["train/grad_norm"])
+        after = training.state.masters.state_dict()
+        changed.append({name for name in after if not torch.equal(after[name], before[name])})
+    assert 0 < norms[1] < norms[0]
+    assert changed[1] == {name for name in changed[0] if name.startswith("up_blocks")} != set()
+
+
+def test_a_step_that_overflows_in_fp16_is_skipped_and_the_run_goes_on(config, index_path, monkeypatch):
+    config = with_overrides(config, {"model.dtype": "fp16", "train.duration": "3 steps", "train.log_every": 1})
+    training = make_training(config, index_path)
+    seen, denoise = [], training.state.denoise
+
+    def overflowing(*inputs):
+        seen.append(training.state.step)
+        return denoise(*inputs) * (float("inf") if training.state.step == 2 else 1.0)
+
+    training.state.denoise = overflowing
+    before = training.state.loss_scale.value()
+    report = train(training)
+    losses = {step: values.get("train/loss") for step, values in report.logged}
+    assert losses[2] is None and all(np.isfinite(losses[step]) for step in (1, 3))
+    assert training.state.loss_scale.value() == before / 2
+    assert seen[-1] == 3 or training.state.step == 3
 
 
 # ---- text encoders ---------------------------------------------------------------------------------------------------
@@ -277,7 +311,10 @@ def test_a_run_can_go_on_from_an_exported_file(config, index_path, tmp_path, fil
     ("changes", "expected"),
     [
         ({"adapter.kind": "loha", "export.formats": ["diffusers"]}, "diffusers cannot read a LoHa"),
-        ({"adapter.kind": "full", "export.formats": ["kohya"]}, "trains the U-Net itself"),
+        (
+            {"adapter.kind": "full", "adapter.rank": 16, "adapter.alpha": 0.0, "export.formats": ["kohya"]},
+            "trains the U-Net itself",
+        ),
         (
             {"adapter.start_from": "/nowhere/x.safetensors"},
             'adapter.start_from = "/nowhere/x.safetensors": no such file',

@@ -27,7 +27,7 @@ def lora_of_rank_4(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize("changes", [
     {}, {"adapter.init": "pissa"}, {"optimizer.name": "muon"}, {"optimizer.name": "torch.optim.RAdam"},
-    {"adapter.kind": "full", "optimizer.name": "torch.optim.RAdam"},
+    {"adapter.kind": "full", "adapter.rank": 16, "adapter.alpha": 0.0, "optimizer.name": "torch.optim.RAdam"},
     {"cache.text": "online", "text_encoder.rank": 2, "text_encoder_2.rank": 2, "optimizer.name": "muon"},
 ])  # fmt: skip
 def test_what_can_be_trained_passes(config, tiny_model, changes):
@@ -54,7 +54,21 @@ def test_a_lora_to_go_on_from_has_to_fit(config, tiny_model, lora_of_rank_4, tmp
         ({"adapter.init": "pissa", "adapter.rank": 1000}, "adapter.rank"),
         ({"optimizer.name": "muon", "adapter.targets": [r".*conv1"]}, "optimizer.name"),
         ({"optimizer.name": "muon", "adapter.targets": ["nothing"]}, "adapter.targets"),
-        ({"optimizer.name": "muon", "adapter.blocks": {"nowhere": {"rank": 4}}}, "adapter.blocks"),
+        ({"adapter.blocks": {"nowhere": {"rank": 4}}}, "adapter.blocks"),
+        (
+            {
+                "adapter.kind": "full",
+                "adapter.rank": 16,
+                "adapter.alpha": 0.0,
+                "adapter.blocks": {"nowhere": {"learning_rate_scale": 0.1}},
+            },
+            "adapter.blocks",
+        ),
+        ({"adapter.blocks": {"": {"learning_rate_scale": 0.0}}}, "nothing learns"),
+        ({"optimizer.name": "adamw_schedule_free", "optimizer.beta1": 0.0}, "adamw_schedule_free"),
+        ({"optimizer.options": {"betas": [1.5, 0.9]}}, "adamw"),
+        ({"optimizer.options": {"fused": True, "foreach": True}}, "adamw"),
+        ({"optimizer.name": "torch.optim.SparseAdam"}, "cannot take a step with these settings"),
     ],
 )
 def test_what_the_shapes_make_impossible(config, tiny_model, changes, expected):

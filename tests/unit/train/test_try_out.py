@@ -18,10 +18,14 @@ def test_accumulation_keeps_the_global_batch(config):
         with_batch_size(with_overrides(auto, {"train.num_workers": 5}), 1)
 
 
-def test_a_resumed_run_takes_the_numbers_it_began_with(config, tmp_path):
+def test_a_resumed_run_takes_the_micro_batch_it_began_with_and_keeps_the_global_batch(config, tmp_path):
     auto = with_overrides(config, {**AUTO, "train.accumulation": 1})
     (tmp_path / "config.toml").write_text(dump_config(with_batch_size(auto, 3)))
     assert from_earlier_run(auto, tmp_path) == with_batch_size(auto, 3)
+    alone = from_earlier_run(with_overrides(auto, {"train.num_workers": 1}), tmp_path)
+    assert (alone.train.micro_batch_size, alone.train.accumulation, alone.global_batch_size) == (3, 4, 12)
+    with pytest.raises(ConfigError, match=r"in micro-batches of 3, .* to a multiple of 9"):
+        from_earlier_run(with_overrides(auto, {"train.num_workers": 3}), tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
