@@ -8,7 +8,11 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
+
+# Where it is installed, peft imports it in every process, and it warns that it misses a package for 4-bit inference.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from sdxl_ray.cache.pipeline import CacheResult, build_cache

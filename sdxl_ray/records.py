@@ -207,7 +207,7 @@ class ExportedFile:
 
     relative_error  its largest output difference over the trained model's largest output
     note            how near it comes, in the format kohya-svd; empty for files that hold what was trained exactly
-    warning         the same, where it is not near
+    warning         the same, where it is not near; or which programs read it otherwise
     """
 
     path: Path

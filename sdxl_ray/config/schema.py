@@ -141,11 +141,12 @@ class ExportSection(Section):
 
     formats: Annotated[tuple[ExportFormat, ...], Field(strict=False)] = setting(
         (),
-        "kohya: ComfyUI, A1111, Forge, InvokeAI. diffusers: load_lora_weights. kohya-svd: a plain LoRA that comes "
-        "nearest to a DoRA, LoHa or LoKr, for programs that cannot read these. checkpoint, diffusers-folder: the "
-        "whole model, with what was trained merged into it. Empty: what fits adapter.kind.",
+        "kohya: ComfyUI, A1111, Forge, InvokeAI (a DoRA: LyCORIS, nearly ComfyUI and Forge). diffusers: "
+        "load_lora_weights. kohya-svd: a plain LoRA that comes nearest to a DoRA, LoHa or LoKr, for programs that "
+        "cannot read these. checkpoint, diffusers-folder: the whole model, with what was trained merged into it. "
+        "Empty: what fits adapter.kind.",
     )
-    svd_rank: int = setting(0, "kohya-svd: its rank. 0: four times adapter.rank.", ge=0, le=1280)
+    svd_rank: int = setting(0, "kohya-svd: its rank. 0: four times the largest rank that was trained.", ge=0, le=1280)
     dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Precision of the written weights.")
 
 

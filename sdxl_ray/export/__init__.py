@@ -9,6 +9,7 @@ svd                  the plain LoRA that comes nearest to any of them
 whole_model          the whole model with what was trained merged in, as one file or a folder
 single_file_names    what its weights are called in one file
 probe, reading_back, reading_back_whole   files loaded back and compared with what was trained
+exporters            one format after another: written, read back, compared
 verify               `export_adapter`, the whole stage
 read                 the other direction: a LoRA file to go on from
 model_card           README.md beside them, as the Hub shows it

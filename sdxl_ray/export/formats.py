@@ -1,6 +1,7 @@
 """Trained adapters as the two kinds of files people use.
 
-    kohya      `lora_unet_input_blocks_4_1_...lora_down.weight`     ComfyUI, A1111, Forge, InvokeAI, kohya, diffusers
+    kohya      `lora_unet_input_blocks_4_1_...lora_down.weight`     ComfyUI, A1111, Forge, InvokeAI, kohya, diffusers;
+                                                                    of a DoRA see `which`
     diffusers  `unet.down_blocks.1.attentions.0....lora_A.weight`   diffusers and peft
 
 Both take `{part: {module path: TrainedModule}}` with the parts unet, text_encoder and text_encoder_2. What each field

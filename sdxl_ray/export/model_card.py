@@ -15,6 +15,7 @@ from pathlib import Path
 from sdxl_ray.errors import storage_errors
 from sdxl_ray.export.metadata import TrainingFacts, public_name
 from sdxl_ray.export.spec import AdapterSpec
+from sdxl_ray.export.which import DORA_IN_KOHYA
 from sdxl_ray.records import ExportedFile
 
 
@@ -97,11 +98,12 @@ def _usage(facts: TrainingFacts, spec: AdapterSpec, files: Sequence[ExportedFile
         f"| `{file.path.name}` | {read_by.get(file.format, file.format)} | {file.relative_error:.1e} |"
         for file in files
     ]
-    notes = [note for file in files if (note := getattr(file, "warning", "") or getattr(file, "note", ""))]
+    told = [file for file in files if not (spec.kind == "dora" and file.format == "kohya")]  # in words of its own below
+    notes = [note for file in told if (note := file.warning or file.note)]
     names = {file.format: file.path.name for file in files}
-    kohya = names.get("kohya")
-    if spec.kind == "dora":  # see `which`: ComfyUI and Forge normalise otherwise
-        kohya = names.get("kohya-svd", kohya)
+    kohya, dora = names.get("kohya"), None
+    if spec.kind == "dora":
+        kohya, dora = names.get("kohya-svd"), kohya
     diffusers_reads = ("diffusers", "kohya", "kohya-svd") if spec.kind == "lora" else ("diffusers", "kohya-svd")
     for_diffusers = next((names[format_name] for format_name in diffusers_reads if format_name in names), None)
     table = ["## Use", "", "| file | for | difference from the trained model |", "|---|---|---|", *rows, ""]
@@ -125,6 +127,8 @@ def _usage(facts: TrainingFacts, spec: AdapterSpec, files: Sequence[ExportedFile
             f"**A1111, Forge**: put `{kohya}` into `models/Lora`, write `<lora:{Path(kohya).stem}:1>` in the prompt.",
             "",
         ]
+    if dora:
+        table += [f"`{dora}` is the DoRA itself: {DORA_IN_KOHYA}.", ""]
     if for_diffusers:
         base = facts.base_model if _is_hub_id(facts.base_model) else "path/to/" + public_name(facts.base_model)
         single_file = base.endswith((".safetensors", ".ckpt"))
@@ -194,7 +198,7 @@ _READ_BY = {
     "diffusers-folder": "diffusers (from_pretrained): the whole model",
 }
 _READ_BY_KIND = {
-    "dora": {"kohya": "InvokeAI, LyCORIS; nearly so in ComfyUI and Forge, which divide by the norm of the base weight"},
+    "dora": {"kohya": "LyCORIS; nearly right in ComfyUI and Forge, wrong in A1111, InvokeAI and diffusers"},
     "loha": {"kohya": "ComfyUI, A1111, Forge, InvokeAI, LyCORIS; not diffusers"},
     "lokr": {"kohya": "ComfyUI, A1111, Forge, InvokeAI, LyCORIS; not diffusers"},
 }

@@ -8,6 +8,10 @@
                                      .lora.down.weight       diffusers before peft
     unet.....processor.to_q_lora.down.weight                 diffusers' first LoRAs
     text_encoder. , text_encoder_2.  .lora_linear_layer.     diffusers, text encoders
+    diffusion_model.input_blocks.4.1....                     ComfyUI's own: sgm's names as they are, any of these ends
+    text_encoders.clip_l.transformer.text_model....          the same of text encoder 1, clip_g of 2
+    base_model.model.down_blocks.1....                       peft's save_pretrained, of a U-Net; alpha in the file
+                                                             adapter_config.json beside it
 
 The factor on up @ down is alpha / rank, per module. A file without alpha means alpha = rank.
 """
@@ -40,8 +44,8 @@ _OTHER_KINDS = {
     "hada_": "a LoHa",
     "lokr_": "a LoKr",
     "lora_mid": "a LoCon with a Tucker core",
+    "boft_": "a BOFT",  # before oft_, which is in it
     "oft_": "an OFT",
-    "boft_": "a BOFT",
     ".diff": "a full difference of weights",
 }
 _KOHYA = re.compile(r"(?P<stem>lora_(?P<part>unet|te1|te2)_\w+)\.(?P<leaf>lora_down\.weight|lora_up\.weight|alpha)")
@@ -58,6 +62,10 @@ _IN_TEXT_LAYER = {
 _DOTTED_ENDS = (
     (".lora_A.weight", "down", ""),
     (".lora_B.weight", "up", ""),
+    (".lora_A.default.weight", "down", ""),  # peft's state_dict(), with the adapter's name
+    (".lora_B.default.weight", "up", ""),
+    (".lora_down.weight", "down", ""),
+    (".lora_up.weight", "up", ""),
     (".lora.down.weight", "down", ""),
     (".lora.up.weight", "up", ""),
     (".lora_linear_layer.down.weight", "down", ""),
@@ -66,6 +74,16 @@ _DOTTED_ENDS = (
     *((f".to_out_lora.{end}.weight", end, ".to_out.0") for end in ("down", "up")),
     (".alpha", "alpha", ""),
 )
+# Beginnings of dotted names -> part.
+_DOTTED_BEGINNINGS = {
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
+_COMFY_UNET = "diffusion_model."
+_PEFT = "base_model.model."
 _OLD_TEXT_NAMES = {".to_q": ".q_proj", ".to_k": ".k_proj", ".to_v": ".v_proj", ".to_out.0": ".out_proj"}
 
 
@@ -92,28 +110,39 @@ def read_lora(path: Path, *, unet_config: Mapping[str, Any]) -> dict[str, Factor
             f"{path} cannot be read as a safetensors file ({error}). Check the path, and copy or fetch the file again."
         ) from error
     _refuse_other_kinds(path, tensors)
+    _refuse_embeddings(path, tensors)
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     unknown = []
     in_unet = _unet_modules(unet_config)
     stems = _unet_stems(in_unet, unet_config["layers_per_block"])
     for key, tensor in tensors.items():
-        place = _kohya_place(key, stems) or _dotted_place(key)
+        place = _kohya_place(key, stems) or _dotted_place(key, stems)
         if place is None:
             unknown.append(key)
             continue
         part, module_path, what = place
         found.setdefault((part, _as_loaded(part, module_path)), {})[what] = tensor
+    if unknown and unknown[0].startswith(_PEFT):
+        raise ModelError(
+            f"{path} is a file of peft's save_pretrained ('{unknown[0]}'), of something else than this U-Net: which of "
+            "SDXL's text encoders, such a file does not say. Write it again with diffusers' save_lora_weights, which "
+            "names the part, and set adapter.start_from to that."
+        )
     strange = [f"{part}.{name}" for part, name in found if part == "unet" and name not in in_unet]
     if unknown or strange or not found:
         raise ModelError(
             f"{path} is not a LoRA of this model: of {len(tensors)} tensors, {len(unknown)} have names that mean "
             f"nothing here{_such_as(unknown)}, and {len(strange)} modules are not in the model{_such_as(strange)}. "
-            "Expected lora_unet_..., lora_te1_..., lora_te2_... (kohya) or unet...., text_encoder.... (diffusers) of "
-            "an SDXL. Set adapter.start_from to another file, or to nothing."
+            "Expected lora_unet_..., lora_te1_..., lora_te2_... (kohya), unet...., text_encoder.... (diffusers) or "
+            "diffusion_model...., text_encoders.... (ComfyUI) of an SDXL. Set adapter.start_from to another file, "
+            "or to nothing."
         )
-    alphas = _header_alphas(path, header)
+    is_pefts = any(key.startswith(_PEFT) for key in tensors)
+    alphas = _peft_alphas(path) if is_pefts else _header_alphas(path, header)
     parts: dict[str, Factors] = {}
     for (part, module_path), one in found.items():
+        if one.keys() == {"alpha"}:  # changes nothing
+            continue
         if "down" not in one or "up" not in one or one["down"].shape[0] != one["up"].shape[1]:
             shapes = {what: tuple(tensor.shape) for what, tensor in one.items()}
             raise ModelError(
@@ -137,6 +166,16 @@ def _refuse_other_kinds(path: Path, keys: Iterable[str]) -> None:
                     "or lora_A and lora_B. Go on from a file in the format kohya-svd, or from the run's checkpoint "
                     "(`sdxl-ray train RUN --resume`), or merge it into the base model and set model.path to that."
                 )
+
+
+def _refuse_embeddings(path: Path, keys: Iterable[str]) -> None:
+    embedding = next((key for key in keys if key.startswith("bundle_emb.")), None)
+    if embedding:
+        raise ModelError(
+            f"{path} is a LoRA of OneTrainer with embeddings of its own words in it ('{embedding}'), which cannot be "
+            "trained on here. Save it there with the switch Bundle Embeddings off, in the kohya format, and set "
+            "adapter.start_from to that."
+        )
 
 
 def _unet_modules(unet_config: Mapping[str, Any]) -> set[str]:
@@ -176,10 +215,28 @@ def _kohya_place(key: str, stems: Mapping[str, str]) -> tuple[str, str, str] | N
     return part, f"text_model.encoder.layers.{layer[1]}.{_IN_TEXT_LAYER[layer[2]]}", what
 
 
-def _dotted_place(key: str) -> tuple[str, str, str] | None:
-    part, _, rest = key.partition(".")
-    if part not in _KOHYA_PARTS.values():
-        return None
+def _dotted_place(key: str, stems: Mapping[str, str]) -> tuple[str, str, str] | None:
+    for beginning, in_place in ((_COMFY_UNET, _in_comfys_unet), (_PEFT, _in_pefts_unet)):
+        if key.startswith(beginning):
+            place = _split_end("unet", key.removeprefix(beginning))
+            module_path = place and in_place(place[1], stems)
+            return ("unet", module_path, place[2]) if place and module_path else None
+    for beginning, part in _DOTTED_BEGINNINGS.items():
+        if key.startswith(beginning):
+            return _split_end(part, key.removeprefix(beginning))
+    return None
+
+
+def _in_comfys_unet(sgm: str, stems: Mapping[str, str]) -> str | None:
+    return stems.get("lora_unet_" + sgm.replace(".", "_"))
+
+
+def _in_pefts_unet(name: str, stems: Mapping[str, str]) -> str | None:
+    module_path = name.removeprefix("unet.")
+    return module_path if stems.get("lora_unet_" + module_path.replace(".", "_")) == module_path else None
+
+
+def _split_end(part: str, rest: str) -> tuple[str, str, str] | None:
     rest = f".{rest}".replace(".processor.", ".")
     for end, what, instead in _DOTTED_ENDS:
         if rest.endswith(end) and len(rest) > len(end):
@@ -238,6 +295,19 @@ def _header_alphas(path: Path, header: Mapping[str, str]) -> _HeaderAlphas:
             f"{path}: the header's lora_adapter_metadata, which holds alpha, is not JSON ({error}). Fetch it again."
         ) from error
     return _HeaderAlphas(config)
+
+
+def _peft_alphas(path: Path) -> _HeaderAlphas:
+    config_path = path.with_name("adapter_config.json")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        return _HeaderAlphas({f"unet.{key}": config.get(key) for key in ("lora_alpha", "alpha_pattern", "use_rslora")})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{path} is a file of peft's save_pretrained, whose alpha is in {config_path.name} beside it, and that "
+            f"cannot be read ({error}). Copy it from where the LoRA was, or write the LoRA with diffusers' "
+            "save_lora_weights."
+        ) from error
 
 
 def _such_as(names: list[str]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,9 @@ def _adapter_on(model: nn.Module) -> dict[str, TrainedModule]:
 
 
 def read_back_by_definition(path: Path, models: Mapping[str, nn.Module], parts: Parts) -> ReadBack:
-    """A kohya file of any kind merged into a copy of the weights, as LyCORIS defines it; then the weights are put back.
+    """A kohya file of any kind merged into the weights, as LyCORIS defines it; then the old weights are put back.
+
+    Quantised weights cannot be replaced: the file's changes are compared, and the models are not asked.
 
     Raises:
         ExportError: the file cannot be read.
@@ -157,52 +159,60 @@ def read_back_by_definition(path: Path, models: Mapping[str, nn.Module], parts: 
     except _UNREADABLE as error:
         raise ExportError(f"{path.name} cannot be read back ({error}). {cure()}") from error
     layers_per_block = getattr(models["unet"], "config").layers_per_block  # noqa: B009
+    places: list[tuple[str, str, Any]] = [
+        (part, module_path, models[part].get_submodule(module_path))
+        for part, modules in parts.items()
+        for module_path in modules
+    ]
+    possible = can_be_replaced(layer.weight for _, _, layer in places)
     errors, num_read = {}, 0
-    weights: dict[str, dict[str, Tensor]] = {part: {} for part in models}
-    for part, modules in parts.items():
-        for module_path, module in modules.items():
+    with replacing() as replace:
+        for part, module_path, layer in places:
+            module, name = parts[part][module_path], f"{part}.{module_path}"
             stem = kohya_stem(part, module_path, layers_per_block=layers_per_block)
             own = {
                 key.removeprefix(f"{stem}."): tensor for key, tensor in tensors.items() if key.startswith(f"{stem}.")
             }
-            layer = models[part].get_submodule(module_path)
             base = base_weight(layer)
             try:
                 delta = read_delta(own, base)
             except _UNREADABLE:
-                errors[f"{part}.{module_path}"] = 1.0
+                errors[name] = 1.0
                 continue
             slack = _FP32_ROUNDING if module.kind == "dora" else 0.0
-            errors[f"{part}.{module_path}"] = _relative(delta, effective_delta(module, base), slack * _norm(base))
+            errors[name] = _relative(delta, effective_delta(module, base), slack * _norm(base))
             num_read += sum(not key.endswith("alpha") for key in own)
-            weights[part][f"{module_path}.weight"] = base + delta
-    with swapped(models, weights) as possible:
+            if possible:
+                replace(layer.weight, base.add_(delta))
         answers = probe_models(models) if possible else {}
     return ReadBack(answers, *_worst(errors), num_read)
 
 
-@contextlib.contextmanager
-def swapped(models: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]) -> Iterator[bool]:
-    """Other weights in the models, `{part: {parameter's name: weight}}`, and the old ones again afterwards.
+def can_be_replaced(weights: Iterable[Any]) -> bool:
+    """Whether all of these can take other values: quantised ones cannot."""
+    return not any(type(weight).__module__.startswith("optimum.quanto") for weight in weights)
 
-    Gives False, with everything as it was, where one is quantised and cannot be another weight.
+
+@contextlib.contextmanager
+def replacing() -> Iterator[Callable[[Tensor, Tensor], None]]:
+    """A function `replace(parameter, weight)` that gives a parameter other values; afterwards all have their old ones.
+
+    In place and in the parameter's own dtype, one after another: the old values wait on the CPU, so that the device
+    never holds a second copy of the model.
     """
-    places: list[tuple[Any, str, Tensor]] = []
-    for part, found in weights.items():
-        for name, weight in found.items():
-            path, _, leaf = name.rpartition(".")
-            places.append((models[part].get_submodule(path), leaf, weight))
-    before = [getattr(layer, leaf) for layer, leaf, _ in places]
-    if any(type(old).__module__.startswith("optimum.quanto") for old in before):
-        yield False
-        return
+    waiting: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def replace(parameter: Tensor, weight: Tensor) -> None:
+        waiting.append((parameter, parameter.detach().to("cpu", copy=True)))
+        parameter.copy_(weight)
+
     try:
-        for (layer, leaf, weight), old in zip(places, before, strict=True):
-            setattr(layer, leaf, nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False))
-        yield True
+        yield replace
     finally:
-        for (layer, leaf, _), old in zip(places, before, strict=True):
-            setattr(layer, leaf, old)
+        with torch.no_grad():
+            for parameter, old in reversed(waiting):  # should one have come twice
+                parameter.copy_(old)
 
 
 def _worst(errors: Mapping[str, float]) -> tuple[float, str]:
@@ -239,7 +249,8 @@ def lora_difference(trained: TrainedModule, read: TrainedModule) -> float:
 
     def factors(one: TrainedModule) -> tuple[Tensor, Tensor]:
         up, down = (
-            one.tensors[leaf].to("cpu", torch.float64).flatten(1) for leaf in ("lora_B.weight", "lora_A.weight")
+            one.tensors[leaf].cpu().double().flatten(1)  # in this order: mps has no float64
+            for leaf in ("lora_B.weight", "lora_A.weight")
         )
         return one.scale * up, down
 

@@ -113,7 +113,7 @@ def _equal(lazily_read: LazyTensor, weight: LazyTensor, dtype: torch.dtype) -> b
 
 
 def weights_of(model: nn.Module, part: str, found: Weights) -> dict[str, LazyTensor]:
-    """A part's weights under the names of the model in memory, for `swapped`."""
+    """A part's weights under the names of the model in memory, for `replacing`."""
     names = {canonical(part, name): name for name, _ in model.named_parameters()}
     own = {canonical(part, name): weight for name, weight in found[part].items()}
     return {name: own[key] for key, name in names.items() if key in own}

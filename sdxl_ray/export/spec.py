@@ -27,12 +27,3 @@ class AdapterSpec:
     factor: int = -1
     text_encoder_rank: int = 0
     text_encoder_2_rank: int = 0
-
-    @property
-    def scale(self) -> float:
-        """The factor on lora_B @ lora_A in the trained U-Net."""
-        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
-
-    @property
-    def has_text_encoders(self) -> bool:
-        return self.text_encoder_rank > 0 or self.text_encoder_2_rank > 0

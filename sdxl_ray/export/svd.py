@@ -20,7 +20,11 @@ def nearest_lora(
 
     A convolution (out, in, k, k) is flattened to (out, in k k); its lora_A is (r, in, k, k), its lora_B (out, r, 1, 1).
     The error is computed from the float32 tensors that are returned. A change of zero has error 0.
+
+    Args:
+        device: where to compute. Apple's GPUs have no float64: "mps" means the CPU.
     """
+    device = "cpu" if torch.device(device).type == "mps" else device
     delta = effective_delta(module, base_weight)
     matrix = delta.flatten(1).to(device, torch.float64)
     rank = min(rank, *matrix.shape)

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sdxl_ray.errors import storage_errors
+from sdxl_ray.errors import ExportError, storage_errors
 
 FileDtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,6 +34,8 @@ _CODES: dict[torch.dtype, str] = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -63,13 +65,20 @@ def read_lazily(path: Path) -> dict[str, LazyTensor]:
 
     Raises:
         SafetensorError, OSError: the file cannot be read.
+        ExportError: a tensor is of a type that has no plain numbers, such as one of 4 bits.
     """
     file = safe_open(path, framework="pt")
     dtypes = {code: dtype for dtype, code in _CODES.items()}
     found = {}
     for name in file.keys():  # noqa: SIM118
         view = file.get_slice(name)
-        found[name] = LazyTensor(tuple(view.get_shape()), dtypes[view.get_dtype()], _reader(file, name))
+        code = view.get_dtype()
+        if code not in dtypes:
+            raise ExportError(
+                f"{path}: '{name}' is stored as {code}; the export reads {', '.join(dtypes)}. Set model.path to the "
+                "same model in fp32, bf16 or fp16, or leave checkpoint and diffusers-folder out of export.formats."
+            )
+        found[name] = LazyTensor(tuple(view.get_shape()), dtypes[code], _reader(file, name))
     return found
 
 

@@ -1,8 +1,9 @@
 """Which format can hold which kind of training, and why others cannot. No torch: settings are checked with it.
 
-    kohya             ComfyUI, A1111, Forge, InvokeAI; LoRA in diffusers too. DoRA, LoHa, LoKr under LyCORIS's names
+    kohya             ComfyUI, A1111, Forge, InvokeAI; of LoRA diffusers too. LoHa, LoKr and DoRA have LyCORIS's names;
+                      a DoRA is read exactly by LyCORIS, nearly by ComfyUI and Forge, not by others (`DORA_IN_KOHYA`)
     diffusers         `load_lora_weights`, peft: LoRA, and DoRA of the U-Net
-    kohya-svd         a plain LoRA that comes nearest, for programs that read nothing else
+    kohya-svd         the plain LoRA that comes nearest, which every program reads
     checkpoint        the whole model in one file, in Stability's layout, with what was trained merged into it
     diffusers-folder  the same as a folder for `from_pretrained`
 
@@ -25,11 +26,19 @@ FORMATS_OF: dict[str, tuple[str, ...]] = {
     "full": _WHOLE_MODELS,
 }
 
-# Kind -> what is written unless asked otherwise. A DoRA goes out as a plain LoRA too: ComfyUI and Forge divide by the
-# norm of the base weight where training divides by that of the changed one (their `weight_decompose`, output axis).
+# What programs make of a DoRA in a kohya file. Training, as peft, has one magnitude for each output row: dora_scale
+# (out, 1). ComfyUI and Forge (`weight_decompose`, output axis) divide by the norm of the base weight where training
+# divides by that of the changed one. A1111 and InvokeAI know LyCORIS's default only, one for each input column (1, in),
+# and broadcast ours without a word; diffusers drops it with a log line.
+DORA_IN_KOHYA = (
+    "LyCORIS reads it exactly, ComfyUI and Forge nearly (they divide by the norm of the base weight); A1111, InvokeAI "
+    "and diffusers read it wrongly, without an error"
+)
+
+# Kind -> what is written unless asked otherwise. The plain LoRA that stands in for a DoRA has the plain name.
 DEFAULT_FORMATS: dict[str, tuple[str, ...]] = {
     "lora": ("kohya", "diffusers"),
-    "dora": ("kohya", "diffusers", "kohya-svd"),
+    "dora": ("kohya-svd", "kohya", "diffusers"),
     "loha": ("kohya", "kohya-svd"),
     "lokr": ("kohya", "kohya-svd"),
     "full": ("checkpoint",),

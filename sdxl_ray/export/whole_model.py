@@ -39,21 +39,29 @@ _DOING = "writing the model"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Where the base model's files are: a folder in the diffusers layout or a Hub id, as `resolve_model` gives it.
-
-    vae  the same for another VAE: a model whose part vae is taken; empty: the base model's own
-    """
+    """Where the base model's files are: a folder in the diffusers layout or a Hub id, as `resolve_model` gives it."""
 
     path: str
     revision: str | None = None
     variant: str | None = None
-    vae: str = ""
 
     def folder(self, part: str) -> Path:
         """The folder of a part; from the Hub it is fetched unless it is in the local cache."""
-        if part == "vae" and self.vae:
-            return part_folder(self.vae, part)
         return part_folder(self.path, part, self.revision, variant=self.variant)
+
+    def zeros_for_empty_prompt(self) -> bool:
+        """`force_zeros_for_empty_prompt` of its model_index.json; true where that says nothing, as in diffusers.
+
+        Raises:
+            ExportError: the file is no JSON.
+        """
+        path = self.folder("scheduler").parent / "model_index.json"
+        try:
+            return bool(json.loads(path.read_text(encoding="utf-8")).get("force_zeros_for_empty_prompt", True))
+        except FileNotFoundError:  # of a model from the Hub, parts are fetched one by one
+            return True
+        except ValueError as error:
+            raise ExportError(f"{path} is not JSON ({error}). Copy it again from the model's source.") from error
 
     def tensors(self, part: str) -> dict[str, LazyTensor]:
         """A part's weights, under the names that its files have."""
@@ -167,12 +175,18 @@ def write_folder(
     dtype: FileDtype,
     prediction_type: str = "epsilon",
     zero_terminal_snr: bool = False,
+    empty_prompt_is_zeros: bool = True,
 ) -> None:
     """A folder for `StableDiffusionXLPipeline.from_pretrained`. What was trained is in `dtype`, the rest as it was.
 
     The scheduler's config says what the model was trained to predict.
 
+    Args:
+        empty_prompt_is_zeros: whether captions were dropped to zeros; then an empty prompt is what it was in the base
+            model. False: to the encoded empty caption, and that it is in the folder.
+
     Raises:
+        ExportError: the base model's model_index.json cannot be read.
         StorageError: the disk is full or read-only.
     """
     with storage_errors(_DOING, folder, "Free some space or choose another folder, then run `sdxl-ray export`."):
@@ -189,7 +203,8 @@ def write_folder(
                 if file.suffix in (".json", ".txt") and ".index." not in file.name and file.is_file():
                     shutil.copyfile(file, target / file.name)  # of a link, what it points to
         sampler = load_scheduler_config(base.path, revision=base.revision).get("_class_name", "EulerDiscreteScheduler")
-        _write_json(folder / "model_index.json", _model_index(sampler))
+        zeros = empty_prompt_is_zeros and base.zeros_for_empty_prompt()
+        _write_json(folder / "model_index.json", _model_index(sampler, zeros_for_empty_prompt=zeros))
     for part, stem in WEIGHT_STEMS.items():
         changed = bool(trained.modules.get(part)) or (part == "unet" and bool(trained.unet_weights))
         write_tensors(
@@ -209,11 +224,11 @@ def _scheduler(said: Mapping[str, Any], prediction_type: str, zero_terminal_snr:
     return config
 
 
-def _model_index(scheduler: str) -> dict[str, Any]:
-    """As diffusers writes it; `force_zeros_for_empty_prompt` is SDXL base's own."""
+def _model_index(scheduler: str, *, zeros_for_empty_prompt: bool) -> dict[str, Any]:
+    """As diffusers writes it."""
     return {
         "_class_name": "StableDiffusionXLPipeline",
-        "force_zeros_for_empty_prompt": True,
+        "force_zeros_for_empty_prompt": zeros_for_empty_prompt,
         "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],

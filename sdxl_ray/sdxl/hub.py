@@ -49,10 +49,10 @@ def part_folder(
 def _fetch(model: str, part: str, revision: str | None, variant: str | None, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [f"{part}/*.json"]
+    wanted = [f"{part}/*.json", "model_index.json"]  # which says what an empty prompt is; whole-model exports ask it
     unwanted: list[str] = []
     if part.startswith("tokenizer"):
-        wanted = [f"{part}/{name}" for name in (PARTS[part], *TOKENIZER_FILES)]
+        wanted = [*(f"{part}/{name}" for name in (PARTS[part], *TOKENIZER_FILES)), "model_index.json"]
     elif part in WEIGHT_STEMS and not config_only:
         wanted.append(f"{part}/{WEIGHT_STEMS[part]}{f'*.{variant}' if variant else ''}*.safetensors")
         unwanted = [] if variant else ["*.fp16*", "*.non_ema*"]

@@ -59,6 +59,7 @@ def export_run(
             unet_weights=state.masters.state_dict() if config.adapter.kind == "full" else None,
             prediction_type=config.loss.objective,
             zero_terminal_snr=config.loss.zero_terminal_snr,
+            empty_prompt_is_zeros=config.loss.caption_dropout_to == "zeros",
         )
     write_model_card(folder, facts, spec, files, sample_images(config, sample_folder))
     return files

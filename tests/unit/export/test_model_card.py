@@ -85,6 +85,18 @@ def test_other_kinds_send_each_program_to_a_file_that_it_reads(tmp_path, kind, w
     assert "| text encoders | OpenCLIP bigG lora, rank 4 |" in body
 
 
+def test_of_a_dora_it_is_told_who_reads_it(tmp_path):
+    spec = AdapterSpec("dora", 16, 8.0)
+    kohya = ExportedFile(Path("/export/tabby.dora.safetensors"), "kohya", 1e-7, warning="told elsewhere")
+    _, body = card(tmp_path, spec=spec, files=[kohya])
+    assert "| `tabby.dora.safetensors` | LyCORIS; nearly right in ComfyUI and Forge, wrong in A1111, InvokeAI" in body
+    assert "`tabby.dora.safetensors` is the DoRA itself: LyCORIS reads it exactly" in body
+    assert "models/Lora" not in body and "told elsewhere" not in body and "load_lora_weights" not in body
+    svd = ExportedFile(Path("/export/tabby.safetensors"), "kohya-svd", 1e-2)
+    _, body = card(tmp_path, spec=spec, files=[svd, kohya])
+    assert "put `tabby.safetensors` into `models/Lora`, write `<lora:tabby:1>`" in body
+
+
 def test_a_finetune_is_a_checkpoint_and_not_a_lora(tmp_path):
     front_matter, body = card(
         tmp_path, spec=AdapterSpec("full", 16, 16.0), files=files_of(["checkpoint", "diffusers-folder"])

@@ -1,5 +1,6 @@
 """LoRA files of this and other trainers, read to go on from."""
 
+import copy
 import json
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from sdxl_ray.errors import ModelError
 from sdxl_ray.export.formats import write_diffusers, write_kohya
+from sdxl_ray.export.names import sgm_path
 from sdxl_ray.export.read import read_lora
 from sdxl_ray.sdxl.adapters import BlockRule, attach_adapter, start_from, trained_modules
 from sdxl_ray.sdxl.trained import effective_delta
@@ -153,6 +155,66 @@ def test_modules_without_an_update_are_left_out(models, tmp_path):
     assert [name.split("layers.")[1] for name in read["text_encoder"]] == ["0.mlp.fc1"]
 
 
+def test_a_module_that_has_only_an_alpha_is_left_out(models, tmp_path):
+    stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    pair = {f"{stem}.lora_down.weight": torch.randn(2, 32), f"{stem}.lora_up.weight": torch.ones(128, 2)}
+    save_file({**pair, f"{STEM}.alpha": torch.tensor(4.0)}, tmp_path / "a.safetensors")
+    assert read_lora(tmp_path / "a.safetensors", unet_config=models["unet"].config).keys() == {"text_encoder"}
+
+
+@pytest.mark.parametrize("ends", [("lora_down", "lora_up"), ("lora_A", "lora_B"), ("lora_A.default", "lora_B.default")])
+def test_comfyuis_own_names(models, train, strip, tmp_path, ends):
+    """Those of the model in memory, with a prefix: comfy/lora.py, "generic lora format without any weird key names"."""
+    _, parts, _ = train(targets=EVERYTHING, text=TEXT)
+    strip()
+    tensors = {}
+    for part, modules in parts.items():
+        for module_path, module in modules.items():
+            bare = module_path.removeprefix("text_model.")
+            name = {
+                "unet": "diffusion_model." + (sgm_path(module_path, layers_per_block=2) if part == "unet" else ""),
+                "text_encoder": f"text_encoders.clip_l.transformer.text_model.{bare}",
+                "text_encoder_2": f"text_encoders.clip_g.transformer.text_model.{bare}",
+            }[part]
+            tensors[f"{name}.{ends[0]}.weight"] = module.tensors["lora_A.weight"]
+            tensors[f"{name}.{ends[1]}.weight"] = module.tensors["lora_B.weight"]
+            tensors[f"{name}.alpha"] = torch.tensor(module.scale * module.rank)
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert_read(tmp_path / "a.safetensors", models, parts)
+
+
+def test_pefts_own_files_of_a_unet(models, tmp_path):
+    unet = copy.deepcopy(models["unet"])
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"], alpha_pattern={"attn2.to_q": 10})
+    peft_model = get_peft_model(unet, config)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    state = get_peft_model_state_dict(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    read = read_lora(path, unet_config=models["unet"].config)
+    assert len(read["unet"]) == len(state) // 2
+    for module_path, (down, up, scale) in read["unet"].items():
+        assert torch.equal(down, state[f"base_model.model.{module_path}.lora_A.weight"])
+        assert torch.equal(up, state[f"base_model.model.{module_path}.lora_B.weight"])
+        assert scale == (2.5 if "attn2" in module_path else 1.5)
+
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match=r"whose alpha is in adapter_config.json beside it.*save_lora_weights"):
+        read_lora(path, unet_config=models["unet"].config)
+
+
+def test_forms_that_cannot_be_read_are_named(models, tmp_path):
+    path, config = tmp_path / "a.safetensors", models["unet"].config
+    save_file({"base_model.model.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.ones(2, 32)}, path)
+    with pytest.raises(ModelError, match=r"peft's save_pretrained .*which of SDXL's text encoders.*save_lora_weights"):
+        read_lora(path, unet_config=config)
+    save_file({f"{STEM}.lora_down.weight": torch.ones(2, 32), "bundle_emb.cat.clip_l": torch.ones(1, 8)}, path)
+    with pytest.raises(ModelError, match=r"OneTrainer with embeddings.*'bundle_emb.cat.clip_l'.*Bundle Embeddings off"):
+        read_lora(path, unet_config=config)
+
+
 STEM = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 
 
@@ -164,6 +226,8 @@ STEM = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
         (f"{STEM}.hada_w1_a", "a LoHa"),
         (f"{STEM}.lokr_w1", "a LoKr"),
         (f"{STEM}.lora_mid.weight", "a LoCon with a Tucker core"),
+        (f"{STEM}.oft_blocks", "an OFT"),
+        (f"{STEM}.boft_blocks", "a BOFT"),
         (f"{STEM}.diff", "a full difference of weights"),
     ],
 )
@@ -179,14 +243,17 @@ def test_unknown_names_are_refused_and_counted(models, tmp_path):
     tensors = {
         f"{STEM}.lora_down.weight": torch.ones(2, 32),
         f"{STEM}.lora_up.weight": torch.ones(32, 2),
-        "bundle_emb.cat.clip_l": torch.ones(1, 8),
+        "transformer.blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 8),
         "unet.down_blocks.7.attentions.0.proj_in.lora_A.weight": torch.ones(2, 8),
     }
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ModelError) as refusal:
         read_lora(tmp_path / "a.safetensors", unet_config=models["unet"].config)
     message = str(refusal.value)
-    assert "of 4 tensors, 1 have names that mean nothing here (such as bundle_emb.cat.clip_l)" in message
+    assert (
+        "of 4 tensors, 1 have names that mean nothing here (such as transformer.blocks.0.attn.to_q.lora_A.weight)"
+        in message
+    )
     assert "1 modules are not in the model (such as unet.down_blocks.7.attentions.0.proj_in)" in message
     assert "Set adapter.start_from to another file" in message
 

@@ -36,6 +36,14 @@ def test_it_keeps_the_largest_singular_values(out, into, kernel, rank):
     ) == pytest.approx(left_over, abs=3e-7)
 
 
+def test_apples_gpus_have_no_float64_so_the_cpu_computes():
+    module, base = lokr(10, 14)
+    found, error = nearest_lora(module, base, rank=3, device="mps")
+    expected, expected_error = nearest_lora(module, base, rank=3)
+    assert error == expected_error
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
 def test_both_halves_have_the_same_size():
     found, _ = nearest_lora(*lokr(10, 14), rank=3)
     up, down = found.tensors["lora_B.weight"], found.tensors["lora_A.weight"]

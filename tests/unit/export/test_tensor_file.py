@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 
-from sdxl_ray.errors import StorageError
+from sdxl_ray.errors import ExportError, StorageError
 from sdxl_ray.export.tensor_file import LazyTensor, lazy, read_lazily, write_tensors
 
 TENSORS = {
@@ -35,6 +35,9 @@ def test_the_tensor_part_is_the_librarys_own(tmp_path):
         "h": torch.randn(4).half(),
         "g": torch.randn(4).bfloat16(),
         "u": torch.ones(3, dtype=torch.uint8),
+        "i": torch.ones(3, dtype=torch.int8),
+        "e4": torch.randn(4).to(torch.float8_e4m3fn),
+        "e5": torch.randn(4).to(torch.float8_e5m2),
     }
     write_tensors(path, mixed, {"x": "y"}, None)
 
@@ -92,6 +95,14 @@ def test_what_is_read_lazily_is_what_was_written(tmp_path):
     for name, tensor in TENSORS.items():
         assert read[name].shape == tuple(tensor.shape) and read[name].dtype == tensor.dtype
         assert torch.equal(read[name].make(), tensor)
+
+
+def test_a_type_without_plain_numbers_is_named(tmp_path):
+    save_file({"a.weight": torch.ones(4, dtype=torch.uint8).view(torch.float8_e8m0fnu)}, tmp_path / "a.safetensors")
+    with pytest.raises(
+        ExportError, match=r"a.safetensors: 'a.weight' is stored as F8_E8M0; the export reads I64, .*Set model.path to"
+    ):
+        read_lazily(tmp_path / "a.safetensors")
 
 
 def test_hashes_are_those_that_browsers_compute_from_the_file(tmp_path):

@@ -1,6 +1,7 @@
 """Export as a whole, and files that must not pass."""
 
 import copy
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -11,17 +12,18 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import sdxl_ray.export.verify as verify
+import sdxl_ray.export.exporters as exporters
+import sdxl_ray.export.reading_back as reading_back
 from sdxl_ray.errors import ExportError
-from sdxl_ray.export.formats import write_diffusers, write_kohya
+from sdxl_ray.export.formats import kohya_stem, write_diffusers, write_kohya
 from sdxl_ray.export.probe import make_probe, probe_models, probe_output
 from sdxl_ray.export.reading_back import num_weights, read_back_by_definition, read_back_by_diffusers
 from sdxl_ray.export.spec import AdapterSpec
-from sdxl_ray.export.verify import export_adapter
-from sdxl_ray.export.which import FORMATS_OF
+from sdxl_ray.export.verify import export_adapter, file_name
+from sdxl_ray.export.which import DEFAULT_FORMATS, FORMATS, FORMATS_OF
 from sdxl_ray.export.whole_model import BaseModel
+from sdxl_ray.sdxl.adapters import BlockRule, attach_adapter, detach_adapter, load_adapter_state_dict
 from sdxl_ray.sdxl.adapters import adapter_state_dict as trained_state
-from sdxl_ray.sdxl.adapters import attach_adapter, detach_adapter, load_adapter_state_dict
 from sdxl_ray.sdxl.quantize import quantize_frozen
 
 TEXT = ("text_encoder", "text_encoder_2")
@@ -71,7 +73,8 @@ def test_each_kind_in_each_of_its_formats(models, train, export, tmp_path, kind,
 
     files = export(spec, formats=FORMATS_OF[kind], svd_rank=16)
 
-    assert [(file.format, file.path.name) for file in files] == [(name, NAMES[name]) for name in FORMATS_OF[kind]]
+    names = {**NAMES, **({"kohya": "cat.dora.safetensors", "kohya-svd": "cat.safetensors"} if kind == "dora" else {})}
+    assert [(file.format, file.path.name) for file in files] == [(name, names[name]) for name in FORMATS_OF[kind]]
     assert all(file.relative_error < 1e-5 for file in files if file.format != "kohya-svd")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file.path.name for file in files)
     after = probe_models(models)
@@ -198,9 +201,7 @@ def test_a_base_with_zero_terminal_snr_keeps_saying_so(train, export, tiny_model
 def test_the_nearest_lora_says_how_near_it_is(train, export, tmp_path):
     spec, _, _ = train(kind="dora", strength=0.2)
     (far,) = export(spec, formats=["kohya-svd"], svd_rank=2)
-    assert far.note.startswith(
-        "cat.kohya-svd.safetensors is the nearest plain LoRA of rank 2: its weight change is off by "
-    )
+    assert far.note.startswith("cat.safetensors is the nearest plain LoRA of rank 2: its weight change is off by ")
     assert far.warning == f"{far.note} Raise export.svd_rank to come nearer, or use a program that reads dora files."
     assert 0.001 < far.relative_error < 1.0
 
@@ -209,6 +210,123 @@ def test_the_nearest_lora_says_how_near_it_is(train, export, tmp_path):
     assert near.warning == "" and near.relative_error < 1e-4
     with safe_open(near.path, framework="pt") as file:
         assert file.metadata()["ss_network_module"] == "networks.lora"
+
+
+def test_the_plain_name_is_that_of_a_file_that_every_program_reads(train, export, tmp_path):
+    for kind in FORMATS_OF:
+        names = [file_name("cat", format_name, kind) for format_name in FORMATS]
+        assert len(set(names)) == len(names)
+        if kind != "full":
+            assert file_name("cat", DEFAULT_FORMATS[kind][0], kind) == "cat.safetensors"
+    spec, _, _ = train(kind="dora")
+    (file,) = export(spec, formats=["kohya"])  # also alone it does not take the plain name
+    assert file.path.name == "cat.dora.safetensors"
+    assert file.warning == (
+        "cat.dora.safetensors is a DoRA: LyCORIS reads it exactly, ComfyUI and Forge nearly (they divide by the norm "
+        "of the base weight); A1111, InvokeAI and diffusers read it wrongly, without an error. For these, take the "
+        "file of the format kohya-svd."
+    )
+    spec, _, _ = train(kind="loha")
+    assert export(spec, formats=["kohya"])[0].warning == ""
+
+
+def test_the_stand_in_has_four_times_the_largest_rank(train, export):
+    rules = (BlockRule("mid_block", 5, None),)
+    spec, _, _ = train(kind="dora", rank=2, blocks=rules)
+    (file,) = export(spec, formats=["kohya-svd"])
+    assert max(t.shape[0] for key, t in load_file(file.path).items() if "lora_down" in key) == 20
+    assert "nearest plain LoRA of rank 20" in file.note
+
+
+def test_plain_loras_of_no_higher_rank_go_into_the_stand_in_as_they_are(models, train, export):
+    spec, parts, _ = train(rank=2, alpha=2.0, blocks=(BlockRule("mid_block", 5, 5.0),))
+    (whole,) = export(spec, formats=["kohya-svd"])
+    assert whole.note == "cat.kohya-svd.safetensors holds the trained LoRA as it is." and whole.warning == ""
+    stems = {path: kohya_stem("unet", path, layers_per_block=2) for path in parts["unet"]}
+    tensors = load_file(whole.path)
+    for path, module in parts["unet"].items():
+        assert torch.equal(tensors[f"{stems[path]}.lora_down.weight"], module.tensors["lora_A.weight"])
+
+    attach_adapter(models["unet"], kind="dora", rank=2, alpha=2.0, targets=FEW)
+    (untrained,) = export(AdapterSpec("dora", 2, 2.0), formats=["kohya-svd"])
+    assert "nearest plain LoRA of rank 8: its weight change is off by 0.0%" in untrained.note
+
+    spec, parts, _ = train(rank=2, alpha=2.0, blocks=(BlockRule("mid_block", 5, 5.0),))
+    (smaller,) = export(spec, formats=["kohya-svd"], svd_rank=3)
+    tensors = load_file(smaller.path)
+    ranks = {module.rank: tensors[f"{stems[path]}.lora_down.weight"].shape[0] for path, module in parts["unet"].items()}
+    assert ranks == {2: 2, 5: 3}
+    assert "nearest plain LoRA of rank 3" in smaller.note
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_the_folder_says_what_an_empty_prompt_is(train, export, tiny_model, tmp_path_factory, says):
+    base = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("base") / "model"))
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": says}))
+    for zeros in (True, False):
+        spec, _, _ = train()
+        (file,) = export(spec, base=BaseModel(str(base)), formats=["diffusers-folder"], empty_prompt_is_zeros=zeros)
+        found = json.loads((file.path / "model_index.json").read_text())["force_zeros_for_empty_prompt"]
+        assert found is (says and zeros)
+
+
+@pytest.mark.parametrize("format_name", ["kohya", "checkpoint"])
+def test_weights_are_replaced_in_place_and_come_back(models, unet, train, export, monkeypatch, format_name):
+    """No second copy on the device: while the model is asked, its parameters are the same, with other values."""
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in unet.named_parameters()}
+    spec, parts, _ = train(kind="loha")
+    changed = []
+
+    def look(asked):
+        now = {name.replace(".base_layer", ""): parameter for name, parameter in unet.named_parameters()}
+        if now.keys() == before.keys():  # without the adapter
+            assert all(now[name] is parameter for name, (parameter, _) in before.items())
+            changed.extend(name for name, (parameter, value) in before.items() if not torch.equal(parameter, value))
+        return probe_models(asked)
+
+    for module in (exporters, reading_back):
+        monkeypatch.setattr(module, "probe_models", look)
+    export(spec, formats=[format_name])
+    assert sorted(changed) == sorted(f"{path}.weight" for path in parts["unet"])
+    assert all(torch.equal(parameter, value) for parameter, value in before.values())
+
+
+def test_of_a_quantised_model_no_merged_weight_is_kept(unet, train, tmp_path, monkeypatch):
+    small = copy.deepcopy(unet)
+    quantize_frozen(small, "int8")
+    _, parts, _ = train(kind="loha", targets=("to_q",))
+    detach_adapter(unet)
+    write_kohya(tmp_path / "cat.safetensors", parts, {})
+    shapes = {tuple(unet.get_submodule(path).weight.shape) for path in parts["unet"]}
+
+    def count():
+        gc.collect()
+        return sum(type(one) is torch.Tensor and tuple(one.shape) in shapes for one in gc.get_objects())
+
+    counts = [count()]
+    worst = reading_back._worst
+    monkeypatch.setattr(reading_back, "_worst", lambda errors: (counts.append(count()), worst(errors))[1])
+    read = read_back_by_definition(tmp_path / "cat.safetensors", {"unet": small}, parts)
+    assert read.answers == {} and read.delta_error < 1e-5
+    assert len(parts["unet"]) > 6 and counts[1] - counts[0] <= 3  # of the last module
+
+
+@pytest.mark.parametrize("format_name", ["diffusers", "checkpoint"])
+def test_a_failure_of_torch_while_reading_back_names_the_file(train, export, tmp_path, monkeypatch, format_name):
+    spec, _, _ = train()
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for module in (exporters, reading_back):
+        monkeypatch.setattr(module, "probe_models", full)
+    with pytest.raises(
+        ExportError,
+        match=rf"cat.{format_name}.safetensors could not be verified: OutOfMemoryError while it was written and read "
+        r"back \(CUDA out of memory\)\. .*safe in the last checkpoint.*kept as .*rejected",
+    ):
+        export(spec, formats=[format_name])
 
 
 @pytest.mark.parametrize(
@@ -239,8 +357,8 @@ def test_a_whole_model_needs_the_base(train, export):
 def checked(path, models, trained, read_back):
     """What `export_adapter` does with a file, by itself."""
     spec, parts, reference = trained
-    job = verify._Job(models, parts, reference, spec, {}, "fp32", torch.float32, 16, None, {}, {})
-    return verify._checked(job, path, parts, read_back(path, models, parts))
+    job = exporters.Job(models, parts, reference, spec, {}, "fp32", torch.float32, 16, None, {}, {})
+    return exporters._checked(job, path, parts, read_back(path, models, parts))
 
 
 @pytest.fixture
@@ -384,7 +502,7 @@ def test_a_refused_export_is_kept_under_a_name_nobody_loads(train, export, tmp_p
         write_kohya(path, parts, metadata, **options)
         rewrite(path, lambda tensors, _: tensors.update({k: 2 * t for k, t in tensors.items() if k.endswith("alpha")}))
 
-    monkeypatch.setattr(verify, "write_kohya", with_another_alpha)
+    monkeypatch.setattr(exporters, "write_kohya", with_another_alpha)
     with pytest.raises(ExportError, match=r"cat.safetensors does not give back.*kept as .*cat.safetensors.rejected"):
         export(spec, formats=["kohya"])
 

@@ -18,6 +18,10 @@ def test_the_tables_know_all_kinds_and_all_formats_of_the_settings():
         assert formats and set(formats) <= set(FORMATS_OF[kind])
 
 
+def test_a_dora_goes_out_first_as_a_lora_that_every_program_reads():
+    assert DEFAULT_FORMATS["dora"] == ("kohya-svd", "kohya", "diffusers")
+
+
 @pytest.mark.parametrize("kind", FORMATS_OF)
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_a_format_is_refused_where_it_is_not_in_the_table(kind, format_name):

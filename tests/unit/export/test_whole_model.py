@@ -160,12 +160,33 @@ def test_only_what_was_trained_gets_the_dtype_and_half_precision_bases_stay_as_t
     StableDiffusionXLPipeline.from_pretrained(tmp_path / "out")
 
 
-def test_a_vae_of_its_own_is_taken(base_folder, tiny_model, tmp_path):
-    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
-    file = other / "vae" / "diffusion_pytorch_model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-    tensors = BaseModel(str(base_folder), vae=str(other)).tensors("vae")
-    assert torch.equal(tensors["quant_conv.bias"].make(), load_file(file)["quant_conv.bias"])
+def test_an_fp8_base_is_read(base_folder, tmp_path):
+    small = Path(shutil.copytree(base_folder, tmp_path / "fp8"))
+    file = small / "unet" / "diffusion_pytorch_model.safetensors"
+    rounded = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
+    save_file(rounded, file, {"format": "pt"})
+    base, name = BaseModel(str(small)), "mid_block.attentions.0.proj_in"
+    trained = Trained({"unet": {name: lora(48, 48)}})
+    parts = merged(base, trained)
+    write_folder(tmp_path / "out", base, parts, trained, {}, dtype="fp32")
+
+    found = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    weight = rounded[f"{name}.weight"].float()
+    assert torch.equal(found[f"{name}.weight"], weight + effective_delta(lora(48, 48), weight))
+    assert torch.equal(found["conv_in.weight"], rounded["conv_in.weight"].float())
+    read_back_folder(tmp_path / "out", parts, dtype="fp32", changed=("unet",))
+
+
+def test_a_base_without_a_word_about_empty_prompts_and_one_that_cannot_be_read(base_folder, tmp_path):
+    other = Path(shutil.copytree(base_folder, tmp_path / "other"))
+    index = other / "model_index.json"
+    index.write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    assert BaseModel(str(other)).zeros_for_empty_prompt()
+    index.unlink()
+    assert BaseModel(str(other)).zeros_for_empty_prompt()
+    index.write_text("{")
+    with pytest.raises(ExportError, match=r"model_index.json is not JSON .*Copy it again from the model's source"):
+        BaseModel(str(other)).zeros_for_empty_prompt()
 
 
 def test_something_that_is_not_in_the_base_is_refused(base_folder):
