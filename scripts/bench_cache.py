@@ -198,7 +198,7 @@ def _model_with_a_cheap_vae(folder: Path) -> str:
     from sdxl_ray.sdxl.tiny import vae_config, write_tiny_sdxl
 
     write_tiny_sdxl(folder)
-    cheap = {"block_out_channels": (1, 1, 1, 1), "norm_num_groups": 1, "mid_block_add_attention": False}
+    cheap = {"block_out_channels": (1, 1, 4, 4), "norm_num_groups": 1, "mid_block_add_attention": False}
     AutoencoderKL(**vae_config() | cheap).save_pretrained(folder / "vae")
     return str(folder)
 
