@@ -9,7 +9,7 @@ PYTEST = $(VENV)/bin/python -m pytest
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: setup demo test test-all test-ray test-unit check docs clean
+.PHONY: setup demo test test-all test-ray test-unit test-model test-others check docs clean
 
 setup: $(INSTALLED)
 
@@ -22,18 +22,27 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(VENV)/bin/sdxl-ray demo
 
-# Side by side: the tests with Ray mostly wait for its processes to start.
 test: $(INSTALLED)
-	$(MAKE) --no-print-directory --jobs=2 --keep-going test-ray test-unit
+	$(MAKE) --no-print-directory --keep-going test-ray test-unit
 
 test-all: $(INSTALLED)
-	$(MAKE) --no-print-directory --jobs=2 --keep-going test-ray test-unit PYTEST='$(PYTEST) -m "not gpu"'
+	$(MAKE) --no-print-directory --keep-going test-ray test-unit PYTEST='$(PYTEST) -m "not gpu"'
 
 test-ray: $(INSTALLED)
-	$(PYTEST) tests/integration tests/gpu | sed -u 's/^/ray  | /'
+	$(PYTEST) tests/integration tests/gpu
 
+# Two processes side by side, since each test keeps to one core.
 test-unit: $(INSTALLED)
-	$(PYTEST) tests/unit | sed -u 's/^/unit | /'
+	$(MAKE) --no-print-directory --jobs=2 --keep-going test-model test-others
+
+MODEL = tests/unit/sdxl tests/unit/train
+OTHERS = $(filter-out $(MODEL) tests/unit/__init__.py tests/unit/__pycache__, $(wildcard tests/unit/*))
+
+test-model: $(INSTALLED)
+	$(PYTEST) $(MODEL) | sed -u 's/^/model  | /'
+
+test-others: $(INSTALLED)
+	$(PYTEST) $(OTHERS) | sed -u 's/^/others | /'
 
 check: $(INSTALLED)
 	scripts/check
