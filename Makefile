@@ -9,7 +9,7 @@ PYTEST = $(VENV)/bin/python -m pytest
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: setup demo test test-all test-ray test-unit test-model test-others check docs clean
+.PHONY: setup demo test test-all test-ray test-unit test-train test-others check docs clean
 
 setup: $(INSTALLED)
 
@@ -33,13 +33,13 @@ test-ray: $(INSTALLED)
 
 # Two processes side by side, since each test keeps to one core.
 test-unit: $(INSTALLED)
-	$(MAKE) --no-print-directory --jobs=2 --keep-going test-model test-others
+	$(MAKE) --no-print-directory --jobs=2 --keep-going test-train test-others
 
-MODEL = tests/unit/sdxl tests/unit/train
-OTHERS = $(filter-out $(MODEL) tests/unit/__init__.py tests/unit/__pycache__, $(wildcard tests/unit/*))
+TRAIN = tests/unit/train
+OTHERS = $(filter-out $(TRAIN) tests/unit/__init__.py tests/unit/__pycache__, $(wildcard tests/unit/*))
 
-test-model: $(INSTALLED)
-	$(PYTEST) $(MODEL) | sed -u 's/^/model  | /'
+test-train: $(INSTALLED)
+	$(PYTEST) $(TRAIN) | sed -u 's/^/train  | /'
 
 test-others: $(INSTALLED)
 	$(PYTEST) $(OTHERS) | sed -u 's/^/others | /'
