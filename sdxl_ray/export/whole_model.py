@@ -28,7 +28,7 @@ from sdxl_ray.export.single_file_names import canonical_text_name, single_file_t
 from sdxl_ray.export.tensor_file import FileDtype, LazyTensor, lazy, read_lazily, write_tensors
 from sdxl_ray.sdxl.components import load_scheduler_config
 from sdxl_ray.sdxl.files import PARTS as FOLDERS
-from sdxl_ray.sdxl.files import WEIGHT_STEMS, variant_to_load, weight_files
+from sdxl_ray.sdxl.files import WEIGHT_STEMS, model_index, variant_to_load, weight_files
 from sdxl_ray.sdxl.hub import part_folder
 from sdxl_ray.sdxl.trained import TrainedModule, effective_delta
 
@@ -189,6 +189,7 @@ def write_folder(
         ExportError: the base model's model_index.json cannot be read.
         StorageError: the disk is full or read-only.
     """
+    said = load_scheduler_config(base.path, revision=base.revision)
     with storage_errors(_DOING, folder, "Free some space or choose another folder, then run `sdxl-ray export`."):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -196,15 +197,14 @@ def write_folder(
             source, target = base.folder(part), folder / part
             target.mkdir()
             if part == "scheduler":
-                said = load_scheduler_config(base.path, revision=base.revision)
                 _write_json(target / config, _scheduler(said, prediction_type, zero_terminal_snr))
                 continue
             for file in sorted(source.iterdir()):
                 if file.suffix in (".json", ".txt") and ".index." not in file.name and file.is_file():
                     shutil.copyfile(file, target / file.name)  # of a link, what it points to
-        sampler = load_scheduler_config(base.path, revision=base.revision).get("_class_name", "EulerDiscreteScheduler")
+        sampler = said.get("_class_name", "EulerDiscreteScheduler")
         zeros = empty_prompt_is_zeros and base.zeros_for_empty_prompt()
-        _write_json(folder / "model_index.json", _model_index(sampler, zeros_for_empty_prompt=zeros))
+        _write_json(folder / "model_index.json", model_index(sampler, zeros_for_empty_prompt=zeros))
     for part, stem in WEIGHT_STEMS.items():
         changed = bool(trained.modules.get(part)) or (part == "unet" and bool(trained.unet_weights))
         write_tensors(
@@ -222,21 +222,6 @@ def _scheduler(said: Mapping[str, Any], prediction_type: str, zero_terminal_snr:
         # spacing: with "leading" a sampler would never visit the last level, the one without any signal
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return config
-
-
-def _model_index(scheduler: str, *, zeros_for_empty_prompt: bool) -> dict[str, Any]:
-    """As diffusers writes it."""
-    return {
-        "_class_name": "StableDiffusionXLPipeline",
-        "force_zeros_for_empty_prompt": zeros_for_empty_prompt,
-        "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

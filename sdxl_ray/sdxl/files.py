@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 from sdxl_ray.errors import ModelError
 
@@ -84,3 +85,18 @@ def header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except (OSError, struct.error, ValueError, OverflowError, MemoryError) as error:
         raise ModelError(f"{path} is not a readable safetensors file ({error}). Copy or fetch it again.") from error
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def model_index(scheduler: str, *, zeros_for_empty_prompt: bool) -> dict[str, Any]:
+    """The contents of model_index.json of a folder in diffusers' layout, as diffusers writes it."""
+    return {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": zeros_for_empty_prompt,
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ray.errors import ModelError, storage_errors
+from sdxl_ray.sdxl.files import model_index
 from sdxl_ray.sdxl.quiet import quiet_libraries
 
 BUILTIN_MODELS = ("tiny",)
@@ -173,20 +174,7 @@ def _write_parts(folder: Path, seed: int) -> None:
         timestep_spacing="leading",
     ).save_pretrained(folder / "scheduler")
     # Written last: whoever looks for it finds a whole model.
-    _write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "StableDiffusionXLPipeline",
-            "force_zeros_for_empty_prompt": True,
-            "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-    )
+    _write_json(folder / "model_index.json", model_index("EulerDiscreteScheduler", zeros_for_empty_prompt=True))
 
 
 def unet_config() -> dict[str, Any]:
