@@ -214,3 +214,13 @@ def test_what_goes_together_survives_being_written_down(rates, tmp_path):
     config = config_from_dict({"dataset": {"path": str(tmp_path)}, **rates})
     (tmp_path / "run.toml").write_text(dump_config(config))
     assert load_config(tmp_path / "run.toml") == config
+
+
+def test_the_names_that_settings_know_are_those_that_there_are():
+    """config lies below train and beside sdxl, so it cannot ask them."""
+    from sdxl_ray.config.method_contradictions import OPTIMIZERS, TARGET_PRESETS
+    from sdxl_ray.sdxl.targets import TARGETS
+    from sdxl_ray.train.optimizers import OPTIMIZERS as MADE
+
+    assert OPTIMIZERS == MADE
+    assert set(TARGET_PRESETS) <= set(TARGETS)
