@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from sdxl_ray.cache.encode import LatentEncoder, TextEncoder
+
+Encoder = TypeVar("Encoder")
 
 
 # ---- scan ------------------------------------------------------------------------------------------------------------
@@ -113,14 +116,15 @@ class WriteTextShard:
     def __init__(self, *, cache: str, fingerprint: str, device: str = "cpu", threads: int = 0, **encoder: Any) -> None:
         self.cache, self.fingerprint, self.device, self.settings = cache, fingerprint, device, encoder
         self.threads = threads
-        self.encoder: TextEncoder | None = None  # loaded with the first shard, where errors can travel as rows
+        self.loading = _in_background(self._load)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         shard = TextShard(**json.loads(str(batch["shard"][0])))
         started = time.perf_counter()
         try:
-            self.encoder = self.encoder or self._load()
-            tensors, num_tokens = self.encoder.encode(shard.captions)
+            encoder = self.loading.result()
+            limit_threads(self.device, self.threads)
+            tensors, num_tokens = encoder.encode(shard.captions)
             extra = {"encoder": self.fingerprint, "num_tokens": json.dumps(num_tokens)}
             write_shard(open_folder(self.cache), shard.name, shard.keys, tensors, extra)
         except SdxlRayError as error:
@@ -130,7 +134,7 @@ class WriteTextShard:
     def _load(self) -> TextEncoder:
         from sdxl_ray.cache.encode import TextEncoder, loading
 
-        device = torch_device(self.device, self.threads)
+        device = torch_device(self.device)
         with loading("the text encoders", device):
             return TextEncoder(device=device, **self.settings)
 
@@ -207,7 +211,7 @@ class WriteLatentShard:
         """
         self.cache, self.fingerprint, self.device, self.settings = cache, fingerprint, device, encoder
         self.threads, self.write_empty = threads, write_empty
-        self.encoder: LatentEncoder | None = None
+        self.loading = _in_background(self._load)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         header = json.loads(str(batch["header"][0]))
@@ -215,10 +219,14 @@ class WriteLatentShard:
             return _row(0, error=header["error"])
         started = time.perf_counter()
         pixels, masks = batch["pixels"][0], batch["masks"][0]
+        tiled = 0
         if header["keys"] or self.write_empty:
             try:
-                self.encoder = self.encoder or self._load()
-                tensors = self._encode(pixels, header["paths"])
+                encoder = self.loading.result()
+                limit_threads(self.device, self.threads)
+                tensors = _encode(encoder, pixels, header["paths"])
+                tiled = len(encoder.tiled)
+                encoder.tiled.clear()
                 if masks.shape[1]:
                     tensors["mask"] = torch_tensor(masks)
                 write_shard(
@@ -226,31 +234,27 @@ class WriteLatentShard:
                 )
             except SdxlRayError as error:
                 return _row(0, error=error_text(error))
-        tiled, seconds = 0, time.perf_counter() - started
-        if self.encoder is not None:
-            tiled = len(self.encoder.tiled)
-            self.encoder.tiled.clear()
         return _row(
             len(header["keys"]),
             skipped=header["skipped"],
-            encode_s=seconds,
+            encode_s=time.perf_counter() - started,
             decode_s=header["decode_s"],
             tiled=tiled,
         )
 
-    def _encode(self, pixels: np.ndarray, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        assert self.encoder is not None
-        if len(pixels):
-            return self.encoder.encode(list(pixels), names)
-        blank = self.encoder.encode([np.zeros(pixels.shape[1:], np.uint8)], ["an empty shard"])
-        return {name: tensor[:0] for name, tensor in blank.items()}
-
     def _load(self) -> LatentEncoder:
         from sdxl_ray.cache.encode import LatentEncoder, loading
 
-        device = torch_device(self.device, self.threads)
+        device = torch_device(self.device)
         with loading("the VAE", device):
             return LatentEncoder(device=device, **self.settings)
+
+
+def _encode(encoder: LatentEncoder, pixels: np.ndarray, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    if len(pixels):
+        return encoder.encode(list(pixels), names)
+    blank = encoder.encode([np.zeros(pixels.shape[1:], np.uint8)], ["an empty shard"])
+    return {name: tensor[:0] for name, tensor in blank.items()}
 
 
 def torch_tensor(values: np.ndarray) -> torch.Tensor:
@@ -268,19 +272,33 @@ def _record(fields: dict[str, Any]) -> ImageRecord:
 # ---- shared by text and images ---------------------------------------------------------------------------------------
 
 
-def torch_device(kind: str, threads: int = 0) -> torch.device:
-    """The device that was reserved: "cuda" (which is also what ROCm calls itself), "cpu", or "mps" if there is one.
+def _in_background(load: Callable[[], Encoder]) -> Future[Encoder]:
+    """`load()` in a thread, since it takes seconds in which the first shard is decoded.
 
-    Args:
-        threads: of torch on the CPU. Ray allows one per reserved core, and an encoder reserves a fraction of one.
+    Its error is raised where a shard asks for the result, and can travel as a row.
+    """
+    return ThreadPoolExecutor(1).submit(load)
+
+
+def limit_threads(kind: str, threads: int) -> None:
+    """Threads of torch on the CPU, for the thread that calls this; 0 leaves it as it is.
+
+    Ray allows one per reserved core, and an encoder reserves a fraction of one.
+    """
+    import torch
+
+    if kind == "cpu" and threads:
+        torch.set_num_threads(threads)
+
+
+def torch_device(kind: str) -> torch.device:
+    """The device that was reserved: "cuda" (which is also what ROCm calls itself), "cpu", or "mps" if there is one.
 
     Raises:
         CacheError: Ray gave a GPU, but torch has none. On the CPU it would be a hundred times slower without a word.
     """
     import torch
 
-    if kind == "cpu" and threads:
-        torch.set_num_threads(threads)
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise CacheError(

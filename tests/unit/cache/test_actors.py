@@ -18,6 +18,7 @@ from sdxl_ray.cache.actors import (
     decode_shard,
     error_text,
     files_as_row,
+    limit_threads,
     listed_from,
     raise_error,
     scanned_files,
@@ -248,7 +249,8 @@ def test_the_encoder_is_loaded_once(tmp_path, tiny_model, monkeypatch):
         loads.append(1) or _load(tiny_model, **kw)
     ))  # fmt: skip
     write = WriteTextShard(**settings(tmp_path, tiny_model, WriteTextShard))
-    assert loads == []
+    write.loading.result()
+    assert loads == [1]  # while the first shard is on its way
     write(text_batch())
     write(text_batch())
     assert loads == [1]
@@ -481,9 +483,9 @@ def test_an_encoder_on_a_cpu_gets_its_threads(monkeypatch):
     """Ray would allow it one for each core that it reserves, which is a fraction."""
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    torch_device("cpu", 3)
-    torch_device("cpu")
-    torch_device("mps", 3)
+    limit_threads("cpu", 3)
+    limit_threads("cpu", 0)
+    limit_threads("mps", 3)
     assert asked == [3]
 
 
