@@ -235,6 +235,7 @@ def test_a_full_disk_is_a_row_too(actor, tmp_path, images, tiny_model, monkeypat
         raise OSError(28, "No space left on device")
 
     write, batch = actor(**settings(tmp_path / "cache", tiny_model, actor)), batch_of(actor, images, tiny_model)
+    write.loading.result()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", fail)
         error = raised(write(batch))
