@@ -272,12 +272,15 @@ def _record(fields: dict[str, Any]) -> ImageRecord:
 # ---- shared by text and images ---------------------------------------------------------------------------------------
 
 
+_LOADER = ThreadPoolExecutor(1)  # one for the process: transformers' loading changes torch for as long as it lasts
+
+
 def _in_background(load: Callable[[], Encoder]) -> Future[Encoder]:
     """`load()` in a thread, since it takes seconds in which the first shard is decoded.
 
     Its error is raised where a shard asks for the result, and can travel as a row.
     """
-    return ThreadPoolExecutor(1).submit(load)
+    return _LOADER.submit(load)
 
 
 def limit_threads(kind: str, threads: int) -> None:
