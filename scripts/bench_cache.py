@@ -6,6 +6,7 @@
 
 scan    headers and hashes, one thread
 decode  decode, crop and resize: in a multiprocessing.Pool, through Ray Data, and the whole stage with a cheap VAE
+ondemand  how long training waits for data that is encoded while it runs, on cores of its own
 again   planning for 100,000 images, and once more with nothing changed
 rows    memory of a million images on the driver, and so of ten million
 
@@ -237,6 +238,42 @@ def _plan(config: Any) -> Any:
     return plan_cache(config.datasets, config.model, config.cache, model_path=resolve_model(config.model.path))
 
 
+# ---- ondemand --------------------------------------------------------------------------------------------------------
+
+
+def bench_ondemand(options: argparse.Namespace) -> Table:
+    """A run of one epoch over an empty cache, and what each ten steps of it waited."""
+    from sdxl_ray import fit
+    from sdxl_ray.config.load import with_overrides
+
+    waits: list[tuple[int, float, float]] = []  # encoded so far, share of the time waited, images/s of training
+    encoded: list[tuple[float, int, int]] = []  # when, done, total
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "progress" and event["stage"] == "images":
+            encoded.append((time.perf_counter(), event["done"], event["total"]))
+        if event["event"] == "metrics" and "perf/data_wait_share" in event["values"]:
+            values = event["values"]
+            waits.append((encoded[-1][1], values["perf/data_wait_share"], values["perf/images_per_s"]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(Path(folder), options, model=_model_with_a_cheap_vae(Path(folder) / "model"))
+        settings = {"run.output": folder, "run.name": "ondemand", "cache.mode": "ondemand", "train.duration": "1 epochs"}
+        settings |= {"train.num_workers": 1, "train.micro_batch_size": 4, "train.log_every": 10, "model.dtype": "fp32"}
+        fit(with_overrides(config, settings), on_event=watch)
+    began, ended = encoded[0], next(item for item in encoded if item[1] == item[2])
+    pace = (ended[1] - began[1]) / (ended[0] - began[0])
+    meanwhile = [item for item in waits if item[0] < ended[2]]
+    later = meanwhile[1:] or sys.exit("encoding was over before twenty steps were; give more --variants")
+    return [
+        ("ondemand: encoding beside training", f"{pace:.1f} images/s, over after {len(meanwhile) * 10} steps"),
+        ("training, first ten steps", f"{waits[0][2]:.1f} images/s, {waits[0][1]:.1%} of the time waiting for data"),
+        ("training, further steps while images are encoded",
+         f"{sum(item[2] for item in later) / len(later):.1f} images/s, waiting "
+         f"{sum(item[1] for item in later) / len(later):.1%}, at most {max(item[1] for item in later):.1%}"),
+    ]  # fmt: skip
+
+
 # ---- again -----------------------------------------------------------------------------------------------------------
 
 
@@ -392,7 +429,13 @@ def _timed(work: Any) -> float:
     return time.perf_counter() - started
 
 
-PARTS = {"scan": bench_scan, "decode": bench_decode, "again": bench_again, "rows": bench_rows}
+PARTS = {
+    "scan": bench_scan,
+    "decode": bench_decode,
+    "ondemand": bench_ondemand,
+    "again": bench_again,
+    "rows": bench_rows,
+}
 
 if __name__ == "__main__":
     main()

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.planning import CachePlan, plan_cache
@@ -156,10 +158,10 @@ def _explain_images(config: Config, plan: CachePlan, index: Index, found: Explan
         found.lines.append(f"bucket      {bucket:>9}  {count} samples")
     captions = sum(len(captions) for captions in index.table.column("captions"))
     found.lines.append(f"captions    {captions}")
-    enlarged = _enlargements(index)
-    if len(enlarged):
+    num_enlarged, most = _enlargements(index)
+    if num_enlarged:
         found.warnings.append(
-            f"{len(enlarged)} images are smaller than their bucket and are enlarged, up to {max(enlarged):.1f} times"
+            f"{num_enlarged} images are smaller than a bucket of theirs and are enlarged, up to {most:.1f} times"
         )
     found.lines.append(
         f"cache       {plan.num_missing_latents} images and {plan.num_missing_text} captions to encode, "
@@ -333,10 +335,11 @@ def check_num_blocks(shapes: Mapping[str, tuple[int, ...]], checkpointing: str |
         )
 
 
-def _enlargements(index: Index) -> list[float]:
-    """How many times each image is enlarged, of those that are."""
+def _enlargements(index: Index) -> tuple[int, float]:
+    """(images of which a sample is enlarged, how many times at most)."""
     codes, buckets = index.codes("bucket")
     target = np.array([parse_bucket_key(bucket) for bucket in buckets]).reshape(-1, 2)[codes]
     original = np.stack([index.table.column(f"original_{edge}").to_numpy() for edge in ("height", "width")], axis=1)
     scales = (target / original).max(axis=1)
-    return [float(scale) for scale in scales[scales > 1.0]]
+    images = index.table.column("image_hash").filter(pa.array(scales > 1.0))
+    return pc.count_distinct(images).as_py(), float(scales.max(initial=0.0))

@@ -46,11 +46,7 @@ class Geometry:
 
     @staticmethod
     def of(section: DatasetSection) -> tuple[Geometry, ...]:
-        """One for each resolution; of those that come out equal, one.
-
-        Raises:
-            ValueError: the settings leave no bucket; says which, and what would do.
-        """
+        """One for each resolution; of those that come out equal, one."""
         geometries = []
         for resolution in section.resolution:
             buckets, min_own_edge = _buckets_of(section, resolution)
@@ -133,47 +129,18 @@ def make_shorter_side_buckets(edge: int, step: int) -> tuple[tuple[int, int], ..
     return tuple((edge, width) for width in reversed(longer)) + tuple((height, edge) for height in longer[1:])
 
 
-def parse_buckets(texts: Sequence[str], square_hw: tuple[int, int] = (1024, 1024)) -> tuple[tuple[int, int], ...]:
-    """The (height, width) of each entry of dataset.buckets; "square" is `square_hw`.
-
-    Raises:
-        ValueError: an entry is no HEIGHTxWIDTH of multiples of 8.
-    """
-    return tuple(dict.fromkeys(square_hw if text == "square" else _parse_bucket(text) for text in texts))
-
-
-def _parse_bucket(text: str) -> tuple[int, int]:
-    height, x, width = text.lower().partition("x")
-    if not (x and height.isdecimal() and width.isdecimal()):
-        raise ValueError(f'dataset.buckets: "{text}" is no HEIGHTxWIDTH, as "1024x832" is, and not "square".')
-    edges = int(height), int(width)
-    if min(edges) == 0 or any(edge % VAE_FACTOR for edge in edges):
-        nearest = "x".join(str(max(1, round(edge / VAE_FACTOR)) * VAE_FACTOR) for edge in edges)
-        raise ValueError(
-            f'dataset.buckets: the edges of "{text}" must be multiples of {VAE_FACTOR} pixels; nearest is "{nearest}".'
-        )
-    return edges
-
-
 def _buckets_of(section: DatasetSection, resolution: float) -> tuple[tuple[tuple[int, int], ...], int]:
     """The buckets of one resolution, and the shortest edge of a bucket of an image's own size, 0 for none."""
+    if section.own_buckets:
+        return tuple(dict.fromkeys(section.own_buckets)), 0
     unit, step = section.resolution_unit, section.bucket_step
     edge = 1024 * math.sqrt(resolution) if unit == "megapixels" else resolution
     if unit == "shorter_side":
-        if edge % VAE_FACTOR or edge <= 0:
-            raise ValueError(f"dataset.resolution: a shorter side of {edge:g} pixels is no multiple of {VAE_FACTOR}.")
-        buckets = make_shorter_side_buckets(int(edge), step)
-        square = int(edge)
+        buckets, square = make_shorter_side_buckets(int(edge), step), int(edge)
     else:
-        buckets = make_buckets(edge, step)
-        square = int(edge // step * step)
-    if not buckets or not square:
-        raise ValueError(
-            f"dataset.resolution: {resolution:g} ({unit}) leaves no room for a bucket whose edges are multiples of "
-            f"{step} pixels. Raise it, or lower dataset.bucket_step."
-        )
-    if section.buckets:
-        return parse_buckets(section.buckets, (square, square)), 0
+        buckets, square = make_buckets(edge, step), int(edge // step * step)
+    if section.buckets:  # "square"
+        return ((square, square),), 0
     return buckets, max(step, min(MIN_OWN_EDGE, int(edge / 2)))
 
 

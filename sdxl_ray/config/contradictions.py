@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -120,7 +121,7 @@ def _in_sizes(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
 
 
 def _in_resolution(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
-    unit = dataset.resolution_unit
+    unit, step = dataset.resolution_unit, dataset.bucket_step
     as_unit = f'dataset.resolution_unit = "{unit}"'
     for value in dataset.resolution:
         text = f"{value:.0f}" if value == round(value) else f"{value:g}"
@@ -129,11 +130,19 @@ def _in_resolution(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
             if not low <= value <= high:
                 other = ' For pixels: dataset.resolution_unit = "edge".' if value >= _SMALLEST_EDGE else ""
                 yield "resolution", f"{text} is not between {low:g} and {high:g} megapixels ({as_unit}).{other}"
+            elif 1024 * math.sqrt(value) < step and not dataset.own_buckets:
+                yield (
+                    "resolution",
+                    f"{text} megapixels is less than one bucket of dataset.bucket_step = {step}: raise the one, or "
+                    "lower the other",
+                )
         elif value != round(value) or value < _SMALLEST_EDGE:
             other = ' For megapixels: dataset.resolution_unit = "megapixels".' if value <= _MEGAPIXELS[1] else ""
             yield "resolution", f"{text} is not a whole number of at least {_SMALLEST_EDGE} pixels ({as_unit}).{other}"
-        elif value % dataset.bucket_step and not dataset.own_buckets:
-            yield "resolution", f"{text} is not a multiple of dataset.bucket_step = {dataset.bucket_step}"
+        elif unit == "shorter_side" and value % 8 and not dataset.own_buckets:
+            yield "resolution", f"a shorter side of {text} is not a multiple of 8 pixels"
+        elif unit == "edge" and value % step and not dataset.own_buckets:
+            yield "resolution", f"{text} is not a multiple of dataset.bucket_step = {step}"
     for value in _repeated(dataset.resolution):
         yield "resolution", f"{value:g} is there twice. To see images more often, set dataset.repeats."
 

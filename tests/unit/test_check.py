@@ -36,6 +36,11 @@ def test_the_limit_of_held_out_images_counts(config):
     assert "11 to train on, 2 held out" in explain(with_overrides(config, {"eval.max_images": 2})).text()
 
 
+def test_an_enlarged_image_counts_once(config):
+    text = explain(with_overrides(config, {"dataset.resolution": [256, 512], "dataset.flip": True})).text()
+    assert "13 images are smaller than a bucket of theirs and are enlarged, up to" in text
+
+
 def test_an_objective_that_is_not_the_models_is_a_note(config):
     assert "loss.objective" not in explain(config).text()
     wrong = explain(with_overrides(config, {"loss.objective": "v_prediction"}))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.address import tar_address
 from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, PACKED_TARS, ahead, printable, setting_of
-from sdxl_ray.cache.sources.values import size_of, texts_of
+from sdxl_ray.cache.sources.values import focus_of, size_of, texts_of
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import Listed
 from sdxl_ray.storage import FileEntry
@@ -141,15 +141,17 @@ def _images_of(section: DatasetSection, path: str, entry: FileEntry, sample: _Sa
         caption = _belonging(sample, before, extension) if "textfile" in section.captions else ""
         mask = _belonging(sample, before, mask_ending) if mask_ending else ""
         notes = sample.notes.get(_belonging(sample, before, "json"), {})
+        original_hw = size_of(notes, section.size_columns)
         yield Listed(
             path=storage.join(path, printable(name)),
             stamp=_stamp(entry, sample, image),
             address=tar_address(path, offset, size),
-            original_hw=size_of(notes, section.size_columns),
+            original_hw=original_hw,
             text_file=_address(path, sample, caption),
             texts=texts_of(notes, section.caption_columns),
             mask_file=_address(path, sample, mask),
             mask_stamp=_stamp(entry, sample, mask) if mask else "",
+            focus_yx=focus_of(notes, section.focus_columns, original_hw),
         )
 
 

@@ -15,7 +15,6 @@ from sdxl_ray.cache.buckets import (
     make_buckets,
     make_shorter_side_buckets,
     nearest_bucket,
-    parse_buckets,
     place,
     place_all,
 )
@@ -120,42 +119,13 @@ def test_own_buckets_are_the_same_at_every_resolution():
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1024", 'dataset.buckets: "1024" is no HEIGHTxWIDTH, as "1024x832" is, and not "square".'),
-        ("x1024", 'dataset.buckets: "x1024" is no HEIGHTxWIDTH, as "1024x832" is, and not "square".'),
-        ("-8x8", 'dataset.buckets: "-8x8" is no HEIGHTxWIDTH, as "1024x832" is, and not "square".'),
-        ("1000x1020", 'the edges of "1000x1020" must be multiples of 8 pixels; nearest is "1000x1024".'),
-        ("0x8", 'the edges of "0x8" must be multiples of 8 pixels; nearest is "8x8".'),
-    ],
-)
-def test_a_bad_bucket_is_named(text, message):
-    with pytest.raises(ValueError) as caught:
-        parse_buckets(["1024x1024", text])
-    assert message in str(caught.value)
+def test_a_bucket_that_is_there_twice_counts_once():
+    assert geometry(buckets=["1024x832", "512x512", "1024x832"]).buckets == ((1024, 832), (512, 512))
 
 
-def test_buckets_are_read_once_in_either_case():
-    assert parse_buckets(["1024X832", "1024x832", "square"], (512, 512)) == ((1024, 832), (512, 512))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"resolution": 32}, "dataset.resolution: 32 (edge) leaves no room for a bucket"),
-        (
-            {"resolution": 0.001, "resolution_unit": "megapixels"},
-            "0.001 (megapixels) leaves no room for a bucket whose edges are multiples of 64 pixels. Raise it, or lower "
-            "dataset.bucket_step.",
-        ),
-        ({"resolution": 1001, "resolution_unit": "shorter_side"}, "a shorter side of 1001 pixels is no multiple of 8."),
-    ],
-)
-def test_a_resolution_without_buckets_is_named(settings, message):
-    with pytest.raises(ValueError) as caught:
-        geometry(**settings)
-    assert message in str(caught.value)
+def test_own_buckets_need_no_room_for_automatic_ones():
+    section = DatasetSection(resolution=0.06, resolution_unit="megapixels", bucket_step=256, buckets=["256x256"])
+    assert [geometry.buckets for geometry in Geometry.of(section)] == [((256, 256),)]
 
 
 # ---- the nearest -----------------------------------------------------------------------------------------------------

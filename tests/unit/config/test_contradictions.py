@@ -75,9 +75,14 @@ def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
         ),
         ({"resolution": 1000}, "resolution", "1000 is not a multiple of dataset.bucket_step = 64"),
         (
-            {"resolution": [1024, 1000], "resolution_unit": "shorter_side"},
+            {"resolution": [1024, 1001], "resolution_unit": "shorter_side"},
             "resolution",
-            "1000 is not a multiple of dataset.bucket_step = 64",
+            "a shorter side of 1001 is not a multiple of 8 pixels",
+        ),
+        (
+            {"resolution": 0.06, "resolution_unit": "megapixels", "bucket_step": 256},
+            "resolution",
+            "0.06 megapixels is less than one bucket of dataset.bucket_step = 256: raise the one, or lower the other",
         ),
         (
             {"resolution": 32, "bucket_step": 8},
@@ -278,6 +283,8 @@ def test_a_key_in_an_address_is_refused_and_not_shown(section):
         {"dataset": {"captions": ["textfile", "instance_prompt"], "instance_prompt": "a cat"}},
         {"dataset": {"resolution": 1000, "bucket_step": 8}},
         {"dataset": {"resolution": 0.7, "resolution_unit": "megapixels"}},
+        {"dataset": {"resolution": 0.0625, "resolution_unit": "megapixels", "bucket_step": 256}},
+        {"dataset": {"resolution": 1000, "resolution_unit": "shorter_side"}},
         {"dataset": {"buckets": ["square"], "resolution": [512, 1024]}},
         {"dataset": {"buckets": ["96x192"], "bucket_step": 96}},
         {"dataset": {"buckets": ["1024x1024", "832x1216"]}},

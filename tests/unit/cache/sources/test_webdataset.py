@@ -16,7 +16,7 @@ def write_tar(path, members, format=tarfile.PAX_FORMAT):
 
 
 def test_members_of_one_name_belong_together(tmp_path):
-    notes = {"caption": " from json ", "height": 30, "width": 20}
+    notes = {"caption": " from json ", "height": 30, "width": 20, "focus_y": 3, "focus_x": 15}
     write_tar(
         tmp_path / "0.tar",
         [
@@ -34,8 +34,9 @@ def test_members_of_one_name_belong_together(tmp_path):
     assert (first.path, second.path) == (f"{tmp_path}/0.tar/a/b.png", f"{tmp_path}/0.tar/b.jpg")
     assert contents([first, second]) == [b"image a/b", b"image b"]
     assert (first.texts, first.original_hw, first.text_file) == (("from json",), (30, 20), "")
+    assert first.focus_yx == (0.1, 0.75)
     assert read_bytes(first.mask_file) == b"mask a/b"
-    assert (second.texts, second.original_hw, second.mask_file) == ((), None, "")
+    assert (second.texts, second.original_hw, second.mask_file, second.focus_yx) == ((), None, "", None)
     assert read_bytes(second.text_file) == b"caption b"
     size, _, offset = second.stamp.split("-")
     assert (int(size), (tmp_path / "0.tar").read_bytes()[int(offset) :][:7]) == (7, b"image b")
