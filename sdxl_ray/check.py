@@ -182,9 +182,16 @@ def _explain_steps(config: Config, parts: Split, found: Explanation) -> None:
         f"{config.train.accumulation} accumulated x {config.train.num_workers} workers",
         f"length      {found.num_steps} steps, {found.num_epochs:.1f} epochs of {order.samples_per_epoch} images",
     ]
+    _explain_shares(config, parts, order.num_seen(num_micro_batches), found)
     if parts.num_left_out:
         text = f"{parts.num_left_out} images are evaluated, so their copies are not trained on"
         found.warnings.append(text)
+    by_address = _by_address(parts)
+    if len(held_out) and by_address:
+        found.warnings.append(
+            f"images of {', '.join(by_address)} are told apart by their addresses, so a copy of a held-out image is "
+            'trained on unnoticed. dataset.identify_by = "content" reads every image once, and finds copies.'
+        )
     codes, names = train.codes("dataset")
     repeats = np.array([parts.sections[name].repeats for name in names])[codes]
     sizes = np.bincount(train.codes("bucket")[0], weights=repeats)
@@ -204,6 +211,34 @@ def _explain_steps(config: Config, parts: Split, found: Explanation) -> None:
         )
     if not len(held_out) and config.eval.holdout > 0:
         found.warnings.append("too few different images to hold one out; there is no eval loss")
+
+
+def _by_address(parts: Split) -> list[str]:
+    """Datasets of which the listing identifies the images."""
+    codes, names = parts.train.whole.codes("dataset")
+    return [names[code] for code in np.unique(codes[~parts.train.whole.flags("verify")])]
+
+
+def _explain_shares(config: Config, parts: Split, num_seen: list[int], found: Explanation) -> None:
+    """What each dataset contributes, where there are several, or one that is not used all the time."""
+    trained = [section for section in config.datasets if section.role != "eval"]
+    counts, (_, names) = parts.train.counts("dataset"), parts.train.codes("dataset")
+    seen = dict(zip(names, num_seen, strict=True))
+    for section in trained:
+        count = counts.get(section.name, 0)
+        when = [f"from {section.start}"] if section.start.value else []
+        when += [f"to {section.end}"] if section.end.value else []
+        how = [f"{count} images"]
+        how += [f"each {section.repeats} times an epoch"] if section.repeats > 1 else []
+        how += [f"weight {section.weight:g}"] if section.weight != 1 else []
+        how += [" ".join(when)] if when else []
+        if len(trained) > 1 or when:
+            found.lines.append(f"dataset     {section.name}: {', '.join(how)}; {seen.get(section.name, 0)} seen in all")
+        if count and seen[section.name] < count * section.repeats:
+            found.warnings.append(
+                f'dataset "{section.name}" is not seen whole: {seen[section.name]} of {count * section.repeats} images '
+                "of one epoch. Train longer, or set dataset.start and dataset.end differently."
+            )
 
 
 def _explain_model(config: Config, model: str, found: Explanation) -> None:

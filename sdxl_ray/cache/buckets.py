@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sdxl_ray.records import bucket_key
+
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import DatasetSection
 
@@ -41,6 +43,8 @@ class Geometry:
     max_size: int = 0
     min_aspect: float = 0.0
     max_aspect: float = 0.0
+    max_upscale: float = 0.0
+    max_cut: float = 1.0
     crop: str = "center"
     crop_variants: int = 1
 
@@ -60,6 +64,8 @@ class Geometry:
                     max_size=section.max_size,
                     min_aspect=section.min_aspect,
                     max_aspect=section.max_aspect,
+                    max_upscale=section.max_upscale,
+                    max_cut=section.max_cut,
                     crop=section.crop,
                     crop_variants=section.crop_variants if section.crop == "random" else 1,
                 )
@@ -201,6 +207,9 @@ def _place_fixed(original_hw: tuple[int, int], geometry: Geometry) -> Placement 
             return smaller
         bucket_hw = smaller
     resized_hw = cover(original_hw, bucket_hw)
+    refusal = _too_much(original_hw, resized_hw, bucket_hw, geometry)
+    if refusal:
+        return Unfit(refusal)
     top, left = resized_hw[0] - bucket_hw[0], resized_hw[1] - bucket_hw[1]
     if geometry.crop in ("center", "random", "focus"):
         top, left = top // 2, left // 2
@@ -220,6 +229,20 @@ def _refusal(original_hw: tuple[int, int], geometry: Geometry) -> str:
         return f"its width / height is {width / height:.3g}, dataset.min_aspect is {geometry.min_aspect:g}"
     if geometry.max_aspect and width > geometry.max_aspect * height:
         return f"its width / height is {width / height:.3g}, dataset.max_aspect is {geometry.max_aspect:g}"
+    return ""
+
+
+def _too_much(
+    original_hw: tuple[int, int], resized_hw: tuple[int, int], bucket_hw: tuple[int, int], geometry: Geometry
+) -> str:
+    """Whether it would be enlarged or cut beyond recognition, in words; empty: no."""
+    scale = max(bucket / original for bucket, original in zip(bucket_hw, original_hw, strict=True))
+    if geometry.max_upscale and scale > geometry.max_upscale:
+        return f"it would be enlarged {scale:.1f} times, dataset.max_upscale is {geometry.max_upscale:g}"
+    cut = 1 - math.prod(bucket_hw) / math.prod(resized_hw)
+    if cut > geometry.max_cut:
+        text = f"{bucket_key(bucket_hw)} would leave {1 - cut:.1%} of it, dataset.max_cut is {geometry.max_cut:g}"
+        return f"{text} ({1 - geometry.max_cut:.0%} are left)"
     return ""
 
 

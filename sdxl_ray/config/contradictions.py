@@ -17,6 +17,7 @@ CAPTION_SOURCES = ("textfile", "column", "filename", "instance_prompt")
 SHARED_BY_TRIALS = ("run", "model", "dataset", "cache", "sweep", "cluster", "tracking")  # sections that no sweep varies
 
 _SMALLEST_EDGE = 64  # pixels: 8 latent pixels, which the U-Net still halves twice
+_LARGEST_EDGE = 4096  # pixels
 _MEGAPIXELS = (0.05, 8.0)
 
 
@@ -139,6 +140,8 @@ def _in_resolution(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
         elif value != round(value) or value < _SMALLEST_EDGE:
             other = ' For megapixels: dataset.resolution_unit = "megapixels".' if value <= _MEGAPIXELS[1] else ""
             yield "resolution", f"{text} is not a whole number of at least {_SMALLEST_EDGE} pixels ({as_unit}).{other}"
+        elif value > _LARGEST_EDGE:
+            yield "resolution", f"{text} is above {_LARGEST_EDGE} pixels: SDXL was made for 1024 ({as_unit})"
         elif unit == "shorter_side" and value % 8 and not dataset.own_buckets:
             yield "resolution", f"a shorter side of {text} is not a multiple of 8 pixels"
         elif unit == "edge" and value % step and not dataset.own_buckets:

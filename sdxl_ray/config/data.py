@@ -183,6 +183,21 @@ class DatasetSection(Section):
     )
     min_aspect: float = setting(0.0, "Skip images with width / height below this. 0: none.", ge=0, more=_SIZES)
     max_aspect: float = setting(0.0, "Skip images with width / height above this. 0: none.", ge=0, more=_SIZES)
+    max_upscale: float = setting(
+        8.0,
+        "Skip images that would have to be enlarged more often than this. 0: none.",
+        unit="times",
+        ge=0,
+        more=_SIZES,
+    )
+    max_cut: float = setting(
+        0.8,
+        "Skip images of which more than this would be cut away: long strips. 1: none.",
+        unit="share 0-1",
+        gt=0,
+        le=1,
+        more=_SIZES,
+    )
     crop: Literal["center", "random", "top_left", "top_right", "bottom_left", "bottom_right", "focus"] = setting(
         "center", "Where to cut what does not fit the bucket. focus: around the point in `focus_columns`, or center."
     )

@@ -18,7 +18,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -76,6 +76,10 @@ class Epoch(Sequence[MicroBatch]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    def num_samples(self, num_micro_batches: int) -> int:
+        """In the first so many micro-batches."""
+        return int(self._ends[num_micro_batches - 1]) if num_micro_batches else 0
+
     @overload
     def __getitem__(self, place: int) -> MicroBatch: ...
     @overload
@@ -92,6 +96,11 @@ class Epoch(Sequence[MicroBatch]):
             rows=tuple(self.rows[start:end].tolist()),
             repeats=tuple(self.repeats[start:end].tolist()),
         )
+
+
+def crop_of(epoch: int, crop_epochs: Any, num_crops: Any) -> Any:
+    """Which crop of an image an epoch uses: each for `crop_epochs` epochs, in turns. Of numbers, or of arrays."""
+    return epoch // crop_epochs % num_crops
 
 
 class DataOrder:
@@ -194,6 +203,21 @@ class DataOrder:
         """How many epochs, those cut short among them, are done after `position` micro-batches."""
         phase = self._phase_at(position)
         return phase.first_epoch + (position - phase.first) / max(1, phase.micro_batches_per_epoch)
+
+    def num_seen(self, num_micro_batches: int) -> list[int]:
+        """How many images of each dataset the run has seen after so many micro-batches, repeats among them."""
+        seen = np.zeros(len(self.spans), np.int64)
+        for phase, after in itertools.pairwise([*self.phases, None]):
+            end = num_micro_batches if after is None else min(after.first, num_micro_batches)
+            if end <= phase.first or not phase.micro_batches_per_epoch:
+                break
+            epochs, rest = divmod(end - phase.first, phase.micro_batches_per_epoch)
+            active = sorted(phase.active)
+            seen[active] += epochs * self._sizes[active].sum(1)
+            if rest:
+                epoch = self.epoch(phase.first_epoch + epochs)
+                seen += np.bincount(self._datasets[epoch.rows[: epoch.num_samples(rest)]], minlength=len(seen))
+        return [int(number) for number in seen]
 
     def check_length(self, num_micro_batches: int) -> None:
         """

@@ -25,8 +25,11 @@ ODD_SIZES = [(1, 1), (10, 30000), (30000, 10), (1, 5000), (1023, 1025), (2048, 5
 HASH = "ab" * 32
 
 
+NO_LIMITS = {"max_upscale": 0, "max_cut": 1}
+
+
 def geometry(**settings):
-    (only,) = Geometry.of(DatasetSection(**settings))
+    (only,) = Geometry.of(DatasetSection(**NO_LIMITS | settings))
     return only
 
 
@@ -126,6 +129,30 @@ def test_a_bucket_that_is_there_twice_counts_once():
 def test_own_buckets_need_no_room_for_automatic_ones():
     section = DatasetSection(resolution=0.06, resolution_unit="megapixels", bucket_step=256, buckets=["256x256"])
     assert [geometry.buckets for geometry in Geometry.of(section)] == [((256, 256),)]
+
+
+@pytest.mark.parametrize(
+    ("original_hw", "reason"),
+    [
+        ((1, 1), "it would be enlarged 1024.0 times, dataset.max_upscale is 8"),
+        ((127, 127), "it would be enlarged 8.1 times, dataset.max_upscale is 8"),
+        ((128, 128), ""),
+        ((1000, 30000), "512x2048 would leave 13.3% of it, dataset.max_cut is 0.8 (20% are left)"),
+        ((1000, 20000), ""),
+        ((20000, 1000), ""),
+        ((20100, 1000), "2048x512 would leave 19.9% of it, dataset.max_cut is 0.8 (20% are left)"),
+    ],
+)
+def test_what_would_be_enlarged_or_cut_beyond_recognition_is_left_out(original_hw, reason):
+    (found,) = (place(original_hw, "00", geometry) for geometry in Geometry.of(DatasetSection()))
+    assert isinstance(found, Unfit) == bool(reason)
+    assert not reason or found.reason == reason
+
+
+def test_the_limits_can_be_lifted():
+    (without,) = Geometry.of(DatasetSection(**NO_LIMITS))
+    assert place((1, 1), "00", without).resized_hw == (1024, 1024)
+    assert place((10, 30000), "00", without).bucket_hw == (512, 2048)
 
 
 # ---- the nearest -----------------------------------------------------------------------------------------------------

@@ -90,6 +90,11 @@ def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
             '32 is not a whole number of at least 64 pixels (dataset.resolution_unit = "edge").',
         ),
         (
+            {"resolution": [1024, 1e9]},
+            "resolution",
+            '1000000000 is above 4096 pixels: SDXL was made for 1024 (dataset.resolution_unit = "edge")',
+        ),
+        (
             {"resolution": 1.5},
             "resolution",
             '1.5 is not a whole number of at least 64 pixels (dataset.resolution_unit = "edge"). For megapixels: '

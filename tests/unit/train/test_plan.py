@@ -392,6 +392,20 @@ def test_full_epochs_have_each_active_sample_exactly_so_often_for_any_number_of_
     assert {dataset for phase in order.phases for dataset in phase.active} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("length", [0, 1, 4, 5, 9, 14, 30])
+def test_how_many_images_of_each_dataset_are_seen(length):
+    spans = [
+        span("cats", end="4 epochs"),
+        span("dogs", "3 steps"),
+        span("birds", "2 epochs"),
+        span("never", "99 epochs"),
+    ]
+    order = make_phases((13, 6, 5, 3), spans, micro_batches_per_step=2, repeats=2)
+    rows = [row for number in range(length) for row in order[number].rows]
+    expected = [sum(row in range(*part) for row in rows) for part in ((0, 13), (13, 19), (19, 24), (24, 27))]
+    assert order.num_seen(length) == expected
+
+
 def test_borders_in_epochs_do_not_depend_on_the_workers():
     spans = [span("cats"), span("dogs", "2 epochs")]
     orders = [make_phases((13, 6), spans, micro_batches_per_step=count) for count in (1, 6)]
