@@ -258,8 +258,16 @@ def bench_ondemand(options: argparse.Namespace) -> Table:
 
     with tempfile.TemporaryDirectory() as folder:
         config = _config(Path(folder), options, model=_model_with_a_cheap_vae(Path(folder) / "model"))
-        settings = {"run.output": folder, "run.name": "ondemand", "cache.mode": "ondemand", "train.duration": "1 epochs"}
-        settings |= {"train.num_workers": 1, "train.micro_batch_size": 4, "train.log_every": 10, "model.dtype": "fp32"}
+        settings = {
+            "run.output": folder,
+            "run.name": "ondemand",
+            "model.dtype": "fp32",
+            "cache.mode": "ondemand",
+            "train.duration": "1 epochs",
+            "train.num_workers": 1,
+            "train.micro_batch_size": 4,
+            "train.log_every": 10,
+        }
         fit(with_overrides(config, settings), on_event=watch)
     began, ended = encoded[0], next(item for item in encoded if item[1] == item[2])
     pace = (ended[1] - began[1]) / (ended[0] - began[0])
@@ -341,6 +349,7 @@ def plan_rows(num_rows: int) -> None:
     from unittest import mock
 
     from sdxl_ray.cache import collection
+    from sdxl_ray.cache.foreseen import index_tables
     from sdxl_ray.cache.index import write_index
     from sdxl_ray.cache.scan import ScannedFile
     from sdxl_ray.records import Listed
@@ -375,7 +384,7 @@ def plan_rows(num_rows: int) -> None:
             plan = plan_cache(
                 config.datasets, config.model, config.cache, model_path=resolve_model(config.model.path), scan=scan
             )
-        write_index(plan.index_path, plan.index_tables())
+        write_index(plan.index_path, index_tables(plan))
         seconds = time.monotonic() - started
     print(json.dumps({"peak": watcher.peak, "seconds": seconds}))
 

@@ -8,6 +8,7 @@ reference decodes all pixels, applies the colour profile to all of them and resi
 """
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import math
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,12 +25,18 @@ from PIL import Image, ImageCms
 
 from sdxl_ray.cache import images
 from sdxl_ray.cache.buckets import Geometry, Unfit, cover, place
-from sdxl_ray.cache.images import decode, load_pixels
+from sdxl_ray.cache.formats import decode
+from sdxl_ray.cache.images import load_pixels
 from sdxl_ray.config.schema import DatasetSection
 from sdxl_ray.records import ImageRecord
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "sdxl_ray" / "demo" / "photographs"
 REDUCTIONS_OFF: tuple[tuple[int, float], ...] = ()
+
+
+def changed(**names: object) -> contextlib.AbstractContextManager[object]:
+    """These names of sdxl_ray/cache/images.py have these values while the context lasts; it may be entered again."""
+    return mock.patch.multiple(images, **names)
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -108,11 +116,10 @@ def record_of(path: Path, geometry: Geometry) -> tuple[bytes, ImageRecord] | Non
 
 def speed_and_quality(files: list[tuple[bytes, ImageRecord]]) -> None:
     """One line for each way to read each file, summed up by kind of file."""
-    lanczos, reductions = images._torch_lanczos, images._REDUCTIONS
     ways = {
-        "all pixels, Pillow's LANCZOS": (REDUCTIONS_OFF, lambda: None),
-        "all pixels, torch's LANCZOS": (REDUCTIONS_OFF, lanczos),
-        "load_pixels": (reductions, lanczos),
+        "all pixels, Pillow's LANCZOS": changed(_REDUCTIONS=REDUCTIONS_OFF, _torch_lanczos=lambda: None),
+        "all pixels, torch's LANCZOS": changed(_REDUCTIONS=REDUCTIONS_OFF),
+        "load_pixels": contextlib.nullcontext(),
     }
     kinds: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for content, record in files:
@@ -124,10 +131,10 @@ def speed_and_quality(files: list[tuple[bytes, ImageRecord]]) -> None:
         kind = "JPEG" if content[:2] == b"\xff\xd8" else "PNG"
         rows = kinds.setdefault(f"{kind}, {size} MP", {})
         rows.setdefault("reference", []).append((100.0, seconds, megapixels))
-        for way, (images._REDUCTIONS, images._torch_lanczos) in ways.items():
-            found, seconds = timed(lambda record=record: load_pixels(record))
+        for way, as_in_this_way in ways.items():
+            with as_in_this_way:
+                found, seconds = timed(lambda record=record: load_pixels(record))
             rows.setdefault(way, []).append((psnr(found, expected), seconds, megapixels))
-    images._REDUCTIONS, images._torch_lanczos = reductions, lanczos
     print(f"\n{'':34}{'images':>8}{'images/s':>10}{'MP/s':>8}{'PSNR lowest':>13}{'median':>8}")
     for kind, rows in sorted(kinds.items()):
         print(kind)
@@ -144,7 +151,6 @@ def quality_by_margin(files: list[tuple[bytes, ImageRecord]]) -> None:
     margins = (1.0, 1.5, 2.0, 2.25, 2.5, 3.0, 4.0)
     print("\nJPEGs decoded at 1/n, then resized: PSNR lowest (median), by how many times the needed size is left")
     print(f"{'':6}" + "".join(f"{margin:>14}" for margin in margins))
-    kept = images._REDUCTIONS
     for reduction in (2, 4, 8):
         cells = []
         for margin in margins:
@@ -155,14 +161,14 @@ def quality_by_margin(files: list[tuple[bytes, ImageRecord]]) -> None:
                     continue
                 small_hw = cover(record.original_hw, (small[0], small[1]))
                 whole = dataclasses.replace(record, resized_hw=small_hw, bucket_hw=small_hw, crop_top_left=(0, 0))
-                images._REDUCTIONS = REDUCTIONS_OFF
-                expected = load_pixels(whole)
-                images._REDUCTIONS = ((reduction, 0.0),)
-                found.append(psnr(load_pixels(whole), expected))
+                with changed(_REDUCTIONS=REDUCTIONS_OFF):
+                    expected = load_pixels(whole)
+                with changed(_REDUCTIONS=((reduction, 0.0),)):
+                    found.append(psnr(load_pixels(whole), expected))
             cells.append(f"{min(found):.1f} ({statistics.median(found):.1f})" if found else "-")
         print(f"1/{reduction:<4}" + "".join(f"{cell:>14}" for cell in cells))
-    images._REDUCTIONS = kept
-    print(f"in use: {', '.join(f'1/{reduction} from {margin} times on' for reduction, margin in kept)}")
+    in_use = (f"1/{reduction} from {margin} times on" for reduction, margin in images._REDUCTIONS)
+    print(f"in use: {', '.join(in_use)}")
 
 
 def main() -> None:

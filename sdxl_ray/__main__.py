@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import traceback
 
+_INTERRUPTED, _TERMINATED = 130, 143  # as shells have them: 128 + SIGINT, 128 + SIGTERM
+
 
 def main() -> None:
-    """0 done, 1 the run failed, 2 your input, 130 interrupted. Known errors print message and cure, no traceback."""
+    """0 done, 1 the run failed, 2 your input, 130 Ctrl-C, 143 SIGTERM. Known errors print message and cure, no
+    traceback."""
     from sdxl_ray.cli import app
-    from sdxl_ray.connection import filter_ray_noise, set_environment
+    from sdxl_ray.connection import filter_ray_noise, set_environment, sigterm_as_interrupt
     from sdxl_ray.errors import SdxlRayError
 
     set_environment()
@@ -18,26 +21,29 @@ def main() -> None:
         sys.argv.remove("--traceback")
     else:
         filter_ray_noise()
-    try:
-        code = app(standalone_mode=False)
-    except SdxlRayError as error:
-        if show_traceback:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except Exception as error:
-        code = _usage_error(error)
-        if code is None:
-            traceback.print_exc()
-            print(
-                f"error: {type(error).__name__}: {error}\nThis is a bug in sdxl-ray: please report the text above.",
-                file=sys.stderr,
-            )
-            code = 1
-    sys.exit(code or 0)
+    with sigterm_as_interrupt() as terminated:
+        try:
+            code = app(standalone_mode=False)  # _INTERRUPTED where it was left by a KeyboardInterrupt
+        except SdxlRayError as error:
+            if show_traceback:
+                traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
+        except KeyboardInterrupt:  # a second one
+            code = _INTERRUPTED
+        except Exception as error:
+            code = _usage_error(error)
+            if code is None:
+                traceback.print_exc()
+                print(
+                    f"error: {type(error).__name__}: {error}\nThis is a bug in sdxl-ray: please report the text above.",
+                    file=sys.stderr,
+                )
+                code = 1
+        else:
+            if code == _INTERRUPTED:
+                print("interrupted; what is finished is kept: run again to go on", file=sys.stderr)
+        sys.exit(_TERMINATED if code == _INTERRUPTED and terminated.is_set() else code or 0)
 
 
 def _usage_error(error: Exception) -> int | None:

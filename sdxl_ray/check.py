@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sdxl_ray.cache.foreseen import index_of
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.planning import CachePlan, plan_cache
 from sdxl_ray.cache.preview import write_contact_sheet
@@ -86,7 +87,7 @@ def explain(config: Config, *, progress: Callable[[str, int, int], None] = lambd
     check_methods(config)
     model = resolve_model(config.model.path)
     plan = _plan(config, model, progress)
-    index = plan.index()
+    index = index_of(plan)
     found = Explanation(buckets=plan.buckets)
     if not config.train.micro_batch_size:
         config = with_batch_size(config, 1)
@@ -107,7 +108,7 @@ def preview_crops(
         InputError: what would stop the run.
     """
     plan = _plan(config, resolve_model(config.model.path), progress)
-    index = plan.index()
+    index = index_of(plan)
     codes, buckets = index.codes("bucket")
     shown = {}
     for number, bucket in enumerate(buckets):

@@ -6,11 +6,14 @@ import atexit
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,7 @@ def connect(address: str | None = None) -> None:
         # The workers of a cluster that somebody else started have Ray, but maybe not this package.
         runtime_env = {"py_modules": [str(Path(__file__).parent)]}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _sigterm_stays_ours():
             warnings.simplefilter("ignore")
             # The dashboard is needed: without it, Ray Train cannot free the placement groups of stopped trials.
             ray.init(
@@ -142,6 +145,56 @@ def check_room(num_workers: int, resources: dict[str, float], *, growing: bool =
         )
 
 
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[threading.Event]:
+    """SIGTERM, which Kubernetes, Slurm, systemd, Docker and `ray job stop` send, does what Ctrl-C does at that moment.
+
+    The event is set once it has come, the same one in a context inside another. In another thread than the main one,
+    which cannot hear signals, nothing changes.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield threading.Event()
+    elif isinstance(before, _Interrupt):
+        yield before.heard
+    else:
+        interrupt = _Interrupt()
+        signal.signal(signal.SIGTERM, interrupt)
+        try:
+            yield interrupt.heard
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Interrupt:
+    """A handler of SIGTERM."""
+
+    def __init__(self) -> None:
+        self.heard = threading.Event()
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.heard.set()
+        on_ctrl_c = signal.getsignal(signal.SIGINT)
+        if not callable(on_ctrl_c):  # ignored, as in what a script starts with "&"
+            raise KeyboardInterrupt
+        on_ctrl_c(signal.SIGINT, frame)
+
+
+@contextmanager
+def _sigterm_stays_ours() -> Iterator[None]:
+    """`ray.init` sets handlers of its own, and the one of its C++ core ends the process with a stack dump."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # SIGTERM, heard by Ray's
+        if callable(before):
+            before(signal.SIGTERM, None)
+        raise
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 # What Ray prints in the driver's terminal although nothing is wrong; all of it is in Ray's log files too.
 _KNOWN_NOISE = (
     b"ray-project/ray/issues/53727",  # every actor pool of Ray Data, at level ERROR
@@ -180,18 +233,38 @@ def filter_ray_noise() -> None:
     atexit.register(restore)
 
 
+_DEAD_WORKER = re.compile(
+    r"A worker died or was killed while executing a task.*Worker IP address: (\S+).*Worker PID: (\d+)"
+)
+
+
 def _drop_raylet_noise() -> None:
-    """Ray's driver prints messages of the raylet through a function of its own."""
+    """Ray's driver prints messages of the raylet through a function of its own. A dead process is one line of ours."""
     import ray._private.worker as worker
 
+    if not sys.stdout.isatty():  # a log
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     original = getattr(worker, "print_to_stdstream", None)
     if original is None or getattr(original, "filters_noise", False):
         return
+    told: set[tuple[str, ...]] = set()  # Ray says it for each task that the process had
 
     def filtered(data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        text = "".join(data.get("lines", ())).encode()
-        if not any(noise in text for noise in _KNOWN_NOISE):
-            original(data, *args, **kwargs)
+        kept = []
+        for line in data.get("lines", ()):
+            dead = _DEAD_WORKER.search(line)
+            if dead is None:
+                if not any(noise in line.encode() for noise in _KNOWN_NOISE):
+                    kept.append(line)
+            elif dead.groups() not in told:
+                told.add(dead.groups())
+                print(
+                    f"note: process {dead[2]} on {dead[1]} died; Ray starts another one, which does its work again. "
+                    "Killed for want of memory? `dmesg` tells, and so do Ray's logs: /tmp/ray/session_latest/logs",
+                    file=sys.stderr,
+                )
+        if kept:
+            original({**data, "lines": kept}, *args, **kwargs)
 
     filtered.filters_noise = True  # type: ignore[attr-defined]
     worker.print_to_stdstream = filtered

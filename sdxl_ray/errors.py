@@ -87,7 +87,8 @@ class Interrupted(SdxlRayError):
 def storage_errors(doing: str, path: str | Path, cure: str) -> Iterator[None]:
     """Turn a full or read-only disk into a `StorageError` that says what was being written and what to do.
 
-    `doing` completes "while ..." ("writing a latent shard"). Other OSErrors pass unchanged.
+    `doing` completes "while ..." ("writing a latent shard"). Of `cure`, "Free some space" becomes "Make it writable"
+    where room is not what is missing. Other OSErrors pass unchanged.
     """
     reasons = {
         errno.ENOSPC: "no space left on the device",
@@ -101,4 +102,6 @@ def storage_errors(doing: str, path: str | Path, cure: str) -> Iterator[None]:
         reason = reasons.get(error.errno or 0)
         if reason is None:
             raise
+        if error.errno in (errno.EROFS, errno.EACCES):
+            cure = cure.replace("Free some space", "Make it writable")
         raise StorageError(f"{path}: {reason} while {doing}. {cure}") from error

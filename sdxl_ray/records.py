@@ -16,10 +16,21 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # torch is slow to import, and stage 1's planning needs none of it
     import torch
+
+
+# Why an image is not used, beside the reason in words:
+#     damaged        its content is at fault; it stays so until the file changes
+#     unreadable     it could not be read now, or on this machine; later it may be
+#     too_large      it has more pixels than dataset.max_pixels
+#     needs_package  Pillow reads its format with a package that is not installed
+#     changed        it is not what was scanned or listed
+#     mask           its mask is at fault
+# Empty: nothing is wrong.
+Problem = Literal["", "damaged", "unreadable", "too_large", "needs_package", "changed", "mask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +66,10 @@ class Listed:
     texts         captions that a table's row or a tar file's .json brought along
     mask_file     address of its mask, or empty
     mask_stamp    as `stamp`, of the mask; empty where the source does not know it
-    focus_yx      point of interest from a table, as shares of height and width
+    focus_yx      point of interest from a table, as shares of height and width; where one of the two is above 1, in
+                  pixels, of an image whose size the table does not tell: `cache.sources.values.as_shares`
+    columns       of a table's row: what columns the table has
+    beside        of an image without a caption file: other files of its name, beside it
     """
 
     path: str
@@ -67,6 +81,8 @@ class Listed:
     mask_file: str = ""
     mask_stamp: str = ""
     focus_yx: tuple[float, float] | None = None
+    columns: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +106,10 @@ class ImageRecord:
     @property
     def micro_conditioning(self) -> MicroConditioning:
         """What the U-Net is told; of a flipped image the crop's offset is mirrored too."""
-        top, left = self.crop_top_left
+        crop = self.crop_top_left
         if self.flip:
-            left = self.resized_hw[1] - self.bucket_hw[1] - left
-        return MicroConditioning(self.original_hw, (top, left), self.bucket_hw)
+            crop = mirrored(crop, self.resized_hw[1], self.bucket_hw[1])
+        return MicroConditioning(self.original_hw, crop, self.bucket_hw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +147,16 @@ class EncodedSample:
 
     def image_record(self, variant: int = 0) -> ImageRecord:
         """What is needed to decode and encode the variant once more."""
-        top, left = self.crops[variant]
+        crop = self.crops[variant]
         if self.flip:
-            left = self.resized_hw[1] - self.target_hw[1] - left
+            crop = mirrored(crop, self.resized_hw[1], self.target_hw[1])
         return ImageRecord(
             path=self.path,
             image_hash=self.image_hash,
             original_hw=self.original_hw,
             bucket_hw=self.target_hw,
             resized_hw=self.resized_hw,
-            crop_top_left=(top, left),
+            crop_top_left=crop,
             address=self.address,
             flip=self.flip,
             mask=self.mask,
@@ -220,6 +236,12 @@ class ExportedFile:
         text = f"{self.path}  ({self.format}, verified: relative error {self.relative_error:.1e})"
         told = f"warning: {self.warning}" if self.warning else self.note
         return f"{text}\n      {told}" if told else text
+
+
+def mirrored(crop_top_left: tuple[int, int], resized_width: int, bucket_width: int) -> tuple[int, int]:
+    """A crop's offset seen in the mirror; of that again, the offset."""
+    top, left = crop_top_left
+    return top, resized_width - bucket_width - left
 
 
 def bucket_key(height_width: tuple[int, int]) -> str:

@@ -32,11 +32,11 @@ class RemoteFolder(Folder):
         self.calls["exists"] += 1
         return self.inner.exists(name)
 
-    def write(self, name: str, content: bytes, *, doing: str = "writing", cure: str = "") -> None:
+    def _write(self, name: str, content: bytes, doing: str, cure: str) -> None:
         self.calls["write"] += 1
         self.inner.write(name, content, doing=doing, cure=cure)
 
-    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str = "writing", cure: str = "") -> None:
+    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str, cure: str) -> None:
         self.calls["write"] += 1
         self.inner.write_by(name, write, doing=doing, cure=cure)
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -91,13 +92,15 @@ def cache_without_ray(config: Any) -> str:
 def encode_without_ray(config: Any, plan: Any) -> None:
     """Everything that the plan lacks. Images that cannot be decoded leave it, as in `pipeline.encode_missing`."""
     from sdxl_ray.cache import actors, ray_jobs
-    from sdxl_ray.cache.planning import Skipped, drop_undecodable, find_missing
+    from sdxl_ray.cache.planning import drop_undecodable, find_missing
+    from sdxl_ray.cache.skipped import Skipped
 
     arguments = {"cache": config.cache.path, **ray_jobs.encoder_arguments(config, plan)}
     write_text = actors.WriteTextShard(**arguments, fingerprint=plan.text_fingerprint, num_chunks=plan.num_chunks)
     write_latents = actors.WriteLatentShard(
         **arguments, fingerprint=plan.vae_fingerprint, dtype=config.cache.vae_dtype, compile=config.cache.compile
     )
+    wait([write_text.loading, write_latents.loading])  # transformers' loading changes torch for as long as it lasts
     results = [write_text({"shard": [json.dumps(asdict(shard))]}) for shard in plan.text_shards()]
     for shard in plan.latent_shards():
         decoded = actors.decode_shard({"shard": json.dumps(asdict(shard))})

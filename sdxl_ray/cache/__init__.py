@@ -6,7 +6,10 @@ captions.py      images -> captions, never the wrong one; their variants
 buckets.py       size -> bucket, resize, crops
 collection.py    all of these, in pieces -> columns                                       tables.py: large ones on disk
 planning.py      what the cache should hold, and what is still missing (no Ray, no torch)
-images.py        file -> pixels: colour, orientation, resize, crop; masks
+missing.py       keys that no shard has -> shards to be encoded                           skipped.py: what is left out
+formats.py       bytes -> an opened image, with the plug-in that it needs
+images.py        file -> pixels: colour, orientation, resize, crop
+masks.py         transparency or a mask file -> what counts                               reading.py: both, or why not
 encode.py        pixels -> VAE posterior; captions -> embeddings of both text encoders
 shards.py        tensors <-> content-addressed .safetensors files                         local_copies.py: of a bucket's
 store.py         key -> shard
@@ -14,7 +17,8 @@ actors.py        what runs on the nodes: scan and decode tasks, encoding actors 
 pools.py         how much of a cluster they take
 ray_jobs.py      the Ray Data jobs
 pipeline.py      the whole stage; in the background of a run with cache.mode = "ondemand"
-index.py         index.parquet: one row per sample                                        manifest.py: prompts
+index.py         index.parquet: one row per sample                                        foreseen.py: of a plan
+manifest.py      what an index was made with, and where the prompts are
 live.py          one image or caption, encoded on the spot by a training worker
 maintenance.py   what is in a cache folder, is it whole, what is unused
 preview.py       the contact sheet

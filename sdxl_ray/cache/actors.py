@@ -18,9 +18,9 @@ import numpy as np
 
 from sdxl_ray import errors
 from sdxl_ray.cache.images import UnreadableImage
-from sdxl_ray.cache.planning import TextShard
-from sdxl_ray.cache.reading import is_web, load_image, reason_of
-from sdxl_ray.cache.scan import CANNOT_BE_READ, ScannedFile, scan_file, scan_images
+from sdxl_ray.cache.planning import TextShard, max_tokens
+from sdxl_ray.cache.reading import is_web, load_image, not_given, reason_of
+from sdxl_ray.cache.scan import ScannedFile, scan_file, scan_images
 from sdxl_ray.cache.shards import write_shard
 from sdxl_ray.errors import CacheError, SdxlRayError, StorageError
 from sdxl_ray.records import ImageRecord, Listed
@@ -85,15 +85,15 @@ def scanned_files(row: Mapping[str, Any], files: Sequence[Listed], max_pixels: i
     """
     scanned = [ScannedFile(**item) for item in json.loads(str(row["scanned"]))]
     by_listing, first = json.loads(str(row["by_listing"])), int(row["first"])
-    failed = [at for at, found in enumerate(scanned) if found.problem.startswith(CANNOT_BE_READ)]
+    failed = [at for at, found in enumerate(scanned) if found.kind == "unreadable"]
     # Spread over all of them, so that they tell what the others are like.
     chosen = failed[:: -(-len(failed) // _READ_AGAIN)] if failed else []
     again = scan_images(
         [files[first + at] for at in chosen], max_pixels=max_pixels, by_listing=[by_listing[at] for at in chosen]
     )
-    readable = [at for at, found in zip(chosen, again, strict=True) if not found.problem.startswith(CANNOT_BE_READ)]
+    readable = [at for at, found in zip(chosen, again, strict=True) if found.kind != "unreadable"]
     if len(readable) * len(failed) > _READ_AGAIN * len(chosen):
-        reason = scanned[readable[0]].problem.removeprefix(f"{CANNOT_BE_READ}: ")
+        _, _, reason = scanned[readable[0]].problem.partition(": ")  # behind "cannot be read"
         raise _unreadable_on_node(str(row["node"]), files[first + readable[0]].path, reason)
     for at, found in zip(chosen, again, strict=True):
         scanned[at] = found
@@ -129,7 +129,8 @@ class WriteTextShard:
             write_shard(open_folder(self.cache), shard.name, shard.keys, tensors, extra)
         except SdxlRayError as error:
             return _row(0, error=error_text(error))
-        return _row(len(shard.keys), encode_s=time.perf_counter() - started)
+        num_long = sum(num > max_tokens(encoder.num_chunks) for num in num_tokens)
+        return _row(len(shard.keys), encode_s=time.perf_counter() - started, long=num_long)
 
     def _load(self) -> TextEncoder:
         from sdxl_ray.cache.encode import TextEncoder, loading
@@ -159,9 +160,8 @@ def decode_shard(row: dict[str, Any]) -> dict[str, Any]:
         try:
             image, mask = _load(record)
         except UnreadableImage as error:
-            header["skipped"].append(
-                {"key": key, "path": record.path, "image_hash": record.image_hash, "reason": str(error)}
-            )
+            item = {"key": key, "path": record.path, "image_hash": record.image_hash}
+            header["skipped"].append({**item, "reason": str(error), "kind": error.kind})
             continue
         except (OSError, StorageError) as error:
             header["error"] = error_text(_unreadable_on_node(socket.gethostname(), record.path, reason_of(error)))
@@ -189,7 +189,7 @@ def _load(record: ImageRecord) -> tuple[np.ndarray, np.ndarray | None]:
     except OSError as error:
         if record.verify or not is_web(error):
             raise
-        raise UnreadableImage(f"{CANNOT_BE_READ}: {reason_of(error)}") from None
+        raise not_given(error) from None
 
 
 class WriteLatentShard:
@@ -320,6 +320,7 @@ def _row(
     encode_s: float = 0.0,
     decode_s: float = 0.0,
     tiled: int = 0,
+    long: int = 0,
 ) -> dict[str, Any]:
     return {
         "num": np.array([num]),
@@ -328,6 +329,7 @@ def _row(
         "encode_s": np.array([encode_s]),
         "decode_s": np.array([decode_s]),
         "tiled": np.array([tiled]),  # images for which an accelerator had too little memory
+        "long": np.array([long]),  # captions of which the encoders see only a part
     }
 
 

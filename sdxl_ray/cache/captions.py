@@ -50,6 +50,9 @@ class UnreadableCaption(Exception):
     """A caption file that is no text, or not readable; the image is skipped and listed with this reason."""
 
 
+NO_CAPTION = 'has no caption, and dataset.captions says "skip"'  # why an image is left out by choice
+
+
 @dataclass(frozen=True, slots=True)
 class CaptionRules:
     """The caption settings of one dataset as plain values; each is explained in `DatasetSection`."""
@@ -91,6 +94,11 @@ class CaptionRules:
         )
 
     @property
+    def skips(self) -> bool:
+        """Whether an image without a caption is left out."""
+        return "skip" in self.sources
+
+    @property
     def varies(self) -> bool:
         """Whether a caption has more than one variant."""
         return self.shuffle_tags or self.tag_dropout > 0
@@ -102,8 +110,8 @@ class CaptionRules:
 def read_captions(listed: Sequence[Listed], rules: CaptionRules) -> tuple[list[tuple[str, ...]], dict[int, str]]:
     """(base captions of each image, why images are skipped, by position in `listed`).
 
-    An image that is skipped has no captions. One without captions that is not skipped simply has none: see
-    `no_captions_error`.
+    An image that is skipped has no captions. One without captions that is not skipped simply has none: it is left out
+    where the rules say so (`skips`), else see `no_captions_error`.
 
     Raises:
         StorageError: a bucket does not let us read. That is no matter of single images.
@@ -134,13 +142,15 @@ def _captions_or_problem(image: Listed, rules: CaptionRules) -> tuple[str, ...] 
 
 
 def find_captions(image: Listed, rules: CaptionRules) -> tuple[str, ...]:
-    """The base captions of one image, from the first source that has any; empty if none has.
+    """The base captions of one image, from the first source that has any; none if none has. The source "empty" has "".
 
     Raises:
         UnreadableCaption: the text is not UTF-8 (or UTF-16 that says so), too large, or cannot be read.
     """
     for source in rules.sources:
-        captions = _unique(_clean(text, rules.replace) for text in _texts(source, image, rules))
+        if source == "empty":
+            return ("",)
+        captions = _unique(filter(None, (_clean(text, rules.replace) for text in _texts(source, image, rules))))
         if captions:
             return captions
     return ()
@@ -155,7 +165,7 @@ def _texts(source: str, image: Listed, rules: CaptionRules) -> Iterable[str]:
         return image.texts
     if source == "filename":
         return (PurePosixPath(image.path).stem.replace("_", " ").replace("-", " "),)
-    return (rules.instance_prompt,)
+    return (rules.instance_prompt,) if source == "instance_prompt" else ()
 
 
 def _clean(text: str, replace: tuple[tuple[str, str], ...]) -> str:
@@ -171,7 +181,7 @@ def _compiled(replace: tuple[tuple[str, str], ...]) -> tuple[tuple[re.Pattern[st
 
 
 def _unique(captions: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(caption for caption in captions if caption))
+    return tuple(dict.fromkeys(captions))
 
 
 # ---- caption files ---------------------------------------------------------------------------------------------------
@@ -295,31 +305,50 @@ def _draw(image_hash: str, caption: str, number: int) -> np.random.Generator:
 def no_captions_error(
     without: Sequence[Listed], num_without: int, num_images: int, rules: CaptionRules
 ) -> DatasetError:
-    """For `num_without` of `num_images` images that have no caption; `without` are the first of them, at least one."""
+    """For `num_without` of `num_images` images that have no caption; `without` are the first of them, at least one.
+
+    Not with the sources "empty" and "skip", which leave none without.
+    """
     shown = "\n".join(f"  {image.path}" for image in without[:5])
     more = f"\n  and {num_without - min(5, len(without))} more" if num_without > min(5, len(without)) else ""
     example = PurePosixPath(without[0].path)
+    columns = without[0].columns  # of a table: beside its rows, or what they name, no caption file is looked for
+    in_tables = "a column" if columns else "a column (of a WebDataset: in the .json)"
+    there_are = f", and there are {', '.join(columns[:30])} (dataset.caption_columns)" if columns else ""
     texts = {
         "textfile": f"{example.stem}{rules.extension} or {example.name}{rules.extension} beside {example.name} with at "
         "least one line",
-        "column": f"a text in a column (of a WebDataset: in the .json) called {' or '.join(rules.columns)}",
+        "column": f"a text in {in_tables} called {' or '.join(rules.columns)}{there_are}",
         "filename": "a file name with letters",
         "instance_prompt": "dataset.instance_prompt, which is empty",
     }
-    in_table = without[0].address.startswith("row:")  # nothing lies beside a row
-    expected = [texts[source] for source in rules.sources if not (in_table and source == "textfile")]
+    expected = [texts[source] for source in rules.sources if not (columns and source == "textfile")]
     others = [
         text
         for source, text in (
+            *((("column", '"column"'),) if columns else ()),
             ("filename", '"filename"'),
             ("instance_prompt", '"instance_prompt" with dataset.instance_prompt'),
         )
         if source not in rules.sources
     ]
-    another = f", or add another source to dataset.captions: {', or '.join(others)}" if others else ""
+    others += ['"empty" (no words)', '"skip" (leave these images out)']
     emptied = " Or dataset.caption_replace has left nothing of them." if rules.replace else ""
     return DatasetError(
         f'{num_without} of {num_images} images of dataset "{rules.dataset}" have no caption:\n{shown}{more}\n'
         f"Expected {'; or '.join(expected) or 'a caption'} (dataset.captions = {json.dumps(list(rules.sources))})."
-        f"{emptied} Write them{another}."
+        f"{emptied}{_beside(without, rules)} Write them, or add another source to dataset.captions: "
+        f"{', or '.join(others)}."
+    )
+
+
+def _beside(without: Sequence[Listed], rules: CaptionRules) -> str:
+    """What may be a caption file under another name."""
+    found = next((image for image in without if image.beside), None)
+    if found is None or "textfile" not in rules.sources:
+        return ""
+    extensions = " or ".join(dict.fromkeys(f'"{PurePosixPath(name).suffix}"' for name in found.beside))
+    return (
+        f" Beside {PurePosixPath(found.path).name} there is {', '.join(found.beside)}: if that is its caption, set "
+        f"dataset.caption_extension = {extensions}."
     )

@@ -8,7 +8,6 @@ lie in a memory-mapped file.
 
 from __future__ import annotations
 
-import binascii
 import hashlib
 import itertools
 import os
@@ -23,42 +22,32 @@ import pyarrow.compute as pc
 
 from sdxl_ray.cache.buckets import Geometry, Placement, Unfit, place_all
 from sdxl_ray.cache.captions import CaptionRules, decorate, expand_variants, no_captions_error, read_captions
+from sdxl_ray.cache.index import PLACED
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.scan import ScannedFile, scan_each
 from sdxl_ray.cache.shards import KEY_BYTES, latent_key, text_key
+from sdxl_ray.cache.skipped import Skipped
 from sdxl_ray.cache.sources import list_dataset
+from sdxl_ray.cache.store import KEY_DTYPE, hex_strings, keys_from_hex
 from sdxl_ray.cache.tables import PIECE, fixed_bytes, gather
-from sdxl_ray.records import ImageRecord, Listed, bucket_key, parse_bucket_key
+from sdxl_ray.records import ImageRecord, Listed, bucket_key, mirrored, parse_bucket_key
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import DatasetSection
 
 ID_BYTES = 12
+HASH_BYTES = 32
 
 _HAND_ON_EVERY_S = 15.0  # to the memo, which writes it down now and then
 
 # (files, max_pixels=, by_listing=): what was found of each file, in their order
 Scan = Callable[..., Iterable[ScannedFile]]
 
-_NAMES = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
     [
-        ("dataset", _NAMES),
         ("identity", pa.binary(ID_BYTES)),
-        ("path", pa.string()),
-        ("address", pa.string()),
-        ("image_hash", pa.binary(32)),
-        ("verify", pa.bool_()),
-        ("bucket", _NAMES),
-        ("original_height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("resized_height", pa.int32()),
-        ("resized_width", pa.int32()),
-        ("crop_tops", pa.list_(pa.int32())),  # as SDXL is told
-        ("crop_lefts", pa.list_(pa.int32())),
-        ("flip", pa.bool_()),
-        ("mask", pa.string()),
-        ("captions", pa.list_(pa.string())),
+        ("image_hash", pa.binary(HASH_BYTES)),
+        *PLACED,
         ("latent_keys", pa.list_(pa.binary(KEY_BYTES))),
         ("text_keys", pa.list_(pa.binary(KEY_BYTES))),
     ]
@@ -66,13 +55,13 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
-    """An image that is left out: unreadable, or `by_choice` of the settings (too small, too wide)."""
+class EncodedWith:
+    """What the keys of tensors depend on besides the images and captions."""
 
-    path: str
-    reason: str
-    dataset: str = ""
-    by_choice: bool = False
+    vae: str  # fingerprints
+    text: str
+    num_chunks: int
+    text_online: bool  # captions are varied and encoded while training: no keys for them
 
 
 @dataclass
@@ -100,8 +89,15 @@ class Collection:
         chunks = self.table.column(column).chunks
         values = [fixed_bytes(chunk.flatten(), KEY_BYTES) for chunk in chunks]
         counts = [pc.list_value_length(chunk).to_numpy() for chunk in chunks]
-        empty = np.empty(0, f"S{KEY_BYTES}")
+        empty = np.empty(0, KEY_DTYPE)
         return np.concatenate([empty, *values]), np.concatenate([np.empty(0, np.int32), *counts])
+
+    def rows_with(self, latent_keys: Iterable[str]) -> dict[int, str]:
+        """Row -> one of these keys, of the rows that have one."""
+        keys, counts = self.keys("latent_keys")
+        places = np.flatnonzero(np.isin(keys, keys_from_hex(latent_keys)))
+        rows = np.searchsorted(np.cumsum(counts), places, side="right")
+        return dict(zip(rows.tolist(), hex_strings(keys[places]).to_pylist(), strict=True))
 
     def rows(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """As dictionaries. Each piece of the table is asked for its own rows: `take` would first copy all pieces."""
@@ -119,7 +115,7 @@ class Collection:
         records = []
         for row, variant in zip(taken, variants, strict=True):
             bucket_hw, resized_hw = parse_bucket_key(row["bucket"]), (row["resized_height"], row["resized_width"])
-            top, left = row["crop_tops"][variant], row["crop_lefts"][variant]
+            told = row["crop_tops"][variant], row["crop_lefts"][variant]
             records.append(
                 ImageRecord(
                     path=row["path"],
@@ -127,7 +123,7 @@ class Collection:
                     original_hw=(row["original_height"], row["original_width"]),
                     bucket_hw=bucket_hw,
                     resized_hw=resized_hw,
-                    crop_top_left=(top, resized_hw[1] - bucket_hw[1] - left if row["flip"] else left),
+                    crop_top_left=mirrored(told, resized_hw[1], bucket_hw[1]) if row["flip"] else told,
                     address=row["address"],
                     flip=row["flip"],
                     mask=row["mask"],
@@ -137,29 +133,16 @@ class Collection:
         return records
 
 
-def hex_strings(values: np.ndarray) -> pa.Array:
-    """Keys as text."""
-    width = 2 * values.dtype.itemsize
-    offsets = np.arange(len(values) + 1, dtype=np.int64) * width
-    text = binascii.hexlify(values.tobytes())
-    return pa.LargeStringArray.from_buffers(len(values), pa.py_buffer(offsets.tobytes()), pa.py_buffer(text))
-
-
 def collect(
     datasets: Iterable[DatasetSection],
     memo: Memo,
     *,
-    vae: str,
-    text: str,
-    num_chunks: int,
-    text_online: bool,
+    encoded_with: EncodedWith,
     scan: Scan = scan_each,
 ) -> Collection:
     """List, scan and place every image.
 
     Args:
-        vae, text: fingerprints.
-        text_online: captions are varied and encoded while training: no keys for them.
         scan: how new files are scanned; the pipeline passes one that shows progress, and uses Ray for many. What it
             yields before it is interrupted is remembered.
 
@@ -167,11 +150,7 @@ def collect(
         DatasetError: no images; ambiguous or missing captions.
     """
     collection = Collection()
-    pieces = (
-        piece
-        for section in datasets
-        for piece in _collect_one(section, collection, memo, vae, text, num_chunks, text_online, scan)
-    )
+    pieces = (piece for section in datasets for piece in _collect_one(section, collection, memo, encoded_with, scan))
     try:
         collection.table = gather(pieces, SCHEMA)
     finally:  # also what an interrupted scan has found
@@ -180,14 +159,7 @@ def collect(
 
 
 def _collect_one(
-    section: DatasetSection,
-    collection: Collection,
-    memo: Memo,
-    vae: str,
-    text: str,
-    num_chunks: int,
-    text_online: bool,
-    scan: Scan,
+    section: DatasetSection, collection: Collection, memo: Memo, encoded_with: EncodedWith, scan: Scan
 ) -> Iterator[pa.Table]:
     """The rows of one dataset; counts and what is skipped go into `collection`."""
     rules, geometries = CaptionRules.of(section), Geometry.of(section)
@@ -196,15 +168,15 @@ def _collect_one(
     for files in _pieces(list_dataset(section)):
         num_images += len(files)
         scanned = _scan(files, section, memo, scan)
-        rows = _Rows(section.name, vae, text, num_chunks, text_online)
+        rows = _Rows(section.name, rules, encoded_with)
         captions, reasons = read_captions(files, rules)
         masks = _mask_hashes(files, section, memo, scan)
-        for at, (file, found) in enumerate(zip(files, scanned, strict=True)):
-            problem = found.problem or reasons.get(at, "") or masks.get(file.mask_file, ("", ""))[1]
+        for at, (file, image) in enumerate(zip(files, scanned, strict=True)):
+            problem = image.problem or reasons.get(at, "") or masks.get(file.mask_file, ("", ""))[1]
             if problem:
-                collection.skipped.append(Skipped(file.path, problem, section.name))
+                collection.skipped.append(Skipped(file.path, problem, section.name, kind=image.kind))
                 continue
-            placements = place_all((found.height, found.width), found.image_hash, geometries, file.focus_yx)
+            placements = place_all((image.height, image.width), image.image_hash, geometries, file.focus_yx)
             if isinstance(placements, Unfit):
                 collection.skipped.append(Skipped(file.path, placements.reason, section.name, by_choice=True))
                 continue
@@ -217,8 +189,9 @@ def _collect_one(
                 mask = mask_hash = "alpha"
             elif file.mask_file:
                 mask, mask_hash = file.mask_file, masks[file.mask_file][0]
+            found = _Found(file, image, mask, mask_hash, captions[at], _trusted(file, section))
             for placement, flip in itertools.product(placements, (False, True) if section.flip else (False,)):
-                rows.add(file, found, placement, flip, mask, mask_hash, captions[at], rules, _trusted(file, section))
+                rows.add(found, placement, flip)
         yield rows.table()
     if num_without:
         raise no_captions_error(without, num_without, num_images, rules)
@@ -285,75 +258,59 @@ def _mask_stamp(file: Listed) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An image that will be used."""
+
+    file: Listed
+    image: ScannedFile
+    mask: str  # as in ImageRecord
+    mask_hash: str
+    captions: tuple[str, ...]
+    trusted: bool  # its listing identifies it
+
+
 class _Rows:
     """A piece of the table under construction."""
 
-    def __init__(self, dataset: str, vae: str, text: str, num_chunks: int, text_online: bool) -> None:
-        self.dataset, self.vae, self.text = dataset, vae, text
-        self.num_chunks, self.text_online = num_chunks, text_online
+    def __init__(self, dataset: str, rules: CaptionRules, encoded_with: EncodedWith) -> None:
+        self.dataset, self.rules, self.encoded_with = dataset, rules, encoded_with
         self.columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names if name != "dataset"}
 
-    def add(
-        self,
-        file: Listed,
-        found: ScannedFile,
-        placement: Placement,
-        flip: bool,
-        mask: str,
-        mask_hash: str,
-        captions: tuple[str, ...],
-        rules: CaptionRules,
-        trusted: bool,
-    ) -> None:
-        records = [
-            ImageRecord(
-                path=file.path,
-                image_hash=found.image_hash,
-                original_hw=(found.height, found.width),
-                bucket_hw=placement.bucket_hw,
-                resized_hw=placement.resized_hw,
-                crop_top_left=crop,
-                flip=flip,
+    def add(self, found: _Found, placement: Placement, flip: bool) -> None:
+        """One sample: the image in one of its sizes, mirrored or not."""
+        file, image, encoded_with = found.file, found.image, self.encoded_with
+        bucket_hw, resized_hw = placement.bucket_hw, placement.resized_hw
+        latents = [
+            latent_key(
+                image.image_hash, bucket_hw, resized_hw, crop, encoded_with.vae, flip=flip, mask_hash=found.mask_hash
             )
             for crop in placement.crops
         ]
-        latents = [
-            latent_key(
-                record.image_hash,
-                record.bucket_hw,
-                record.resized_hw,
-                record.crop_top_left,
-                self.vae,
-                flip=flip,
-                mask_hash=mask_hash,
-            )
-            for record in records
-        ]
-        told = [record.micro_conditioning.crop_top_left for record in records]
-        variants = captions if self.text_online else expand_variants(captions, rules, found.image_hash)
-        identity = hashlib.sha256(
-            repr((latents, [decorate(caption, rules) for caption in captions])).encode()
-        ).digest()[:ID_BYTES]
+        told = [mirrored(crop, resized_hw[1], bucket_hw[1]) if flip else crop for crop in placement.crops]
+        captions, texts = found.captions, list[str]()
+        if not encoded_with.text_online:
+            captions = expand_variants(captions, self.rules, image.image_hash)
+            texts = [text_key(caption, encoded_with.text, encoded_with.num_chunks) for caption in captions]
+        seen = [decorate(caption, self.rules) for caption in found.captions]
         values = {
-            "identity": identity,
+            "identity": hashlib.sha256(repr((latents, seen)).encode()).digest()[:ID_BYTES],
+            "image_hash": bytes.fromhex(image.image_hash),
             "path": file.path,
             "address": file.address,
-            "image_hash": bytes.fromhex(found.image_hash),
-            "verify": not trusted,
-            "bucket": bucket_key(placement.bucket_hw),
-            "original_height": found.height,
-            "original_width": found.width,
-            "resized_height": placement.resized_hw[0],
-            "resized_width": placement.resized_hw[1],
+            "verify": not found.trusted,
+            "bucket": bucket_key(bucket_hw),
+            "original_height": image.height,
+            "original_width": image.width,
+            "resized_height": resized_hw[0],
+            "resized_width": resized_hw[1],
             "crop_tops": [top for top, _ in told],
             "crop_lefts": [left for _, left in told],
             "flip": flip,
-            "mask": mask,
-            "captions": list(variants),
+            "mask": found.mask,
+            "captions": list(captions),
             "latent_keys": [bytes.fromhex(key) for key in latents],
-            "text_keys": []
-            if self.text_online
-            else [bytes.fromhex(text_key(caption, self.text, self.num_chunks)) for caption in variants],
+            "text_keys": [bytes.fromhex(key) for key in texts],
         }
         for name, value in values.items():
             self.columns[name].append(value)

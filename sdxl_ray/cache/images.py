@@ -2,9 +2,9 @@
 
 The order is for speed: all that can wait until the image is small comes after the resize.
 
-    read the bytes, check that they are the ones that were scanned      _read
+    read the bytes, check that they are the ones that were scanned      _read_scanned
     open; a JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8   _decode_scaled
-    a mode that can be averaged: no palettes, transparency multiplied   _averageable
+    a mode that can be averaged: no palettes, transparency multiplied   averageable
     LANCZOS, which turns patterns finer than a pixel grey; crop         _resize_and_crop
     colour profile, white below transparency, RGB                       _to_srgb
     upright, mirrored                                                   _turn
@@ -17,24 +17,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
 import io
-import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
-from sdxl_ray.records import ImageRecord
-
-# Pillow's own limit is off: what was scanned is held to dataset.max_pixels, what was not to the size that was listed.
-Image.MAX_IMAGE_PIXELS = None
-MAX_MASK_PIXELS = 250_000_000  # masks are not scanned; larger ones may be decompression bombs
-
-# Odd EXIF, a truncated palette: nothing that one could do about it, and failures raise. Once for the process, because
-# `warnings.catch_warnings` in one thread undoes that of another.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+from sdxl_ray.cache.formats import ORIENTATION_TAG, open_image, png_has_late_notes
+from sdxl_ray.cache.sources import read_bytes
+from sdxl_ray.records import ImageRecord, Problem
 
 # Pillow gives freed pixel memory back to the system, which then clears it page by page for the next image: half of the
 # time of decoding 24 MP. So it keeps some, in blocks of 16 MiB.
@@ -46,17 +38,13 @@ with contextlib.suppress(AttributeError):  # not among the functions that Pillow
 # lines too; with only 2 times left of 1/4 it can be 38 dB.
 _REDUCTIONS = ((8, 4.0), (4, 4.0), (2, 2.25))
 
-_ORIENTATION_TAG = 0x0112
-
-# Formats that Pillow reads with a plug-in: (what imports, what pip installs).
-_PLUGINS = {"HEIC": ("pillow_heif", "pillow-heif"), "JPEG XL": ("pillow_jxl", "pillow-jxl-plugin")}
-# What Pillow and its plug-ins call the formats that are read; MPO, a JPEG with more than one image, comes with JPEG.
-_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "HEIC", "JXL", "TIFF", "GIF", "BMP", "DIB", "MPO")
-_HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"})
-
 
 class UnreadableImage(Exception):
-    """The pixels cannot be decoded; the image is skipped and listed with this reason."""
+    """The pixels cannot be had; the image is skipped and listed with this reason."""
+
+    def __init__(self, reason: str, kind: Problem = "damaged") -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 class _Turn(NamedTuple):
@@ -99,50 +87,45 @@ def load_pixels(record: ImageRecord) -> np.ndarray:
         UnreadableImage: the file cannot be decoded, or is not the one that was listed.
         OSError: this machine cannot read the file, which says nothing about the image.
     """
-    content = _read(record)
-    with _reasons("cannot be decoded"):
-        image, turn, stored_hw = _decode_scaled(content, record)
-        profile = image.info.get("icc_profile")
-        window = _Window(*record.crop_top_left, *record.bucket_hw)
-        resized_hw, window = _before_turning(turn, record.resized_hw, window)
-        image = _averageable(image)
-        pixels = _resize_and_crop(image, stored_hw, resized_hw, window)
-        pixels = _to_srgb(pixels, image.mode, profile)
-        return np.ascontiguousarray(_turn(pixels, turn._replace(mirror=turn.mirror != record.flip)))
+    content = _read_scanned(record)
+    with reasons("cannot be decoded"):
+        return _pixels_of(*_decode_scaled(content, record), record)
 
 
-def decode(content: bytes) -> Image.Image:
-    """The first frame, whole and upright. Keeps mode and colour profile.
+def load_pixels_and_alpha(record: ImageRecord) -> tuple[np.ndarray, Image.Image | None]:
+    """What `load_pixels` gives, and how opaque the image is: L, upright, whole, not mirrored; None where it is all.
 
-    Raises whatever Pillow raises.
+    Raises what `load_pixels` raises.
     """
-    with open_image(content) as image:
-        image.load()
-        return ImageOps.exif_transpose(image)
+    content = _read_scanned(record)
+    with reasons("cannot be decoded"):
+        image, turn, stored_hw = _decode_scaled(content, record)
+        alpha = None
+        if image.has_transparency_data:
+            alpha = Image.fromarray(_turn(np.asarray(image.convert("RGBA").getchannel("A")), turn))
+        return _pixels_of(image, turn, stored_hw, record), alpha
 
 
-def _read(record: ImageRecord) -> bytes:
+def _read_scanned(record: ImageRecord) -> bytes:
     """The file's bytes, which are the ones that were scanned."""
-    from sdxl_ray.cache.sources import read_bytes
-
     try:
         content = read_bytes(record.address or record.path)
     except ValueError as error:
-        raise UnreadableImage(str(error)) from None
+        raise UnreadableImage(str(error), "changed") from None
     if record.verify and hashlib.sha256(content).hexdigest() != record.image_hash:
-        raise UnreadableImage("changed while it was being cached; run `sdxl-ray cache` again")
+        raise UnreadableImage("changed while it was being cached; run `sdxl-ray cache` again", "changed")
     return content
 
 
 @contextlib.contextmanager
-def _reasons(what: str) -> Iterator[None]:
+def reasons(what: str, kind: Problem = "damaged") -> Iterator[None]:
     """Damaged bytes make Pillow raise nearly anything, AVIF's decoder a RuntimeError: all of it is a reason to skip."""
     try:
         yield
     except (MemoryError, UnreadableImage):
         raise
     except Exception as error:
-        raise UnreadableImage(f"{what}: {error}") from None
+        raise UnreadableImage(f"{what}: {error}", kind) from None
 
 
 def _decode_scaled(content: bytes, record: ImageRecord) -> tuple[Image.Image, _Turn, tuple[float, float]]:
@@ -157,7 +140,7 @@ def _decode_scaled(content: bytes, record: ImageRecord) -> tuple[Image.Image, _T
             raise _not_as_listed((height, width), record)
         reduction = 1
         if image.format in ("JPEG", "MPO"):
-            turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1), _TURNS[1])
+            turn = _TURNS.get(image.getexif().get(ORIENTATION_TAG, 1), _TURNS[1])
             resized_hw = record.resized_hw[::-1] if turn.swap else record.resized_hw
             reduction = _reduction((height, width), resized_hw)
             if reduction > 1:
@@ -166,16 +149,33 @@ def _decode_scaled(content: bytes, record: ImageRecord) -> tuple[Image.Image, _T
         else:  # a PNG's notes may come after its pixels; a TIFF is turned as it is loaded
             image.load()
             width, height = image.size
-            turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1), _TURNS[1])
+            turn = _TURNS.get(image.getexif().get(ORIENTATION_TAG, 1), _TURNS[1])
         upright_hw = (width, height) if turn.swap else (height, width)
         if not record.verify and upright_hw != record.original_hw:
+            if image.format == "PNG" and png_has_late_notes(content):
+                raise UnreadableImage(
+                    "is turned by a note behind its pixels, which a scan of its start does not see: set "
+                    'dataset.identify_by = "content"',
+                    "changed",
+                )
             raise _not_as_listed(upright_hw, record)
         return image, turn, (height / reduction, width / reduction)
 
 
 def _not_as_listed(found_hw: tuple[int, int], record: ImageRecord) -> UnreadableImage:
     (height, width), (listed_height, listed_width) = found_hw, record.original_hw
-    return UnreadableImage(f"is {width}x{height} pixels, but the table says {listed_width}x{listed_height}")
+    return UnreadableImage(f"is {width}x{height} pixels, but was listed as {listed_width}x{listed_height}", "changed")
+
+
+def _pixels_of(image: Image.Image, turn: _Turn, stored_hw: tuple[float, float], record: ImageRecord) -> np.ndarray:
+    """(height, width, 3) uint8 of the record's bucket from what `_decode_scaled` gives."""
+    profile = image.info.get("icc_profile")
+    window = _Window(*record.crop_top_left, *record.bucket_hw)
+    resized_hw, window = _before_turning(turn, record.resized_hw, window)
+    image = averageable(image)
+    pixels = _resize_and_crop(image, stored_hw, resized_hw, window)
+    pixels = _to_srgb(pixels, image.mode, profile)
+    return np.ascontiguousarray(_turn(pixels, turn._replace(mirror=turn.mirror != record.flip)))
 
 
 def _reduction(stored_hw: tuple[int, int], resized_hw: tuple[int, int]) -> int:
@@ -209,7 +209,7 @@ def _turn(pixels: np.ndarray, turn: _Turn) -> np.ndarray:
 # ---- resize ----------------------------------------------------------------------------------------------------------
 
 
-def _averageable(image: Image.Image) -> Image.Image:
+def averageable(image: Image.Image) -> Image.Image:
     """The image as L, RGB, CMYK or RGBa, which is colour times transparency: the modes whose pixels can be averaged."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _scaled_to_8_bits(image)
@@ -298,7 +298,7 @@ def _to_srgb(pixels: np.ndarray, mode: str, profile: bytes | None) -> np.ndarray
     """(height, width, 3) uint8 in the sRGB colour space: profile applied, transparency laid over white.
 
     Args:
-        mode: L, RGB, CMYK or RGBa, as `_averageable` gives.
+        mode: L, RGB, CMYK or RGBa, as `averageable` gives.
     """
     if mode == "RGB" and not profile:
         return pixels
@@ -330,119 +330,3 @@ def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
         return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError):  # OSError: not a profile at all
         return None
-
-
-# ---- a mask ----------------------------------------------------------------------------------------------------------
-
-
-def load_mask(record: ImageRecord) -> np.ndarray:
-    """(height / 8, width / 8) uint8 of the record's bucket: how much each latent pixel counts, 255 fully.
-
-    `record.mask` is "alpha", the image's own transparency (255 everywhere where it has none), or the address of an
-    image of the same aspect and of any size: white counts, transparent does not. Resized, cropped, mirrored like the
-    image; a latent pixel gets the mean of its 8x8 pixels.
-
-    Raises:
-        UnreadableImage: the mask cannot be decoded, or has another aspect than the image.
-        OSError: this machine cannot read the file, which says nothing about the mask.
-    """
-    if record.mask == "alpha":
-        content = _read(record)
-        with _reasons("cannot be decoded"), open_image(content) as header:
-            if not header.has_transparency_data and header.format in ("JPEG", "MPO"):  # the common mistake, for free
-                return np.full([edge // 8 for edge in record.bucket_hw], 255, np.uint8)
-            if not record.verify and sorted(header.size) != sorted(record.original_hw):
-                raise _not_as_listed(header.size[::-1], record)
-            image = decode(content)
-            mask = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    else:
-        mask = _read_mask(record)
-    if mask is None:
-        return np.full([edge // 8 for edge in record.bucket_hw], 255, np.uint8)
-    vertical, horizontal = mask.height / record.resized_hw[0], mask.width / record.resized_hw[1]
-    (top, left), (height, width) = record.crop_top_left, record.bucket_hw
-    box = (left * horizontal, top * vertical, (left + width) * horizontal, (top + height) * vertical)
-    box = (*box[:2], min(box[2], mask.width), min(box[3], mask.height))
-    # BOX is the mean of an area, and where it enlarges, the nearest pixel: it does not blur a mask's edges.
-    cells = np.asarray(mask.resize((width, height), Image.Resampling.BOX, box=box).reduce(8))
-    return np.ascontiguousarray(cells[:, ::-1]) if record.flip else cells
-
-
-def _read_mask(record: ImageRecord) -> Image.Image:
-    """The mask file, upright, as L."""
-    from sdxl_ray.cache.sources import read_bytes
-
-    what = f"its mask {record.mask}"
-    try:
-        content = read_bytes(record.mask)
-    except ValueError as error:
-        raise UnreadableImage(f"{what}: {error}") from None
-    with _reasons(f"{what} cannot be decoded"):
-        with open_image(content) as header:
-            width, height = header.size
-        if width * height > MAX_MASK_PIXELS:
-            raise UnreadableImage(f"{what} has {width}x{height} pixels, more than {MAX_MASK_PIXELS:,}")
-        image = _averageable(decode(content))
-        if image.mode == "RGBa":  # colour times transparency
-            image = _image(np.asarray(image)[..., :3], "RGB")
-        mask = image.convert("L")
-    expected_height = mask.width * record.original_hw[0] / record.original_hw[1]
-    if abs(mask.height - expected_height) > max(0.01 * expected_height, 1):
-        height, width = record.original_hw
-        raise UnreadableImage(
-            f"{what} is {mask.width}x{mask.height} pixels, the image {width}x{height}: not the same aspect"
-        )
-    return mask
-
-
-# ---- formats ---------------------------------------------------------------------------------------------------------
-
-
-def open_image(content: bytes) -> Image.Image:
-    """`Image.open`, with the plug-in that the format needs, if it is installed. Reads the header only.
-
-    Raises:
-        PIL.UnidentifiedImageError: none of the formats that datasets have. Pillow knows 40 more, whatever a file's name
-            says; EPS would be handed to Ghostscript, a program.
-    """
-    kind = _needs_plugin("", content)
-    if kind:
-        _register_plugin(kind)
-    Image.init()  # the first time 50 ms
-    return Image.open(io.BytesIO(content), formats=[name for name in _FORMATS if name in Image.OPEN])
-
-
-def missing_plugin_hint(path: str, content: bytes) -> str:
-    """What to install so that the file can be read; empty where that would not help.
-
-    Told by the first bytes. Some HEIC files do not say which kind of HEIF they are; of those the name decides.
-    """
-    kind = _needs_plugin(path, content)
-    if not kind or _register_plugin(kind):
-        return ""
-    package = _PLUGINS[kind][1]
-    return f"{kind} needs {package}: pip install {package}"
-
-
-def _needs_plugin(path: str, content: bytes) -> str:
-    """A key of `_PLUGINS`, or empty."""
-    if content.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")):
-        return "JPEG XL"
-    if content[4:8] == b"ftyp":
-        brands = content[8 : min(int.from_bytes(content[:4], "big"), 256)]
-        kinds = {brands[at : at + 4] for at in range(0, len(brands), 4)}
-        if kinds & _HEIC_BRANDS or (b"avif" not in kinds and path.lower().endswith((".heic", ".heif"))):
-            return "HEIC"
-    return ""
-
-
-@functools.cache
-def _register_plugin(kind: str) -> bool:
-    """Once per process, and only when such a file is met: whether Pillow can read the format from now on."""
-    try:
-        plugin = importlib.import_module(_PLUGINS[kind][0])
-    except ImportError:
-        return False
-    if kind == "HEIC":  # the other one registers itself
-        plugin.register_heif_opener()
-    return True

@@ -23,24 +23,30 @@ from sdxl_ray.storage import open_arrow, open_folder
 FILE_NAME = "index.parquet"
 _NAMES = pa.dictionary(pa.int32(), pa.string())  # few different values
 _FEW_VALUES = ["dataset", "bucket"]
-SCHEMA = pa.schema(
+# What a sample is, the same in a collection (`collection.SCHEMA`) and in its index.
+PLACED = pa.schema(
     [
-        ("sample_id", pa.string()),
         ("dataset", _NAMES),
         ("path", pa.string()),
         ("address", pa.string()),
-        ("image_hash", pa.string()),
         ("verify", pa.bool_()),
         ("bucket", _NAMES),
         ("original_height", pa.int32()),
         ("original_width", pa.int32()),
         ("resized_height", pa.int32()),
         ("resized_width", pa.int32()),
-        ("crop_tops", pa.list_(pa.int32())),
+        ("crop_tops", pa.list_(pa.int32())),  # as SDXL is told
         ("crop_lefts", pa.list_(pa.int32())),
         ("flip", pa.bool_()),
         ("mask", pa.string()),
         ("captions", pa.list_(pa.string())),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("image_hash", pa.string()),
+        *PLACED,
         ("latent_keys", pa.list_(pa.string())),
         ("latent_shards", pa.list_(pa.string())),
         ("text_keys", pa.list_(pa.string())),
@@ -169,6 +175,17 @@ class Index:
     def image_hashes(self) -> np.ndarray:
         """'S64'"""
         return _as_bytes(self.table.column("image_hash"))
+
+    def num_images(self) -> dict[str, int]:
+        """How many different images each dataset has."""
+        codes, names = self.codes("dataset")
+        # 8 bytes of each hash: all of it would take four times the memory.
+        images = _as_bytes(pc.utf8_slice_codeunits(self.table.column("image_hash"), 0, 16))
+        return {name: len(np.unique(images[codes == code])) for code, name in enumerate(names)}
+
+    def num_crops(self) -> np.ndarray:
+        """(rows,) int32: how many latents each sample has."""
+        return np.asarray(pc.list_value_length(self.table.column("latent_keys")).to_numpy(), dtype=np.int32)
 
     def flags(self, column: str) -> np.ndarray:
         """A column of booleans, such as "flip"."""

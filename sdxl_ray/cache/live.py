@@ -6,14 +6,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 
 from sdxl_ray.cache.encode import LatentEncoder, TextEncoder, loading
 from sdxl_ray.cache.images import UnreadableImage
+from sdxl_ray.cache.planning import max_tokens
 from sdxl_ray.cache.reading import load_image
+from sdxl_ray.cache.skipped import UnreadableLimit
 from sdxl_ray.errors import CacheError, StorageError
 from sdxl_ray.records import EncodedSample
 
@@ -36,13 +38,17 @@ class LiveEntries:
         caption_chunks: int,
         device: torch.device,
         report: Callable[[str], None],
+        limits: Mapping[str, UnreadableLimit] | None = None,
     ) -> None:
         """
         Args:
-            report: told in one line about each image that cannot be decoded.
+            report: told in one line about each image that cannot be decoded, and once that captions are cut.
+            limits: of the datasets, by name. None: any number of images may be unreadable.
         """
         self.device = device
         self.report = report
+        self.limits = limits or {}
+        self._max_tokens = max_tokens(caption_chunks)
         self._make_latent_encoder = lambda: LatentEncoder(
             model, dtype=vae_dtype, device=device, batch_size=1, revision=revision, variant=variant
         )
@@ -52,7 +58,7 @@ class LiveEntries:
         self._latent_encoder: LatentEncoder | None = None
         self._text_encoder: TextEncoder | None = None
         self._unreadable: set[str] = set()
-        self._told_of_tiles = False
+        self._told_of_tiles = self._told_of_cut = False
         self._lock = threading.Lock()
         # Beside training and not behind it: on the stream of training, every result would wait for the running step.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -64,6 +70,7 @@ class LiveEntries:
 
         Raises:
             CacheError: this machine cannot read the image's file, twice.
+            DatasetError: of the sample's dataset, more images than its limit allows cannot be decoded.
         """
         record = sample.image_record(variant)
         try:
@@ -74,6 +81,8 @@ class LiveEntries:
                 self._unreadable.add(record.path)
             if not is_known:
                 self.report(f"{record.path}: {error}; it does not count in training")
+            with self._lock:
+                self._judge(sample, str(error))
             return None
         except (OSError, StorageError) as error:
             raise CacheError(
@@ -82,6 +91,7 @@ class LiveEntries:
                 "they are."
             ) from None
         with self._encoding():
+            self._judge(sample)
             encoder = self._images()
             encoded = encoder.encode([pixels], [record.path])
             in_tiles = bool(encoder.tiled) and not self._told_of_tiles
@@ -98,7 +108,14 @@ class LiveEntries:
     def _text(self, caption: str) -> dict[str, torch.Tensor]:
         """ "prompt_embeds" (77, 2048), 77 for each chunk, and "pooled_prompt_embeds" (1280,), bf16."""
         with self._encoding():
-            encoded, _ = self._texts().encode([caption])
+            encoded, (num_tokens,) = self._texts().encode([caption])
+            is_first_cut = num_tokens > self._max_tokens and not self._told_of_cut
+            self._told_of_cut |= is_first_cut
+        if is_first_cut:
+            self.report(
+                f'the caption "{caption[:40]}..." has {num_tokens} tokens; what is beyond {self._max_tokens} is not '
+                "seen, of this caption and perhaps others (cache.caption_chunks)"
+            )
         return {name: tensor[0] for name, tensor in encoded.items()}
 
     # ---- inside the lock
@@ -107,6 +124,10 @@ class LiveEntries:
     def _encoding(self) -> Iterator[None]:
         with self._lock, torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             yield
+
+    def _judge(self, sample: EncodedSample, problem: str = "") -> None:
+        if sample.dataset in self.limits:
+            self.limits[sample.dataset].note(sample.image_hash, sample.path, problem)
 
     def _images(self) -> LatentEncoder:
         if self._latent_encoder is None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
+import socket
 import threading
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
-from sdxl_ray.errors import storage_errors
+from sdxl_ray.errors import ConfigError
 from sdxl_ray.storage import Folder
 
 GIB = 2**30
@@ -31,8 +34,13 @@ class LocalCopies:
     A copy that another process removes while this one has it mapped stays readable: Linux keeps the data until then.
     """
 
-    def __init__(self, folder: Folder, path: str, *, limit_gib: float) -> None:
+    def __init__(self, folder: Folder, path: str, *, limit_gib: float, report: Callable[[str], None]) -> None:
+        """
+        Args:
+            report: told once where this disk takes no more copies.
+        """
         self.folder = folder
+        self.report = report
         self.path = Path(path).expanduser()
         # Two caches may have shards of the same name.
         self.root = self.path / hashlib.sha256(folder.path.encode()).hexdigest()[:12]
@@ -41,34 +49,50 @@ class LocalCopies:
         self._lock = threading.Lock()
         self._bytes_to_count = 0  # that may be written before the next count
         self._counted = 0.0
+        self._is_usable = False  # whether a copy has been seen in `path`
+        self._has_reported = False
 
-    def fetch(self, name: str) -> Path:
-        """The copy's path; copied now if it is not there.
+    def fetch(self, name: str) -> Path | bytes:
+        """The copy's path; copied now if it is not there. What is in the shard, where this disk does not take it.
 
         Raises:
-            FileNotFoundError, StorageError: the original cannot be read, or this disk is full.
+            FileNotFoundError, StorageError: the original cannot be read.
+            ConfigError: `path` cannot be written at all, so that every read would fetch a whole shard.
         """
         path = self.root / name
         with self._lock:
             lock = self._locks[name]
         with lock:  # two threads that need one shard copy it once
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)  # used just now
+            if _is_there(path):
+                self._is_usable = True
                 return path
             content = self.folder.read(name)
-            temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
-            with storage_errors("copying a shard", path, "Free some space, or set cache.local_path, cache.local_gib."):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    temporary.write_bytes(content)
-                    temporary.replace(path)
-                finally:
-                    temporary.unlink(missing_ok=True)
+            try:
+                _write_whole(path, content)
+            except OSError as error:
+                self._note_refusal(error)
+                return content
+            self._is_usable = True
         with self._lock:
             self._bytes_to_count -= len(content)
             if self._bytes_to_count < 0 or time.monotonic() - self._counted > _COUNT_EVERY_S:
                 self._make_room(keep=path)
         return path
+
+    def _note_refusal(self, error: OSError) -> None:
+        reason = error.strerror or str(error)
+        here = f"cache.local_path = {self.path} on {socket.gethostname()}"
+        if not self._is_usable and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise ConfigError(
+                f"{here}: cannot be written ({reason}). Shards of {self.folder.path} are copied there before they are "
+                "read: make it writable, or set it to a folder on a local disk of every machine."
+            ) from None
+        if not self._has_reported:
+            self._has_reported = True
+            self.report(
+                f"{here}: takes no more copies ({reason}). Shards of {self.folder.path} are read without them, whole "
+                "ones each time, which is slow: free some space, or lower cache.local_gib."
+            )
 
     def remove(self, name: str) -> None:
         """Forget a copy that is not as it should be: the next `fetch` makes a new one."""
@@ -107,3 +131,24 @@ class LocalCopies:
 
 def _is_stale(written_ns: int) -> bool:
     return time.time_ns() - written_ns > _STALE_TEMPORARY_NS
+
+
+def _is_there(path: Path) -> bool:
+    """Notes that it is used now."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except OSError:  # of another user, or on a disk that is read-only by now: its use cannot be noted
+        return path.exists()
+    return True
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -17,15 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdxl_ray.cache import index, manifest
-from sdxl_ray.cache.collection import hex_strings
 from sdxl_ray.cache.shards import DAMAGED_SUFFIX, check_shard, mark_damaged
-from sdxl_ray.cache.store import ShardStore, keys_from_hex
+from sdxl_ray.cache.store import KEY_DTYPE, ShardStore, hex_strings, keys_from_hex
 from sdxl_ray.errors import CacheError
 from sdxl_ray.storage import Folder
 
 GIB = 2**30
 DAY_S = 24 * 3600
-_YOUNG_S = DAY_S  # files of this age may belong to a job that has not written its index yet
+_YOUNG_S = DAY_S  # files of this age may belong to a job that is still running
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,9 @@ class Stats:
 
     num_entries: dict[str, int]  # of each bucket, and of "text"
     gib: dict[str, float]
-    num_unused: int  # entries that no index mentions
+    num_unused: int | None  # entries in shards that no index mentions; None: an index cannot be read
+    num_unused_kept: int | None  # entries that no index mentions, in shards of which others are in use
+    num_twice: int  # entries that are in another shard too
     unusable: list[str]  # files that are damaged
     other_versions: list[str]  # shards of another version of the format
     datasets: dict[str, tuple[int, float]]  # name -> samples, days since it was used
@@ -47,7 +48,16 @@ class Stats:
         lines += [
             f"dataset {name}: {num:,} samples, used {days:.0f} days ago" for name, (num, days) in self.datasets.items()
         ]
-        lines.append(f"{self.num_unused:,} entries are in no dataset (sdxl-ray cache --prune)")
+        if self.num_unused is None:
+            lines.append("how many entries are in no dataset is not known: an index cannot be read, see below")
+        else:
+            lines.append(f"{self.num_unused:,} entries are in no dataset (sdxl-ray cache --prune)")
+        if self.num_unused_kept:
+            lines.append(
+                f"{self.num_unused_kept:,} more are in no dataset, but in shards that are still in use: they stay"
+            )
+        if self.num_twice:
+            lines.append(f"{self.num_twice:,} entries are in two shards, which only takes room")
         if self.other_versions:
             lines.append(
                 f"{len(self.other_versions):,} shards are of another version of sdxl-ray, and stay: "
@@ -58,8 +68,12 @@ class Stats:
 
 
 def stats(cache: str) -> Stats:
-    """Counts and sizes, from the shards' headers and the indexes."""
-    store = ShardStore(cache)
+    """Counts and sizes, from the shards' headers and the indexes.
+
+    Raises:
+        CacheError: there is no cache.
+    """
+    store = _open(cache)
     counts = np.bincount(store.shard_numbers, minlength=len(store.names))
     num_entries: Counter[str] = Counter()
     size: defaultdict[str, float] = defaultdict(float)
@@ -67,21 +81,37 @@ def stats(cache: str) -> Stats:
         kind = name.split("/")[-2]
         num_entries[kind] += count
         size[kind] += num_bytes / GIB
-    used, datasets, unreadable = np.empty(0, "S16"), {}, []
+    used, datasets, unreadable = np.empty(0, KEY_DTYPE), {}, []
     for found in _indexes(store.folder):
         if found.problem:
             unreadable.append(f"datasets/{found.name}/{index.FILE_NAME}")
             continue
         used = np.union1d(used, found.keys)
         datasets[found.name] = (found.num_samples, found.days_unused)
+    is_used = np.isin(store.keys, used)
+    of_shards_in_use = _in_use(store, is_used)[store.shard_numbers]
     return Stats(
         num_entries=dict(sorted(num_entries.items())),
         gib=dict(size),
-        num_unused=int((~np.isin(store.keys, used)).sum()),
+        num_unused=None if unreadable else int((~of_shards_in_use).sum()),
+        num_unused_kept=None if unreadable else int((of_shards_in_use & ~is_used).sum()),
+        num_twice=int((store.keys[1:] == store.keys[:-1]).sum()),
         unusable=[*store.damaged, *unreadable],
         other_versions=store.other_versions,
         datasets=datasets,
     )
+
+
+def _open(cache: str) -> ShardStore:
+    store = ShardStore(cache)
+    if not (store.names or store.damaged or store.other_versions or store.folder.list("datasets")):
+        raise CacheError(f"{store.folder.path}: there is no cache. Is cache.path right? `sdxl-ray cache` fills it.")
+    return store
+
+
+def _in_use(store: ShardStore, is_used: np.ndarray) -> np.ndarray:
+    """For each shard of `store.names`, whether one of its entries is used. `is_used`: for each of `store.keys`."""
+    return np.bincount(store.shard_numbers[is_used], minlength=len(store.names)) > 0
 
 
 def verify(cache: str, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, list[str]]:
@@ -98,13 +128,18 @@ def verify(cache: str, progress: Callable[[int, int], None] = lambda done, total
     """
     store = ShardStore(cache)
     found: dict[str, list[str]] = {}
+
+    def check(number: int) -> list[str]:
+        result = check_shard(store.folder, store.names[number])
+        damaged = _keys_of(store, number) if result is None else result
+        if damaged:  # at once: another job may replace the shard at any time
+            mark_damaged(cache, store.names[number], *damaged)
+        return damaged
+
     with ThreadPoolExecutor(4) as threads:
-        results = threads.map(lambda name: check_shard(store.folder, name), store.names)
-        for number, (name, result) in enumerate(zip(store.names, results, strict=True)):
-            damaged = _keys_of(store, number) if result is None else result
+        for number, damaged in enumerate(threads.map(check, range(len(store.names)))):
             if damaged:
-                mark_damaged(cache, name, *damaged)
-                found[name] = damaged
+                found[store.names[number]] = damaged
             progress(number + 1, len(store.names))
     known = {key for name, damaged in found.items() for key in damaged if key in store.marked.get(name, ())}
     if known:
@@ -115,7 +150,7 @@ def verify(cache: str, progress: Callable[[int, int], None] = lambda done, total
         }
     found = {name: damaged for name, damaged in found.items() if damaged}
     for name in store.damaged:
-        if name not in store.marked:
+        if name not in store.marked and check_shard(store.folder, name) is None:  # still
             mark_damaged(cache, name)
             found[name] = []
     return found
@@ -126,7 +161,7 @@ def _settled(store: ShardStore, keys: list[str]) -> set[str]:
     wanted, indexes = keys_from_hex(keys), list(_indexes(store.folder))
     settled = store.find(wanted) >= 0  # the store does not count what is marked
     if not any(index_found.problem for index_found in indexes):
-        settled |= ~np.isin(wanted, np.concatenate([np.empty(0, "S16"), *(each.keys for each in indexes)]))
+        settled |= ~np.isin(wanted, np.concatenate([np.empty(0, KEY_DTYPE), *(each.keys for each in indexes)]))
     return {key for key, is_settled in zip(keys, settled.tolist(), strict=True) if is_settled}
 
 
@@ -160,22 +195,22 @@ def prune(cache: str, *, keep_days: float, dry_run: bool) -> Pruned:
     A shard with one entry in use stays whole.
 
     Raises:
-        CacheError: an index cannot be read, so that nobody knows what it uses. Nothing is deleted then.
+        CacheError: there is no cache; an index cannot be read, so that nobody knows what it uses. Nothing is deleted.
     """
-    store = ShardStore(cache)
+    store = _open(cache)
     folder, now = store.folder, time.time()
-    used, old = np.empty(0, "S16"), []
+    used, old = np.empty(0, KEY_DTYPE), []
     for found in _indexes(folder):
         if found.problem:
             raise CacheError(
                 f"{folder.path}/datasets/{found.name}/{index.FILE_NAME}: {found.problem}, so that nobody knows what it "
                 "uses. Nothing was deleted. Run `sdxl-ray cache` for its dataset, or delete its folder."
             )
-        if found.days_unused > keep_days:
+        if found.days_unused > max(keep_days, _YOUNG_S / DAY_S):
             old.append(found.name)
         else:
             used = np.union1d(used, found.keys)
-    in_use = np.bincount(store.shard_numbers[np.isin(store.keys, used)], minlength=len(store.names)) > 0
+    in_use = _in_use(store, np.isin(store.keys, used))
     unused = {name for name, needed in zip(store.names, in_use.tolist(), strict=True) if not needed} | set(
         store.damaged
     )
@@ -233,19 +268,19 @@ def _indexes(folder: Folder) -> Iterator[_Found]:
             continue  # deleted meanwhile
         except (pa.ArrowException, OSError, ValueError) as error:
             problem = f"cannot be read ({getattr(error, 'strerror', None) or ' '.join(str(error).split())})"
-            yield _Found(name, 0, days_unused, np.empty(0, "S16"), problem)
+            yield _Found(name, 0, days_unused, np.empty(0, KEY_DTYPE), problem)
             continue
         try:
             prompts = json.loads(folder.read(f"{parent}/{manifest.FILE_NAME}"))["prompts"]
             keys.append(keys_from_hex(place["key"] for place in prompts.values()))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             pass  # prompts are encoded again in seconds
-        yield _Found(name, table.num_rows, days_unused, np.concatenate([np.empty(0, "S16"), *keys]))
+        yield _Found(name, table.num_rows, days_unused, np.concatenate([np.empty(0, KEY_DTYPE), *keys]))
 
 
 def _from_hex(keys: pa.Array) -> np.ndarray:
     """Keys as the store has them, without a Python object for each of them."""
     if not len(keys):
-        return np.empty(0, "S16")
+        return np.empty(0, KEY_DTYPE)
     start, end = np.frombuffer(keys.buffers()[1], np.int32)[[keys.offset, keys.offset + len(keys)]]
-    return np.frombuffer(binascii.unhexlify(keys.buffers()[2][start:end]), "S16")
+    return np.frombuffer(binascii.unhexlify(keys.buffers()[2][start:end]), KEY_DTYPE)

@@ -1,6 +1,6 @@
 """What earlier scans found, so that a second run over unchanged files only lists them.
 
-Remembered by (path, stamp); 60 bytes for each image. A memo is never needed for correctness: a damaged one is as good
+Remembered by (path, stamp); 70 bytes for each image. A memo is never needed for correctness: a damaged one is as good
 as none, and of two jobs that write one at once the later wins. With another Pillow or other plug-ins for it, what was
 wrong with an image is looked at again.
 """
@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sdxl_ray.cache.scan import CANNOT_BE_READ, TOO_LARGE, ScannedFile
+from sdxl_ray.cache import formats
+from sdxl_ray.cache.scan import ScannedFile
 from sdxl_ray.cache.tables import fixed_column
 from sdxl_ray.records import Listed
 from sdxl_ray.storage import Folder
@@ -29,8 +30,9 @@ from sdxl_ray.storage import Folder
 FILE_NAME = "scan.parquet"
 _WRITE_EVERY_S = 60.0
 _READERS = b"sdxl_ray.readers"  # in the file's metadata: what images were looked at with
-_PLUGINS = ("pillow_heif", "pillow_jxl")
-_NEEDS_PACKAGE = "pip install"
+# Problems that may have gone without a change of the file: the limit may be another, a network drive may be back, this
+# machine may have the package.
+_MAY_BE_OVER = ("too_large", "unreadable", "needs_package")
 _SCHEMA = pa.schema(
     [
         ("identity", pa.binary(16)),
@@ -38,6 +40,7 @@ _SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("problem", pa.dictionary(pa.int32(), pa.string())),
+        ("kind", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
 
@@ -47,16 +50,12 @@ class Memo:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self._table = _read(folder)  # sorted by identity
+        self._table = _read_memo(folder)  # sorted by identity
         self._new: list[pa.Table] = []
         self._written, self._write_every_s = time.monotonic(), _WRITE_EVERY_S
 
     def find(self, files: Sequence[Listed], by_listing: Sequence[bool], max_pixels: int) -> list[ScannedFile | None]:
-        """What is known of each file; None where it has to be looked at.
-
-        Looked at again: what was refused for its size, since the limit may have changed; what could not be read, since
-        a network drive may be back; what needs a package, since another machine may have it.
-        """
+        """What is known of each file; None where it has to be looked at, once or again."""
         identities = _identities(files, by_listing)
         known = _column(self._table)
         if not len(known):
@@ -66,8 +65,8 @@ class Memo:
         found: list[ScannedFile | None] = [None] * len(files)
         rows = self._table.take(pa.array(places[hits])).to_pylist()
         for place, row in zip(hits.tolist(), rows, strict=True):
-            file = ScannedFile(row["image_hash"].hex(), row["height"], row["width"], row["problem"])
-            if file.height * file.width <= max_pixels and not _may_be_over(file.problem):
+            file = ScannedFile(row["image_hash"].hex(), row["height"], row["width"], row["problem"], row["kind"])
+            if file.height * file.width <= max_pixels and file.kind not in _MAY_BE_OVER:
                 found[place] = file
         return found
 
@@ -102,25 +101,20 @@ class Memo:
         self._write_every_s = max(_WRITE_EVERY_S, 10 * (self._written - started))
 
     def mark(self, problems: dict[str, str]) -> None:
-        """Remember what turned out about images with these hashes: not tried again until they change."""
+        """Remember what turned out to be damaged about images with these hashes: not tried again until they change."""
         hashes = _column(self._table, "image_hash", 32)
         bad = np.array([bytes.fromhex(image_hash) for image_hash in problems], "S32")
         rows = np.flatnonzero(np.isin(hashes, bad))
         taken = self._table.take(pa.array(rows))
         found = [ScannedFile(row["image_hash"].hex(), row["height"], row["width"]) for row in taken.to_pylist()]
-        marked = [dataclasses.replace(file, problem=problems[file.image_hash]) for file in found]
+        marked = [dataclasses.replace(file, problem=problems[file.image_hash], kind="damaged") for file in found]
         self._new.append(_table(_column(taken), marked))
         self.write()
 
 
-def _may_be_over(problem: str) -> bool:
-    """Whether it may have gone without a change of the file."""
-    return TOO_LARGE in problem or problem.startswith(CANNOT_BE_READ) or _NEEDS_PACKAGE in problem
-
-
 def _readers() -> bytes:
     """What decides which images can be read: Pillow's version, and the plug-ins that are installed."""
-    installed = [name for name in _PLUGINS if importlib.util.find_spec(name) is not None]
+    installed = [name for name, _ in formats.PLUGINS.values() if importlib.util.find_spec(name) is not None]
     return " ".join([f"Pillow {PIL.__version__}", *installed]).encode()
 
 
@@ -148,6 +142,7 @@ def _table(identities: np.ndarray, scanned: Sequence[ScannedFile]) -> pa.Table:
         pa.array([file.height for file in scanned], pa.int32()),
         pa.array([file.width for file in scanned], pa.int32()),
         pa.array([file.problem for file in scanned], pa.string()).dictionary_encode(),
+        pa.array([file.kind for file in scanned], pa.string()).dictionary_encode(),
     ]
     return pa.table(columns, schema=_SCHEMA)
 
@@ -160,11 +155,11 @@ def _column(table: pa.Table, name: str = "identity", width: int = 16) -> np.ndar
     return np.array(column.to_pylist(), f"S{width}") if len(column) else np.empty(0, f"S{width}")
 
 
-def _read(folder: Folder) -> pa.Table:
+def _read_memo(folder: Folder) -> pa.Table:
     if not folder.exists(FILE_NAME):
         return _SCHEMA.empty_table()
     try:
-        table = pq.read_table(io.BytesIO(folder.read(FILE_NAME)), read_dictionary=["problem"])
+        table = pq.read_table(io.BytesIO(folder.read(FILE_NAME)), read_dictionary=["problem", "kind"])
         with_others = (table.schema.metadata or {}).get(_READERS) != _readers()
         table = table.select(_SCHEMA.names).cast(_SCHEMA)
         return _sorted(table.filter(pc.equal(table.column("problem"), "")) if with_others else table)

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdxl_ray import connection
-from sdxl_ray.cache.collection import Skipped
+from sdxl_ray.cache.foreseen import index_of, index_tables, place_of_prompt
 from sdxl_ray.cache.index import Index, write_index
 from sdxl_ray.cache.manifest import write_manifest
 from sdxl_ray.cache.memo import Memo
-from sdxl_ray.cache.planning import CachePlan, check_readable, drop_undecodable, find_missing, plan_cache, write_skipped
+from sdxl_ray.cache.planning import CachePlan, drop_undecodable, find_missing, plan_cache
 from sdxl_ray.cache.ray_jobs import Clock, Progress, Reserved, Undecodable, encode_latents, encode_text, scan_on_ray
-from sdxl_ray.errors import CacheError, DatasetError, SdxlRayError
+from sdxl_ray.cache.skipped import Skipped, check_readable, unreadable_of, write_skipped
+from sdxl_ray.errors import CacheError, SdxlRayError
 from sdxl_ray.sdxl.components import resolve_model
 from sdxl_ray.storage import open_folder
 
@@ -65,8 +66,8 @@ def build_cache(
     Args:
         progress: called on the driver with (stage, done, total).
         connect: called once before Ray is needed; a second run over a complete cache never needs it.
-        order_of: ranks of the rows in which a training run will need them. With cache.mode = "ondemand" nothing is
-            encoded now then, but handed back as `CacheResult.background`.
+        order_of: ranks of the index's latents, row after row, in which a training run will need them. With
+            cache.mode = "ondemand" nothing is encoded now then, but handed back as `CacheResult.background`.
 
     Raises:
         DatasetError, ModelError: before anything is encoded.
@@ -85,7 +86,7 @@ def build_cache(
     plan.store.remove_stale_temporaries()
     background = None
     if config.cache.mode == "ondemand" and order_of is not None:
-        find_missing(plan, in_order=order_of(plan.index()))
+        find_missing(plan, in_order=order_of(index_of(plan)))
         if plan.missing_text or plan.missing_latents:
             background = Background(config, plan)
     elif plan.missing_text or plan.missing_latents:
@@ -141,15 +142,19 @@ class Background:
     def __init__(self, config: Config, plan: CachePlan) -> None:
         self.config, self.plan = config, plan
         self.error: SdxlRayError | None = None
-        self._undecodable: list[Undecodable] = []
+        # Images that turned out damaged; they count nothing in the batches of the run.
+        self.skipped: list[Skipped] = []
+        self.num_long_captions = 0  # of those that were encoded; known once all of them are
         self.progress: dict[str, tuple[int, int]] = {}  # stage -> done, total
-        self._reserved: Reserved = (0.0, 0.0)
+        self._undecodable: list[Undecodable] = []
+        self._num_judged = 0  # of these
+        self._reserved = Reserved()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def reserve(self, *, cpus: float, gpus: float) -> None:
         """What the training workers have stays theirs."""
-        self._reserved = (cpus, gpus)
+        self._reserved = Reserved(cpus, gpus)
 
     def start(self) -> None:
         """Begin, unless it has begun."""
@@ -177,34 +182,32 @@ class Background:
                 work()
         except SdxlRayError as error:
             self.error = error
-        except Exception as error:  # the run that waits for the entries has to hear of it, whatever it is
-            reason = str(error).strip() or type(error).__name__
-            self.error = CacheError(f"encoding on demand failed: {reason.splitlines()[-1]}")
+        except Exception as error:  # a bug; the run that waits for the entries has to hear of it too
+            self.error = CacheError(f"encoding on demand failed: {type(error).__name__}: {error}")
 
     def _text(self) -> None:
-        encode_text(self.config, self.plan, self._progress, Clock(), reserved=self._reserved)
+        clock = Clock()
+        encode_text(self.config, self.plan, self._progress, clock, reserved=self._reserved)
+        self.num_long_captions = clock.counts["long"]
 
     def _latents(self) -> None:
         # Not remembered as damaged, other than in a run of `cache`: they are rows of this run's index, and without them
         # the run could not be resumed.
         encode_latents(self.config, self.plan, self._progress, Clock(), self._undecodable, reserved=self._reserved)
-
-    @property
-    def skipped(self) -> list[Skipped]:
-        """Images that turned out damaged; they count nothing in the batches of the run."""
-        return [item.skipped for item in self._undecodable]
+        self._judge()
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         self.progress[stage] = (done, total)
         if self._stop.is_set():
             raise _Stopped
-        allowed = max(dataset.max_unreadable for dataset in self.config.datasets)
-        if len(self._undecodable) > allowed * self.plan.num_images:
-            shown = "\n".join(f"  {item.path}: {item.reason}" for item in self.skipped[:20])
-            raise DatasetError(
-                f"{len(self._undecodable)} of {self.plan.num_images} images cannot be decoded, more than "
-                f"dataset.max_unreadable = {allowed:g} allows:\n{shown}\nRepair or remove them, or raise it."
-            )
+        # It looks at every key of the plan. So of few, after each; of thousands, now and then.
+        if stage == "images" and len(self._undecodable) > 1.1 * self._num_judged:
+            self._judge()
+
+    def _judge(self) -> None:
+        self._num_judged = len(self._undecodable)
+        self.skipped = unreadable_of(self.plan, {item.key: item.skipped for item in self._undecodable})
+        check_readable(self.plan, self.config.datasets, also=self.skipped)
 
 
 class _Stopped(Exception):
@@ -213,17 +216,13 @@ class _Stopped(Exception):
 
 def _remember(config: Config, undecodable: Sequence[Undecodable]) -> None:
     """Damaged images are not tried again until they change. What was wrong only with a mask, or now, is."""
-    problems = {
-        item.image_hash: item.skipped.reason
-        for item in undecodable
-        if item.skipped.reason.startswith("cannot be decoded")
-    }
+    problems = {item.image_hash: item.skipped.reason for item in undecodable if item.skipped.kind == "damaged"}
     if problems:
         Memo(open_folder(config.cache.path)).mark(problems)
 
 
 def _write_index(config: Config, plan: CachePlan) -> None:
-    write_index(plan.index_path, plan.index_tables())
+    write_index(plan.index_path, index_tables(plan))
     write_skipped(plan)
     made_with = {
         "datasets": [dataset.model_dump(mode="json") for dataset in config.datasets],
@@ -234,4 +233,4 @@ def _write_index(config: Config, plan: CachePlan) -> None:
         "caption_chunks": plan.num_chunks,
         "num_samples": plan.num_samples,
     }
-    write_manifest(plan.folder, made_with, plan.prompts, plan.place_of_prompt)
+    write_manifest(plan.folder, made_with, plan.prompts, lambda prompt: place_of_prompt(plan, prompt))

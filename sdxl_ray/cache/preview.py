@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sdxl_ray.cache.images import UnreadableImage, load_mask, load_pixels
+from sdxl_ray.cache.images import UnreadableImage, load_pixels
+from sdxl_ray.cache.reading import load_image
 from sdxl_ray.errors import StorageError, storage_errors
 from sdxl_ray.records import EncodedSample
 
@@ -134,10 +135,10 @@ def _facts(sample: EncodedSample) -> dict[str, str]:
 
 def _pictures(sample: EncodedSample, name: str) -> str:
     """The first crop, the whole image and, where there is one, the mask; `name` is escaped."""
-    record = sample.image_record()
-    pictures = [("as the model sees it", _thumbnail(load_pixels(record))), ("whole, crop bright", _whole_image(sample))]
-    if sample.mask:
-        pictures.append(("mask, white counts", _thumbnail(load_mask(record))))
+    pixels, mask = load_image(sample.image_record())
+    pictures = [("as the model sees it", _thumbnail(pixels)), ("whole, crop bright", _whole_image(sample))]
+    if mask is not None:
+        pictures.append(("mask, white counts", _thumbnail(mask)))
     tags = (
         f'<img src="{_data_uri(picture)}" width="{picture.width}" height="{picture.height}" loading="lazy" '
         f'alt="{name}, {what}" title="{what}">'

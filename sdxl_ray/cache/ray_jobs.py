@@ -28,11 +28,11 @@ from sdxl_ray.cache.actors import (
     raise_error,
     scanned_files,
 )
-from sdxl_ray.cache.collection import Skipped
 from sdxl_ray.cache.planning import CachePlan
 from sdxl_ray.cache.pools import Node, Share, share_cluster
 from sdxl_ray.cache.scan import ScannedFile, scan_each
-from sdxl_ray.errors import ClusterError
+from sdxl_ray.cache.skipped import Skipped
+from sdxl_ray.errors import CacheError, ClusterError
 from sdxl_ray.records import Listed
 
 if TYPE_CHECKING:
@@ -46,7 +46,13 @@ _SHARDS_AT_ONCE = 2_048
 _SPARE_CPUS = 0.5
 
 Progress = Callable[[str, int, int], None]  # stage ("scan", "text", "images"), done, total
-Reserved = tuple[float, float]  # CPUs and GPUs that training has; only beside a training run
+
+
+class Reserved(NamedTuple):
+    """What training has; only beside a training run."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
 
 
 class Undecodable(NamedTuple):
@@ -64,7 +70,7 @@ class Clock:
         self.started = self._last = time.monotonic()
         self.stages: dict[str, float] = {}
         self.workers: defaultdict[str, float] = defaultdict(float)
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # "captions", "long" of them, "images", "tiled" of them
 
     def stage(self, name: str) -> None:
         now = time.monotonic()
@@ -99,7 +105,7 @@ def scan_on_ray(
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     come: dict[int, list[ScannedFile]] = {}  # rows come in any order
     done = first = 0
-    for row in dataset.map(ScanChunk(max_pixels), num_cpus=1).iter_rows():
+    for row in _rows(dataset.map(ScanChunk(max_pixels), num_cpus=1), "scanning failed", "What was found is kept"):
         come[int(row["first"])] = scanned_files(row, files, max_pixels)
         done += len(come[int(row["first"])])
         progress("scan", done, len(files))
@@ -134,6 +140,7 @@ def encode_text(
         )
         for row in _results(dataset):
             done += int(row["num"])
+            clock.counts["long"] += int(row["long"])
             clock.workers["encode_text"] += float(row["encode_s"])
             progress("text", done, total)
     return done
@@ -173,7 +180,8 @@ def encode_latents(
         for row in _results(dataset):
             found = json.loads(str(row["skipped"]))
             undecodable += [
-                Undecodable(item["key"], item["image_hash"], Skipped(item["path"], item["reason"])) for item in found
+                Undecodable(item["key"], item["image_hash"], Skipped(item["path"], item["reason"], kind=item["kind"]))
+                for item in found
             ]
             done += int(row["num"])
             clock.workers["encode"] += float(row["encode_s"])
@@ -207,7 +215,7 @@ def _from_items(items: Sequence[dict[str, str]], reserved: Reserved | None) -> r
     quiet()
     dataset = ray.data.from_items(list(items), override_num_blocks=len(items))
     if reserved is not None:
-        dataset.context.execution_options.exclude_resources = ExecutionResources(cpu=reserved[0], gpu=reserved[1])
+        dataset.context.execution_options.exclude_resources = ExecutionResources(cpu=reserved.cpus, gpu=reserved.gpus)
     return dataset
 
 
@@ -230,9 +238,9 @@ def check_spare(reserved: Reserved) -> None:
         ClusterError: this machine has no core left beside the training workers. A cluster may still grow.
     """
     total = ray.cluster_resources().get("CPU", 0)
-    if connection.is_local() and total - reserved[0] < _SPARE_CPUS:
+    if connection.is_local() and total - reserved.cpus < _SPARE_CPUS:
         raise ClusterError(
-            f'cache.mode = "ondemand" needs a CPU core beside the training workers, which take {reserved[0]:g} of '
+            f'cache.mode = "ondemand" needs a CPU core beside the training workers, which take {reserved.cpus:g} of '
             f'{total:g}. Lower train.num_workers or cluster.cpus_per_worker, or set cache.mode = "disk" or "off".'
         )
 
@@ -260,7 +268,7 @@ def _share(config: Config, num_items: int, reserved: Reserved | None, *, text: b
         )
     if config.cluster.accelerator == "gpu":
         connection.check_room(1, {"GPU": cache.gpus_per_encoder}, growing=not connection.is_local())
-    reserved_cpus, reserved_gpus = reserved or (0.0, 0.0)
+    of_training = reserved or Reserved()
     return share_cluster(
         nodes,
         num_items,
@@ -269,16 +277,52 @@ def _share(config: Config, num_items: int, reserved: Reserved | None, *, text: b
         gpus_per_encoder=(cache.gpus_per_text_encoder or cache.gpus_per_encoder) if text else cache.gpus_per_encoder,
         accelerator=config.cluster.accelerator,
         accelerator_type=cache.accelerator_type,
-        reserved_cpus=reserved_cpus,
-        reserved_gpus=reserved_gpus,
-        num_pools=2 if reserved else 1,
+        reserved_cpus=of_training.cpus,
+        reserved_gpus=of_training.gpus,
+        num_pools=2 if reserved is not None else 1,
     )
 
 
 def _results(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    for row in dataset.iter_rows():
+    """
+    Raises:
+        SdxlRayError: what an encoder has said.
+        CacheError: anything else that went wrong on a node.
+    """
+    for row in _rows(dataset, "encoding failed", "Finished shards are kept"):
         raise_error(str(row["error"]))
         yield row
+
+
+def _rows(dataset: ray.data.Dataset, failed: str, kept: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from dataset.iter_rows()
+    except ray.exceptions.RayError as error:
+        reason = reason_of(error)
+        memory = reason.startswith("MemoryError") or isinstance(error, ray.exceptions.OutOfMemoryError)
+        cure = (
+            "A node has too little memory. Let fewer tasks run there at once: fewer encoders (cache.num_encoders, "
+            "cache.max_encoders), fewer CPUs for Ray, or nothing else beside them. "
+            if memory
+            else ""
+        )
+        raise CacheError(
+            f"{failed}: {reason}. {cure}{kept}; run again to go on. With --traceback, the whole error is shown."
+        ) from error
+
+
+def reason_of(error: ray.exceptions.RayError) -> str:
+    """The line that says what went wrong.
+
+    Of what Ray itself found, the first. What a task raised comes as text: tracebacks, each the cause of the next one,
+    and last Ray Data's own exception, which says nothing about it.
+    """
+    text = str(error).strip() or type(error).__name__
+    if not isinstance(error, ray.exceptions.UserCodeException):
+        return text.splitlines()[0].rstrip(".")
+    raised = text.split("\n\nThe above exception was the direct cause")[-2:][0].splitlines()
+    last_frame = max((number for number, line in enumerate(raised) if line.startswith('  File "')), default=0)
+    return next((line for line in raised[last_frame:] if line and not line[0].isspace()), raised[-1]).rstrip(".")
 
 
 def quiet() -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
-from sdxl_ray.cache.images import UnreadableImage, load_mask, load_pixels
-from sdxl_ray.cache.scan import CANNOT_BE_READ
+from sdxl_ray.cache.images import UnreadableImage, load_pixels, load_pixels_and_alpha
+from sdxl_ray.cache.masks import load_mask_file, mask_cells
 from sdxl_ray.errors import StorageError
 from sdxl_ray.records import ImageRecord
 
 PAUSE_S = 3.0  # before the second attempt; stores and web servers have had several by then
-# Of the refusals 408 and 429 mean "later", all others are for good.
-_GONE = re.compile(r"\bnot found\b|\bHTTP 4(?!08|29)\d\d\b", re.IGNORECASE)
+
+Loaded = TypeVar("Loaded")
 
 
 def load_image(record: ImageRecord) -> tuple[np.ndarray, np.ndarray | None]:
@@ -27,11 +27,12 @@ def load_image(record: ImageRecord) -> tuple[np.ndarray, np.ndarray | None]:
         OSError, StorageError: this machine cannot read it, twice. Where somebody has read it before (`record.verify`),
             that says nothing about the image.
     """
-    pixels = _read(load_pixels, record, is_known=record.verify)
-    if not record.mask:
-        return pixels, None
+    if record.mask == "alpha":
+        pixels, alpha = _load_twice(load_pixels_and_alpha, record, is_known=record.verify)
+        return pixels, mask_cells(alpha, record)
+    pixels = _load_twice(load_pixels, record, is_known=record.verify)
     # Mask files are always opened by the scan.
-    return pixels, _read(load_mask, record, is_known=record.verify or record.mask != "alpha")
+    return pixels, _load_twice(load_mask_file, record, is_known=True) if record.mask else None
 
 
 def is_web(error: OSError | StorageError) -> bool:
@@ -44,22 +45,24 @@ def reason_of(error: OSError | StorageError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _read(load: Callable[[ImageRecord], np.ndarray], record: ImageRecord, *, is_known: bool) -> np.ndarray:
+def not_given(error: OSError | StorageError) -> UnreadableImage:
+    """What cannot be read, as a reason to skip the image."""
+    return UnreadableImage(f"cannot be read: {reason_of(error)}", "unreadable")
+
+
+def _load_twice(load: Callable[[ImageRecord], Loaded], record: ImageRecord, *, is_known: bool) -> Loaded:
     for is_last in (False, True):
         try:
             return load(record)
         except (OSError, StorageError) as error:
-            if not is_known and _is_gone(error, record):
-                raise UnreadableImage(f"{CANNOT_BE_READ}: {reason_of(error)}") from None
+            if not is_known and _is_gone(error):
+                raise not_given(error) from None
             if is_last:
                 raise
         time.sleep(PAUSE_S)
     raise AssertionError("unreachable")
 
 
-def _is_gone(error: OSError | StorageError, record: ImageRecord) -> bool:
-    """Whether the image is not there, or refused for good, whoever asks."""
-    if isinstance(error, FileNotFoundError):
-        return True
-    _, _, told = reason_of(error).rpartition(record.path.rpartition("/")[2])  # a file may be called "not found.png"
-    return _GONE.search(told) is not None
+def _is_gone(error: OSError | StorageError) -> bool:
+    """Whether the image is not there, or its web server refuses it for good, whoever asks."""
+    return isinstance(error, FileNotFoundError) or (isinstance(error, PermissionError) and is_web(error))

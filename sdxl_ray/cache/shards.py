@@ -2,13 +2,13 @@
 
     <cache>/latents/832x1216/<shard>.safetensors    mean, std (and mask)    one bucket a folder
     <cache>/text/<shard>.safetensors                prompt_embeds, pooled_prompt_embeds
-    <cache>/**/<shard>.safetensors.damaged          keys in it that turned out damaged: not used any more; none of them
-                                                    where the file is no shard, which has been reported
+    <cache>/**/<shard>.safetensors.damaged          keys in it that turned out damaged, one a line: not used any more;
+                                                    none where the file is no shard, which has been reported
 
-A shard's name is a hash of the keys it holds, so two jobs that write the same shard write the same content. Its header
-holds the keys in row order and a CRC-32 per row: a row is found by its key and never by a number alone, the index can
-be rebuilt from the shards, and a flipped bit is found when the row is read. A file appears under its name only when it
-is whole.
+A shard's name is a hash of the keys planned for it (fewer are written where images are damaged), so two jobs that write
+the same shard write the same content. Its header holds the keys in row order, a CRC-32 per row and one of the header
+itself: a row is found by its key and never by a number alone, the index can be rebuilt from the shards, and a flipped
+bit is found when the row is read, or its key. A file appears under its name only when it is whole.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
+import re
 import threading
 import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdxl_ray.cache.local_copies import LocalCopies
-from sdxl_ray.errors import CacheError, StorageError
+from sdxl_ray.errors import CacheError, StorageError, storage_errors
 from sdxl_ray.storage import Folder, open_folder
 
 if TYPE_CHECKING:
@@ -104,28 +106,69 @@ def write_shard(
         "sdxl_ray.keys": json.dumps(list(keys)),
         "sdxl_ray.crc32": json.dumps(checksums),
         **{f"sdxl_ray.{key}": value for key, value in extra.items()},
+        _HEADER_CRC: _NO_CRC.decode(),
     }
-    content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=metadata)
+    content = _sealed(save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=metadata))
     cure = "Free some space and run again: finished shards are kept."
     folder.write(name, content, doing="writing encoded tensors", cure=cure)
     if folder.exists(name + DAMAGED_SUFFIX):  # what was damaged has just been replaced
         folder.delete(name + DAMAGED_SUFFIX)
 
 
+_HEADER_CRC = "sdxl_ray.header_crc32"  # of the header's bytes, with zeros in its own place
+_NO_CRC = b"00000000"
+_PLACE_OF_CRC = re.compile(b'(?<="%s":")[0-9a-f]{8}(?=")' % re.escape(_HEADER_CRC.encode()))
+
+
+def _sealed(content: bytes) -> bytes:
+    """The shard with its header's checksum in the header."""
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length]
+    return content[:8] + _PLACE_OF_CRC.sub(b"%08x" % zlib.crc32(header), header, count=1) + content[8 + length :]
+
+
+def _parse_header(header: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: it is damaged. A flipped bit in a key would make it another.
+        OtherVersion: see there.
+    """
+    parsed: dict[str, Any] = json.loads(header)
+    version = parsed["__metadata__"]["sdxl_ray.version"]
+    if version != FORMAT_VERSION:
+        raise OtherVersion(f"is of version {version} of the format")
+    found = _PLACE_OF_CRC.search(header)
+    if found is None or int(found[0], 16) != zlib.crc32(_PLACE_OF_CRC.sub(_NO_CRC, header, count=1)):
+        raise ValueError("its header is damaged")
+    return parsed
+
+
 def mark_damaged(cache: str, shard: str, *keys: str) -> None:
-    """From now on these entries count as missing, so that the next `sdxl-ray cache` encodes them again."""
-    folder = open_folder(cache)
-    is_marked = folder.exists(shard + DAMAGED_SUFFIX)
-    known = read_marker(folder, shard + DAMAGED_SUFFIX) if is_marked else []
-    if not is_marked or not set(keys) <= set(known):
-        folder.write(shard + DAMAGED_SUFFIX, json.dumps([*dict.fromkeys([*known, *keys])]).encode())
+    """From now on these entries count as missing, so that the next `sdxl-ray cache` encodes them again.
+
+    Raises:
+        OSError, StorageError: the mark cannot be written.
+    """
+    folder, name = open_folder(cache), shard + DAMAGED_SUFFIX
+    known = read_marker(folder, name)
+    new = [key for key in dict.fromkeys(keys) if key not in known]
+    if not new and folder.exists(name):
+        return
+    if folder.local is None:  # of two workers that mark one shard at once, one may have to do it again the next time
+        folder.write(name, "".join(f"{key}\n" for key in (*known, *new)).encode())
+        return
+    path = folder.local / name
+    with storage_errors("noting what is damaged", path, "Free some space and run again."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:  # in one write, so that no worker loses what another one notes
+            file.write("".join(f"{key}\n" for key in new))
 
 
 def read_marker(folder: Folder, name: str) -> list[str]:
     """The keys that `mark_damaged` wrote down."""
     try:
-        return list(json.loads(folder.read(name)))
-    except (ValueError, TypeError, FileNotFoundError):
+        return [*dict.fromkeys(folder.read(name).decode(errors="replace").split())]
+    except FileNotFoundError:
         return []
 
 
@@ -152,14 +195,14 @@ def read_header(folder: Folder, name: str, size: int) -> dict[str, Any] | None:
     except OSError as error:
         raise _unreadable(folder, name, error) from None
     try:
-        header: dict[str, Any] = json.loads(start[8 : 8 + length])
+        header = _parse_header(start[8 : 8 + length])
         metadata = header["__metadata__"]
-        if metadata["sdxl_ray.version"] != FORMAT_VERSION:
-            raise OtherVersion(f"{folder.path}/{name}: is of version {metadata['sdxl_ray.version']} of the format")
         tensors = [value for key, value in header.items() if key != "__metadata__"]
         num_rows = {len(json.loads(metadata[f"sdxl_ray.{name}"])) for name in ("keys", "crc32")}
         num_rows |= {tensor["shape"][0] for tensor in tensors}
         is_whole = size == 8 + length + max(tensor["data_offsets"][1] for tensor in tensors)
+    except OtherVersion as error:
+        raise OtherVersion(f"{folder.path}/{name}: {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
     return header if is_whole and len(num_rows) == 1 else None
@@ -196,19 +239,26 @@ class ShardReader:
         local_path: str = "",
         local_gib: float = 50.0,
         wait: Callable[[str], None] | None = None,
+        report: Callable[[str], None] = logging.getLogger(__name__).warning,
     ) -> None:
         """
         Args:
             max_open: 0: 4096 shards, or 64 copies.
+            report: told in one line, once, where this machine's disk takes no more copies.
             wait: called again and again with the name of a shard that is not there yet, until it is; it raises where
                 waiting is over. None: a shard that is not there is an error.
         """
         self.cache = str(cache)
         self.folder = open_folder(self.cache)
-        self.copies = None if self.folder.local else LocalCopies(self.folder, local_path, limit_gib=local_gib)
+        self.report = report
+        self.copies = (
+            None
+            if self.folder.local
+            else LocalCopies(self.folder, local_path, limit_gib=local_gib, report=lambda text: self.report(text))
+        )
         self.max_open = max_open or (_OPEN_FILES if self.copies is None else _OPEN_COPIES)
         self.wait = wait
-        self._open: OrderedDict[str, tuple[Any, dict[str, int], list[int]]] = OrderedDict()  # the one read last is last
+        self._open: OrderedDict[str, _OpenShard] = OrderedDict()  # the one read last is last
         self._fetched_again: set[str] = set()
         self._lock = threading.Lock()
 
@@ -218,23 +268,24 @@ class ShardReader:
         Raises:
             MissingEntry, DamagedEntry, UnreadableShard: see there.
             CacheError: a folder of shards is missing as a whole; or what `wait` raises.
+            ConfigError: the folder for copies cannot be written.
         """
-        file, rows, checksums = self._file(shard)
-        if key not in rows:
+        opened = self._file(shard)
+        if key not in opened.rows:
             raise MissingEntry(f"{self.cache}/{shard}: has no entry {key}. Run `sdxl-ray cache`.")
-        row = rows[key]
-        tensors = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118  (not a dict)
-        found = _row_checksum(tensors)
-        if found != checksums[row]:
-            if self._drop_copy(shard, file):
+        row = opened.rows[key]
+        tensors = opened.tensors(row)
+        found, expected = _row_checksum(tensors), opened.checksums[row]
+        if found != expected:
+            if self._drop_copy(shard, opened):
                 return self.read(shard, key)
             raise DamagedEntry(
-                f"{self.cache}/{shard}: entry {key} is damaged (checksum {found:08x}, expected {checksums[row]:08x}). "
+                f"{self.cache}/{shard}: entry {key} is damaged (checksum {found:08x}, expected {expected:08x}). "
                 "`sdxl-ray cache --verify` finds all of them and encodes them again."
             )
         return tensors
 
-    def _file(self, shard: str) -> tuple[Any, dict[str, int], list[int]]:
+    def _file(self, shard: str) -> _OpenShard:
         with self._lock:
             if shard in self._open:
                 self._open.move_to_end(shard)
@@ -246,20 +297,20 @@ class ShardReader:
                 self._open.popitem(last=False)  # unmapped once no thread reads from it any more
         return opened
 
-    def _drop_copy(self, shard: str, file: Any) -> bool:
+    def _drop_copy(self, shard: str, damaged: _OpenShard) -> bool:
         """Whether a damaged entry is worth another look: the damage may be this disk's. Each copy is dropped once."""
         if self.copies is None:
             return False
         with self._lock:
             opened = self._open.get(shard)
             if shard in self._fetched_again:
-                return opened is None or opened[0] is not file  # another thread was faster
+                return opened is not damaged  # another thread was faster
             self._fetched_again.add(shard)
             self._open.pop(shard, None)
             self.copies.remove(shard)
         return True
 
-    def _load(self, shard: str) -> tuple[Any, dict[str, int], list[int]]:
+    def _load(self, shard: str) -> _OpenShard:
         from safetensors import SafetensorError
 
         try:
@@ -273,7 +324,7 @@ class ShardReader:
             except (OSError, SafetensorError, ValueError, KeyError, TypeError):
                 self.copies.remove(shard)  # cut short on this disk, perhaps, or removed by another process just now
                 return _open_shard(self.copies.fetch(shard))
-        except (OSError, StorageError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, StorageError, OtherVersion, SafetensorError, ValueError, KeyError, TypeError) as error:
             path = Path(self.cache) / shard
             if self.copies is None and not path.parent.is_dir():
                 raise CacheError(
@@ -286,14 +337,35 @@ class ShardReader:
             ) from None
 
 
-def _open_shard(path: Path) -> tuple[Any, dict[str, int], list[int]]:
-    """(the memory-mapped file, the row of each key, the checksum of each row)"""
-    from safetensors import safe_open
+class _OpenShard(NamedTuple):
+    tensors: Callable[[int], dict[str, torch.Tensor]]  # those of a row
+    rows: dict[str, int]  # of each key
+    checksums: list[int]  # of each row
 
-    file = safe_open(path, "pt")
-    metadata = file.metadata()
+
+def _open_shard(source: Path | bytes) -> _OpenShard:
+    """A memory-mapped file, or what is in one."""
+    from safetensors import safe_open
+    from safetensors.torch import load
+
+    tensors: Callable[[int], dict[str, torch.Tensor]]
+    if isinstance(source, Path):
+        file = safe_open(source, "pt")  # refuses what is no such file
+        names, metadata = list(file.keys()), file.metadata()
+        with source.open("rb") as start:
+            _parse_header(start.read(int.from_bytes(start.read(8), "little")))
+
+        def tensors(row: int) -> dict[str, torch.Tensor]:
+            return {name: file.get_slice(name)[row] for name in names}
+    else:
+        loaded = load(source)
+        metadata = _parse_header(source[8 : 8 + int.from_bytes(source[:8], "little")])["__metadata__"]
+
+        def tensors(row: int) -> dict[str, torch.Tensor]:
+            return {name: tensor[row] for name, tensor in loaded.items()}
+
     rows = {key: row for row, key in enumerate(json.loads(metadata["sdxl_ray.keys"]))}
-    return file, rows, json.loads(metadata["sdxl_ray.crc32"])
+    return _OpenShard(tensors, rows, json.loads(metadata["sdxl_ray.crc32"]))
 
 
 def check_shard(folder: Folder, name: str) -> list[str] | None:
@@ -308,10 +380,10 @@ def check_shard(folder: Folder, name: str) -> list[str] | None:
     try:
         content = folder.read(name)
         length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+        metadata = _parse_header(content[8 : 8 + length])["__metadata__"]
         tensors = load(content)
         keys, checksums = json.loads(metadata["sdxl_ray.keys"]), json.loads(metadata["sdxl_ray.crc32"])
-    except FileNotFoundError:
+    except (FileNotFoundError, OtherVersion):
         return []
     except OSError as error:
         if error.errno == errno.EIO:

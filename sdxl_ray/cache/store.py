@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import json
 import time
 from collections.abc import Iterable
@@ -9,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from sdxl_ray.cache.shards import DAMAGED_SUFFIX, KEY_BYTES, OtherVersion, read_header, read_marker
 from sdxl_ray.storage import Folder, open_folder
 
+KEY_DTYPE = f"S{KEY_BYTES}"
 _STALE_TEMPORARY_S = 24 * 3600
 
 
@@ -29,7 +32,7 @@ class ShardStore:
         self.damaged: list[str] = []  # files that are no whole shards
         self.other_versions: list[str] = []  # shards that another version of this program can use
         self.marked: dict[str, set[str]] = {}  # keys that are noted as damaged, by shard
-        self._keys = np.empty(0, f"S{KEY_BYTES}")  # sorted
+        self._keys = np.empty(0, KEY_DTYPE)  # sorted
         self._shards = np.empty(0, np.int32)
         self._tokens = np.empty(0, np.int16)
         self.refresh()
@@ -71,7 +74,7 @@ class ShardStore:
                 lengths.append(len(here))
                 keys.append(b"".join(here))
                 tokens.append(counts)
-        unsorted = np.frombuffer(b"".join(keys), f"S{KEY_BYTES}")
+        unsorted = np.frombuffer(b"".join(keys), KEY_DTYPE)
         order = np.argsort(unsorted, kind="stable")
         self._keys = unsorted[order]
         self._shards = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[order]
@@ -148,4 +151,12 @@ def _entries_of(folder: Folder, name: str, size: int) -> tuple[list[bytes], np.n
 
 def keys_from_hex(keys: Iterable[str]) -> np.ndarray:
     """Keys as `ShardStore` takes them."""
-    return np.frombuffer(bytes.fromhex("".join(keys)), f"S{KEY_BYTES}")
+    return np.frombuffer(bytes.fromhex("".join(keys)), KEY_DTYPE)
+
+
+def hex_strings(values: np.ndarray) -> pa.Array:
+    """Keys as text."""
+    width = 2 * values.dtype.itemsize
+    offsets = np.arange(len(values) + 1, dtype=np.int64) * width
+    text = binascii.hexlify(values.tobytes())
+    return pa.LargeStringArray.from_buffers(len(values), pa.py_buffer(offsets.tobytes()), pa.py_buffer(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,10 @@ from sdxl_ray.config.schema import Config, DatasetSection
 from sdxl_ray.errors import ConfigError
 from sdxl_ray.storage import check_address
 
-CAPTION_SOURCES = ("textfile", "column", "filename", "instance_prompt")
+CAPTION_SOURCES = ("textfile", "column", "filename", "instance_prompt", "empty", "skip")
 SHARED_BY_TRIALS = ("run", "model", "dataset", "cache", "sweep", "cluster", "tracking")  # sections that no sweep varies
 
+_ONE_SLASH = re.compile(r"((?:s3|gs|gcs|abfss?|hf):)/?[^/]")  # s3:/bucket
 _SMALLEST_EDGE = 64  # pixels: 8 latent pixels, which the U-Net still halves twice
 _LARGEST_EDGE = 4096  # pixels
 _MEGAPIXELS = (0.05, 8.0)
@@ -51,6 +53,11 @@ def _in_captions(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
     for source in dataset.captions:
         if source not in CAPTION_SOURCES:
             yield "captions", f'"{source}" is not a source; known: {", ".join(CAPTION_SOURCES)}'
+    for source in dataset.captions[:-1]:
+        if source in ("empty", "skip"):
+            yield "captions", f'"{source}" decides about images without a caption: nothing can come after it'
+    if dataset.captions == ("skip",):
+        yield "captions", 'is only "skip", which leaves out every image. Put a source before it.'
     if "instance_prompt" in dataset.captions and not dataset.instance_prompt:
         yield "instance_prompt", 'is empty, but dataset.captions has "instance_prompt". Write the prompt.'
     if dataset.instance_prompt and "instance_prompt" not in dataset.captions:
@@ -208,6 +215,9 @@ def _in_addresses(config: Config) -> Iterator[tuple[str, str]]:
             check_address(path)
         except ConfigError as error:
             yield key, str(error)
+        slip = _ONE_SLASH.match(path)
+        if slip and not os.path.lexists(slip[1]):
+            yield key, f"names a folder of this machine called {slip[1]}, which is not there. Write {slip[1]}//..."
     if config.cache.path.startswith("hf://"):
         yield "cache.path", "hf:// is for reading only. Give a folder, s3://, gs:// or abfs://."
 

@@ -102,7 +102,7 @@ class DatasetSection(Section):
     )
     caption_columns: Strings = setting(
         ("caption", "text"),
-        "Columns with captions, the first that is not empty; text, or a list of alternatives.",
+        "Columns with captions, the first that is not empty; text, or a list: `caption_lists`.",
         more=_TABLES,
     )
     size_columns: Strings = setting(
@@ -119,7 +119,7 @@ class DatasetSection(Section):
     captions: Strings = setting(
         ("textfile", "column"),
         "Where captions come from, the first that has one: textfile (cat.txt beside cat.jpg), column (of a table; the "
-        ".json of a WebDataset), filename, instance_prompt.",
+        ".json of a WebDataset), filename, instance_prompt. As the last: empty (no words), skip (leave the image out).",
         min_length=1,
     )
     instance_prompt: Trimmed = setting("", 'One caption for every image, when `captions` has "instance_prompt".')
@@ -127,6 +127,12 @@ class DatasetSection(Section):
     caption_lines: Literal["alternatives", "whole"] = setting(
         "alternatives",
         "alternatives: each line of a caption file is a caption of its own. whole: the file is one.",
+        more=_CAPTIONS,
+    )
+    caption_lists: Literal["alternatives", "tags"] = setting(
+        "alternatives",
+        "A list in a column, or in the .json of a WebDataset: alternatives: each of its texts is a caption of its own. "
+        "tags: together they are one, with `tag_separator` between them.",
         more=_CAPTIONS,
     )
     caption_replace: Annotated[tuple[Annotated[tuple[str, str], Field(strict=False)], ...], Field(strict=False)] = (

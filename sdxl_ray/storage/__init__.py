@@ -204,7 +204,6 @@ class Folder(abc.ABC):
         """Whether there is a file of this name."""
         return status(join(self.path, name)) is not None
 
-    @abc.abstractmethod
     def write(
         self,
         name: str,
@@ -218,9 +217,14 @@ class Folder(abc.ABC):
         Raises:
             StorageError: the disk is full or read-only, or the store refuses.
         """
+        self._write(name, content, doing, cure)
 
     @abc.abstractmethod
-    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str = "writing", cure: str = "") -> None:
+    def _write(self, name: str, content: bytes, doing: str, cure: str) -> None:
+        """`write`, with nothing left out."""
+
+    @abc.abstractmethod
+    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str, cure: str) -> None:
         """The same for what is too large to be held in memory: `write` is handed an open file."""
 
     @abc.abstractmethod
@@ -240,18 +244,11 @@ class _LocalFolder(Folder):
         super().__init__(path)
         self.local = Path(path)
 
-    def write(
-        self,
-        name: str,
-        content: bytes,
-        *,
-        doing: str = "writing",
-        cure: str = "Free some space and run again: what was written before is kept.",
-    ) -> None:
+    def _write(self, name: str, content: bytes, doing: str, cure: str) -> None:
         with self._whole(name, doing, cure) as temporary:
             temporary.write_bytes(content)
 
-    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str = "writing", cure: str = "") -> None:
+    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str, cure: str) -> None:
         with self._whole(name, doing, cure) as temporary, temporary.open("wb") as file:
             write(file)
 
@@ -284,14 +281,7 @@ class _LocalFolder(Folder):
 
 
 class _CloudFolder(Folder):
-    def write(
-        self,
-        name: str,
-        content: bytes,
-        *,
-        doing: str = "writing",
-        cure: str = "",
-    ) -> None:
+    def _write(self, name: str, content: bytes, doing: str, cure: str) -> None:
         address = join(self.path, name)
         place = place_of(address)
         if place.scheme == "hf":
@@ -301,7 +291,7 @@ class _CloudFolder(Folder):
         with cloud_errors(address, doing), filesystem(place).open_output_stream(place.key) as file:
             file.write(content)
 
-    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str = "writing", cure: str = "") -> None:
+    def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str, cure: str) -> None:
         with tempfile.TemporaryFile() as copy:  # what breaks off half-way would be uploaded when it is closed
             write(cast(BinaryIO, copy))
             copy.seek(0)

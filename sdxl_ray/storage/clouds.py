@@ -118,7 +118,7 @@ def _hub_filesystem() -> Any:
 
 # ---- what can go wrong -----------------------------------------------------------------------------------------------
 
-_AWS = re.compile(r"AWS Error (\w+) during \w+ operation: ?(.*)", re.DOTALL)
+_AWS = re.compile(r"AWS Error (\w+) during (\w+) operation: ?(.*)", re.DOTALL)
 _CHECK_NETWORK = "Check the network between this machine and the store, then run again: what is done is kept."
 _REASONS = (  # what an error's text holds -> the reason, and what to do
     (
@@ -160,7 +160,7 @@ _HUB_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2",
 
 @contextlib.contextmanager
 def cloud_errors(uri: str, doing: str) -> Iterator[None]:
-    """Turn what pyarrow and the Hub raise into a StorageError with reason and cure; not found stays not found.
+    """Turn what pyarrow and the Hub raise into a StorageError with reason and cure; not found is a FileNotFoundError.
 
     A store that has failed to answer many times in a row is not asked at all for a while.
     """
@@ -173,10 +173,10 @@ def cloud_errors(uri: str, doing: str) -> Iterator[None]:
         raise StorageError(f"{shown(uri)}: {silent}. {_CHECK_NETWORK}")
     try:
         yield
-    except FileNotFoundError:
-        _outages.answered(store)
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(uri)) from None
     except Exception as error:
+        if _is_not_found(error):
+            _outages.answered(store)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(uri)) from None
         library = type(error).__module__.partition(".")[0]
         if isinstance(error, OSError | ArrowException) or library in _HUB_LIBRARIES:
             reason, text = _named(error, place, doing)
@@ -187,10 +187,18 @@ def cloud_errors(uri: str, doing: str) -> Iterator[None]:
         _outages.answered(store)
 
 
+def _is_not_found(error: Exception) -> bool:
+    """Also of what was there when it was opened and is not when it is read, for which there are other names."""
+    if isinstance(error, FileNotFoundError) or "EntryNotFoundError" in (base.__name__ for base in type(error).__mro__):
+        return True
+    aws = _AWS.search(str(error))
+    return aws is not None and aws[1] in ("NO_SUCH_KEY", "RESOURCE_NOT_FOUND") and aws[2] == "GetObject"
+
+
 def _named(error: Exception, place: Place, doing: str) -> tuple[str, str]:
     """(reason, the text of an error); the reason is empty where it is not known."""
     aws = _AWS.search(str(error))  # without the file's name, which may be "503"
-    told = f"{aws[1]}: {aws[2]}" if aws else f"{type(error).__name__}: {error}"
+    told = f"{aws[1]}: {aws[3]}" if aws else f"{type(error).__name__}: {error}"
     for pattern, reason, cure in _REASONS:
         if re.search(pattern, told):
             # The store's own words are left out: with a wrong key they may quote it.

@@ -10,10 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +23,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.config.load import dump_config, with_overrides
 from sdxl_ray.config.schema import Config
-from sdxl_ray.connection import check_room, connect, is_local, worker_resources
+from sdxl_ray.connection import check_room, connect, is_local, sigterm_as_interrupt, worker_resources
 from sdxl_ray.errors import CheckpointError, ConfigError, Interrupted, SdxlRayError, TrainingError, storage_errors
 from sdxl_ray.records import ExportedFile
 from sdxl_ray.run_folder import list_checkpoints
@@ -97,7 +94,7 @@ def sweep(
     claim_folder(folder, config, resume=resume)
     tuner = _tuner(config, folder, keep_index(folder, cache.index_path), max_steps, resume=resume)
     _TrialLines.listener = staticmethod(on_event)
-    with _sigterm_as_sigint():
+    with sigterm_as_interrupt():  # on Ctrl-C, Tune saves its state and stops its trials
         results = tuner.fit()
     trials = rank(read_trials(folder / "trials", max_steps=max_steps))
     if results.num_terminated + results.num_errors < len(results):
@@ -258,16 +255,3 @@ def _export_best(config: Config, best: Trial, folder: Path) -> tuple[ExportedFil
                 shutil.copyfile(file.path, target)
         exported.append(dataclasses.replace(file, path=target))
     return tuple(exported)
-
-
-@contextmanager
-def _sigterm_as_sigint() -> Iterator[None]:
-    """Tune saves its state and stops its trials on SIGINT; clusters and `ray job stop` send SIGTERM."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -44,7 +44,8 @@ class Console:
         self._progress: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._last_shown: dict[str, float] = {}
-        self._first_shown: dict[str, tuple[int, float]] = {}  # done, when
+        self._first: dict[str, tuple[int, float]] = {}  # the first that was done of each stage: how many, when
+        self._last: dict[str, tuple[int, float]] = {}
 
     def log_to(self, path: Path) -> None:
         """Append lines to this file too, those printed so far included."""
@@ -62,23 +63,23 @@ class Console:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """How far a stage is: a bar on a terminal; elsewhere a line when it ends and every ten seconds."""
+        now = time.monotonic()
+        if done:
+            self._first.setdefault(stage, (done, now))
+            self._last[stage] = (done, now)
         if self.live:
             self._bar(stage, done, total)
-            return
-        now = time.monotonic()
-        self._first_shown.setdefault(stage, (done, now))
-        if done >= total or now - self._last_shown.setdefault(stage, now) > 10:
+        elif done >= total or now - self._last_shown.setdefault(stage, now) > 10:
             self._last_shown[stage] = now
-            self.line(f"{stage}: {done}/{total}{self._pace(stage, done, total, now)}")
+            per_second = self.per_second(stage)
+            left = f", {duration((total - done) / per_second)} left" if done < total and per_second else ""
+            self.line(f"{stage}: {done}/{total}" + (f"  ({per_second:.1f}/s{left})" if per_second else ""))
 
-    def _pace(self, stage: str, done: int, total: int, now: float) -> str:
-        """Speed and what is left, since the stage was first shown."""
-        first_done, since = self._first_shown.setdefault(stage, (done, now))
-        if done <= first_done or now - since < 1:
-            return ""
-        per_second = (done - first_done) / (now - since)
-        left = f", {duration((total - done) / per_second)} left" if done < total else ""
-        return f"  ({per_second:.1f}/s{left})"
+    def per_second(self, stage: str) -> float | None:
+        """Speed of a stage from the first that was done to the last: what came before was getting ready. None: too
+        short to tell."""
+        (first, since), (last, until) = self._first.get(stage, (0, 0.0)), self._last.get(stage, (0, 0.0))
+        return (last - first) / (until - since) if last > first and until - since >= 1 else None
 
     def close(self) -> None:
         """Take the bars off the screen."""

@@ -25,7 +25,7 @@ from sdxl_ray.records import Batch, EncodedSample
 from sdxl_ray.sdxl.conditioning import add_time_ids, zero_prompts
 from sdxl_ray.sdxl.vae import sample_latents
 from sdxl_ray.train.entries import Entries
-from sdxl_ray.train.plan import Share
+from sdxl_ray.train.plan import Share, crop_of
 
 Item = TypeVar("Item")
 
@@ -108,7 +108,7 @@ class BatchBuilder:
             for sample, repeat in zip(samples, micro_batch.repeats, strict=True)
         ]
         variants = [
-            micro_batch.epoch // self.crop_epochs.get(sample.dataset, 1) % len(sample.crops) for sample in samples
+            crop_of(micro_batch.epoch, self.crop_epochs.get(sample.dataset, 1), len(sample.crops)) for sample in samples
         ]
         found = [self.entries.latents(sample, variant) for sample, variant in zip(samples, variants, strict=True)]
         posteriors = [entry or _blank(sample) for entry, sample in zip(found, samples, strict=True)]

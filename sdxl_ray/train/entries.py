@@ -96,9 +96,7 @@ class CacheEntries:
             found = self._read(shard, key)
         except shards.MissingEntry as error:
             if self.on_demand:
-                if self._is_new(key):
-                    self.report(f"{sample.path}: could not be encoded; it does not count in training")
-                return None
+                return None  # the driver, which has tried to encode it, tells of it with the reason
             self._note_loss(shard, error)
             found = None
         return self._repaired(sample, variant) if found is None else found

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 
 from sdxl_ray import errors
 from sdxl_ray.cache.pipeline import Background, build_cache
-from sdxl_ray.cache.ray_jobs import check_spare
+from sdxl_ray.cache.ray_jobs import Reserved, check_spare
 from sdxl_ray.config.load import load_config, with_overrides
 from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import check_room, connect, is_local, worker_resources
@@ -148,7 +148,7 @@ def fit(
     check_room(config.train.num_workers, resources, growing=not is_local())
     reserved_cpus, reserved_gpus = (config.train.num_workers * resources.get(kind, 0.0) for kind in ("CPU", "GPU"))
     if background is not None:
-        check_spare((reserved_cpus, reserved_gpus))
+        check_spare(Reserved(reserved_cpus, reserved_gpus))
     claim_folder(run_folder, config, resume=resume)
     on_folder()
     index_path = keep_index(run_folder, index_path)
@@ -272,6 +272,8 @@ def _run_and_watch(
                 text = "stopping: the step is finished and saved first (again to stop at once)"
                 on_event({"event": "line", "text": text})
     _show_events(monitor, on_event)
+    if background is not None:
+        _show_notes(background, on_event, shown)
     fatal = ray.get(monitor.fatal_error.remote())
     if "error" in outcome or fatal:
         raise _explained(outcome.get("error"), fatal)
@@ -288,15 +290,27 @@ def _watch_background(
         if shown.get(stage) != (done, total):
             shown[stage] = (done, total)
             on_event({"event": "progress", "stage": stage, "done": done, "total": total})
+    _show_notes(background, on_event, shown)
     if not background.running and "end" not in shown:
         shown["end"] = (0, 0)
         monitor.set_encoded.remote(True)
-        for item in background.skipped:
-            text = f"note: {item.path}: {item.reason}; it counts nothing in this run"
-            on_event({"event": "line", "text": text})
     if background.error is not None and "error" not in shown:
         shown["error"] = (0, 0)
         monitor.report_fatal.remote(type(background.error).__name__, str(background.error))
+
+
+def _show_notes(background: Background, on_event: Callable[[Event], None], shown: dict[str, tuple[int, int]]) -> None:
+    """Images that turned out damaged, each once, and how many captions were cut."""
+    notes = [f"{item.path}: {item.reason}; it does not count in training" for item in background.skipped]
+    if background.num_long_captions:
+        notes.append(
+            f"{background.num_long_captions} captions are longer than {background.plan.max_tokens} tokens; the rest of "
+            "them is not seen (cache.caption_chunks)"
+        )
+    for note in notes:
+        if note not in shown:
+            shown[note] = (0, 0)
+            on_event({"event": "line", "text": f"note: {note}"})
 
 
 def _show_events(monitor: Any, on_event: Callable[[Event], None]) -> bool:

@@ -207,8 +207,9 @@ class DataOrder:
     def num_seen(self, num_micro_batches: int) -> list[int]:
         """How many images of each dataset the run has seen after so many micro-batches, repeats among them."""
         seen = np.zeros(len(self.spans), np.int64)
-        for phase, after in itertools.pairwise([*self.phases, None]):
-            end = num_micro_batches if after is None else min(after.first, num_micro_batches)
+        ends = [*(phase.first for phase in self.phases[1:]), num_micro_batches]
+        for phase, end in zip(self.phases, ends, strict=True):
+            end = min(end, num_micro_batches)
             if end <= phase.first or not phase.micro_batches_per_epoch:
                 break
             epochs, rest = divmod(end - phase.first, phase.micro_batches_per_epoch)

@@ -16,6 +16,7 @@ import torch
 
 from sdxl_ray.cache.captions import CaptionRules
 from sdxl_ray.cache.live import LiveEntries
+from sdxl_ray.cache.skipped import UnreadableLimit
 from sdxl_ray.diffusion.distances import make_distance
 from sdxl_ray.diffusion.loss import LossForm
 from sdxl_ray.diffusion.noise import NoiseRecipe
@@ -129,7 +130,7 @@ def build_training(
     objective_class = OBJECTIVES[loss.objective]
     weighting = make_weighting(loss.weighting, loss.objective, gamma=loss.min_snr_gamma)
     distance = make_distance(loss.error, schedule, huber_c=loss.huber_c, huber_schedule=loss.huber_schedule)
-    entries = build_entries(config, data, device=device, report=report)
+    entries = build_entries(config, data, device=device, report=report, limits=_limits(config, data))
     sections = data.sections.values()
 
     conditions = _conditions(config, data, entries, state.text)
@@ -272,10 +273,33 @@ def _prefetching(config: Config) -> Prefetching:
     return Prefetching()
 
 
-def build_entries(config: Config, data: Data, *, device: torch.device, report: Callable[[str], None]) -> CacheEntries:
-    """The way to the samples' tensors: shards, and encoders where the config asks for them, loaded when needed."""
+def _limits(config: Config, data: Data) -> dict[str, UnreadableLimit] | None:
+    """With cache.mode = "off", where nothing was decoded before; else what is damaged has left the data already."""
+    if config.cache.mode != "off":
+        return None
+    num_images = data.train.whole.num_images()
+    return {
+        name: UnreadableLimit(section.path, section.max_unreadable, num_images[name])
+        for name, section in data.sections.items()
+        if name in num_images
+    }
 
-    def encoders(device: torch.device) -> LiveEntries:
+
+def build_entries(
+    config: Config,
+    data: Data,
+    *,
+    device: torch.device,
+    report: Callable[[str], None],
+    limits: Mapping[str, UnreadableLimit] | None = None,
+) -> CacheEntries:
+    """The way to the samples' tensors: shards, and encoders where the config asks for them, loaded when needed.
+
+    Args:
+        limits: of unreadable images among those that are encoded while training, by dataset.
+    """
+
+    def encoders(device: torch.device, limits: Mapping[str, UnreadableLimit] | None = None) -> LiveEntries:
         return LiveEntries(
             resolve_model(config.model.path),
             revision=config.model.revision,
@@ -284,12 +308,14 @@ def build_entries(config: Config, data: Data, *, device: torch.device, report: C
             caption_chunks=config.cache.caption_chunks,
             device=device,
             report=report,
+            limits=limits,
         )
 
     is_off, is_online = config.cache.mode == "off", config.cache.text == "online"
-    repair = encoders(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    repair = encoders(cpu)
     # On Apple's MPS the CPU encodes: two threads must not use that device at once.
-    live = encoders(device) if device.type in ("cuda", "cpu") and (is_off or is_online) else repair
+    live = encoders(device if device.type == "cuda" else cpu, limits) if is_off or is_online else repair
     rules = {section.name: CaptionRules.of(section) for section in data.sections.values()} if is_online else {}
     return CacheEntries(
         data.reader,

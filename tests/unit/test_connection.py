@@ -1,10 +1,14 @@
+import os
+import signal
 import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
 
 from sdxl_ray import connection
-from sdxl_ray.connection import check_room, connect, in_ray_job, remove_stale_cluster_file
+from sdxl_ray.connection import check_room, connect, in_ray_job, remove_stale_cluster_file, sigterm_as_interrupt
 from sdxl_ray.errors import ClusterError
 
 
@@ -54,8 +58,6 @@ def test_a_submitted_job_brings_its_own_package(started, monkeypatch):
 def test_the_users_environment_wins(started, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
     connect()
-    import os
-
     assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
     assert os.environ["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
 
@@ -136,3 +138,102 @@ def test_what_does_not_fit_says_why(nodes):
         "train.num_workers = 3 with 1 CPU, 1 GPU each do not fit: the cluster has room for 2 "
         "(2 nodes: 4 CPU, 2 GPU; 4 CPU, 0 GPU). Lower train.num_workers or cluster.cpus_per_worker, or add machines."
     )
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handlers():
+    """Those of SIGINT and SIGTERM are afterwards what they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("on_ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_interrupts(handlers, on_ctrl_c):
+    """Also in what a script has started with "&", where Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt() as heard:
+        assert not heard.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert heard.is_set()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_does_what_somebody_else_does_on_ctrl_c(handlers):
+    """Ray Tune saves its state."""
+    asked = []
+    signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    with sigterm_as_interrupt() as heard:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard.is_set()
+    assert asked == [signal.SIGINT]
+
+
+def test_a_sweep_and_the_command_line_hear_of_one_sigterm(handlers):
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt() as heard:
+        with sigterm_as_interrupt() as inside:
+            assert inside is heard
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert heard.is_set()
+
+
+def test_in_another_thread_signals_stay_as_they_are():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work():
+        with sigterm_as_interrupt() as heard:
+            return signal.getsignal(signal.SIGTERM), heard.is_set()
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(work).result() == (before, False)
+
+
+def test_ray_does_not_take_sigterm_from_us(no_ray, handlers, monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)))
+    with sigterm_as_interrupt():
+        ours = signal.getsignal(signal.SIGTERM)
+        connect()
+        assert signal.getsignal(signal.SIGTERM) == ours
+
+
+def test_sigterm_while_ray_starts_interrupts(no_ray, handlers, monkeypatch):
+    def start(**_):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt() as heard:
+        connect()
+    assert heard.is_set()
+
+
+# ---- what Ray prints -------------------------------------------------------------------------------------------------
+
+DEATH = (
+    "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the problem, "
+    "check the logs for the dead worker. Lease ID: 0400 Worker ID: e70f Node ID: f94d Worker IP address: 192.0.2.2 "
+    "Worker port: 45595 Worker PID: {pid} Worker exit type: SYSTEM_ERROR Worker exit detail: ..."
+)
+
+
+def test_a_process_that_died_is_one_line_and_noise_is_none(monkeypatch, capsys):
+    import ray._private.worker as worker
+
+    printed = []
+    monkeypatch.delenv("RAY_COLOR_PREFIX", raising=False)
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, ignore_prefix: printed.append(data))
+    for _ in range(2):  # filters once
+        connection._drop_raylet_noise()
+    assert os.environ["RAY_COLOR_PREFIX"] == "0"  # no terminal here
+    lines = [DEATH.format(pid=7), "disk is full", "3 PYTHON worker processes have been started", DEATH.format(pid=8)]
+    worker.print_to_stdstream({"pid": "raylet", "lines": lines}, False)
+    worker.print_to_stdstream({"pid": "raylet", "lines": [DEATH.format(pid=7)]}, ignore_prefix=False)
+    assert printed == [{"pid": "raylet", "lines": ["disk is full"]}]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" died; ")[0] for line in said] == [f"note: process {pid} on 192.0.2.2" for pid in (7, 8)]
+    assert max(map(len, said)) < 220

@@ -37,19 +37,22 @@ def test_exit_codes():
 
 
 @pytest.mark.parametrize(
-    ("number", "reason"),
+    ("number", "reason", "cure"),
     [
-        (errno.ENOSPC, "no space left on the device"),
-        (errno.EDQUOT, "the disk quota is used up"),
-        (errno.EROFS, "the file system is read-only"),
-        (errno.EACCES, "permission denied"),
+        (errno.ENOSPC, "no space left on the device", "Free some space"),
+        (errno.EDQUOT, "the disk quota is used up", "Free some space"),
+        (errno.EROFS, "the file system is read-only", "Make it writable"),
+        (errno.EACCES, "permission denied", "Make it writable"),
     ],
 )
-def test_a_disk_that_refuses_is_a_storage_error_with_place_and_cure(number, reason):
+def test_a_disk_that_refuses_is_a_storage_error_with_place_and_cure(number, reason, cure):
     cause = OSError(number, "whatever")
-    with pytest.raises(StorageError) as error, storage_errors("writing a shard", "/cache/x", "Free some space."):
+    with (
+        pytest.raises(StorageError) as error,
+        storage_errors("writing a shard", "/cache/x", "Free some space, or choose another folder."),
+    ):
         raise cause
-    assert str(error.value) == f"/cache/x: {reason} while writing a shard. Free some space."
+    assert str(error.value) == f"/cache/x: {reason} while writing a shard. {cure}, or choose another folder."
     assert error.value.__cause__ is cause
     assert isinstance(error.value, RunError)
 

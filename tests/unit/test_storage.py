@@ -146,6 +146,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert folder.read("x") == b"old"
 
 
+def test_what_a_write_says_where_nobody_says_more(tmp_path, monkeypatch):
+    def disk_full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", disk_full)
+    with pytest.raises(StorageError) as error:
+        open_folder(tmp_path).write("x", b"new")
+    assert str(error.value) == (
+        f"{tmp_path}/x: no space left on the device while writing. Free some space and run again: what was written "
+        "before is kept."
+    )
+
+
 def test_linked_folders_are_listed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "x").touch()
@@ -440,6 +453,28 @@ def test_outages_are_counted_by_many_threads(monkeypatch):
     assert outages.reason("a") == ""
     outages.failed("a")  # still gone
     assert outages.reason("a") != ""
+
+
+def test_what_is_deleted_while_it_is_read_is_not_found(monkeypatch):
+    """It was there when it was opened."""
+    head = (200, {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT", "Content-Length": "5000"}, b"")
+    gone = s3.s3_error(404, "NoSuchKey", "The specified key does not exist.")
+    with s3.answering(lambda number, method, path: head if method == "HEAD" else gone) as (endpoint, _):
+        s3.use(monkeypatch, endpoint)
+        with pytest.raises(FileNotFoundError) as error:
+            read_bytes("s3://bucket/cat.jpg")
+    assert (error.value.strerror, error.value.filename) == ("No such file or directory", "s3://bucket/cat.jpg")
+
+
+def test_what_the_hub_does_not_have_is_not_found():
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with (
+        pytest.raises(FileNotFoundError) as error,
+        clouds.cloud_errors("hf://datasets/org/name/cat.jpg", "reading"),
+    ):
+        raise EntryNotFoundError("404 Client Error. Entry Not Found for url")
+    assert error.value.filename == "hf://datasets/org/name/cat.jpg"
 
 
 def test_an_answer_that_nobody_expects_is_shown(monkeypatch):

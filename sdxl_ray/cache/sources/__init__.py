@@ -3,21 +3,27 @@
 list_dataset(section)   every image of a dataset, unopened: layouts.py and splits.py tell what its path holds, then
                         folder.py, webdataset.py or tables.py lists it
 read_bytes(address)     the bytes of one of them: address.py, with rows.py and web.py
+shown_address(address)  how it is printed
+as_shares(focus_yx, hw) a point of interest, once the image's size is known
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import os
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.address import read_bytes, read_start
-from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, setting_of
+from sdxl_ray.cache.sources.address import shown as shown_address
+from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, is_image, setting_of
 from sdxl_ray.cache.sources.folder import list_entries, list_folder
-from sdxl_ray.cache.sources.layouts import find_layout
+from sdxl_ray.cache.sources.layouts import Layout, find_layout, names_below
 from sdxl_ray.cache.sources.tables import list_tables
+from sdxl_ray.cache.sources.values import as_shares
 from sdxl_ray.cache.sources.webdataset import list_tars
 from sdxl_ray.errors import DatasetError
 
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
     from sdxl_ray.config.schema import DatasetSection
     from sdxl_ray.records import Listed
 
-__all__ = ["IMAGE_SUFFIXES", "list_dataset", "read_bytes", "read_start"]
+__all__ = ["IMAGE_SUFFIXES", "as_shares", "list_dataset", "read_bytes", "read_start", "shown_address"]
 
 
 def list_dataset(section: DatasetSection) -> Iterator[Listed]:
@@ -53,6 +59,8 @@ def _list(section: DatasetSection) -> Iterator[Listed]:
         listed = list_tars(section, layout.files)
     elif layout.kind == "table":
         listed = list_tables(section, layout.files, layout.within)
+        if layout.for_all:
+            listed = _with_note_of_others(listed, layout)
     elif layout.entries is not None:
         listed = list_entries(section, layout.root, layout.entries)
     else:
@@ -60,6 +68,20 @@ def _list(section: DatasetSection) -> Iterator[Listed]:
     if section.max_samples:
         listed = _choose(listed, section.max_samples, layout.root)
     yield from listed
+
+
+def _with_note_of_others(listed: Iterator[Listed], layout: Layout) -> Iterator[Listed]:
+    """The same; and a warning at the end, where images of the folder are not in its table."""
+    named: set[int] = set()  # hashes: of a million names 60 MB
+    for image in listed:
+        named.update(hash(os.path.normpath(path)) for path in (image.path, image.mask_file) if path)
+        yield image
+    paths = (storage.join(layout.root, name) for name in names_below(layout.root) if is_image(name))
+    num_others = sum(hash(os.path.normpath(path)) not in named for path in paths)
+    if num_others:
+        warnings.warn(
+            f"{num_others} images in {layout.root} are not in {layout.files[0][0]} and are left out", stacklevel=2
+        )
 
 
 def _choose(listed: Iterator[Listed], max_samples: int, root: str) -> Iterator[Listed]:

@@ -40,6 +40,21 @@ def is_in_table(address: str) -> bool:
     return address.startswith(("row:", _REFUSED))
 
 
+def row_name(container: str, row: int) -> str:
+    """How people find a row: /data/00.parquet/00000017."""
+    return storage.join(container, f"{row:08d}")
+
+
+def shown(address: str) -> str:
+    """An address for people: of a row its table and number, of a tar file's member the file and where in it."""
+    row, part = _ROW.fullmatch(address), _TAR.fullmatch(address)
+    if row:
+        return row_name(row[4], int(row[1]))
+    if part:
+        return f"at byte {part[1]} of {part[3]}"
+    return "of the table" if address.startswith(_REFUSED) else storage.shown(address)
+
+
 def refused_address(reason: str) -> str:
     """Of what cannot be had; reading it says why."""
     return _REFUSED + reason

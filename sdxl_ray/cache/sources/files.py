@@ -28,9 +28,46 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def setting_of(section: DatasetSection) -> str:
-    """How errors call the setting: dataset.path of cats."""
-    return f"dataset.path of {section.name}" if section.name else "dataset.path"
+def setting_of(section: DatasetSection, name: str = "path") -> str:
+    """How errors call a setting: dataset.path of cats."""
+    return f"dataset.{name} of {section.name}" if section.name else f"dataset.{name}"
+
+
+def without_masks(section: DatasetSection, where: str, example: str) -> DatasetError:
+    """Of `dataset.mask = "file"`, where not one image has one. `example`: what the mask of cat.jpg would be called."""
+    return DatasetError(
+        f'{setting_of(section, "mask")} is "file", and not one image in {where} has a mask: of cat.jpg it would be '
+        f'{example} (dataset.mask_suffix = "{section.mask_suffix}"). Set dataset.mask_suffix, or dataset.mask = "none".'
+    )
+
+
+def not_a_dataset(section: DatasetSection, path: str) -> DatasetError:
+    """Of a file that is none of the kinds that are read."""
+    if is_image(path):
+        return DatasetError(f"{setting_of(section)}: {path} is one image, expected a folder of images.")
+    cure = " Write it as .jsonl: one object a line." if path.lower().endswith(".json") else ""
+    return DatasetError(
+        f"{setting_of(section)}: {path} is a file of another kind, expected a folder of images, or a file that ends "
+        f"in .tar {' '.join(TABLE_SUFFIXES)}.{cure}"
+    )
+
+
+def missing(section: DatasetSection) -> DatasetError:
+    """Of a path that is not there."""
+    path = section.path
+    example = str(type(section).model_fields["path"].default)
+    if path == example or path.endswith(f"/{example}"):
+        return DatasetError(
+            f"{setting_of(section)} is still the example's. Set it to the folder that holds your images."
+        )
+    is_file = path.lower().endswith((".tar", *PACKED_TARS, *TABLE_SUFFIXES))
+    cure = "Check its name." if is_file else "Set it to the folder that holds your images."
+    return DatasetError(f"{setting_of(section)}: {path} does not exist. {_not_filled_in(path) or cure}")
+
+
+def _not_filled_in(path: str) -> str:
+    is_variable = "$" in path and not storage.is_uri(path)
+    return "Variables such as $HOME are not filled in: write the path out." if is_variable else ""
 
 
 def printable(name: str) -> str:
@@ -135,11 +172,10 @@ def find_files(section: DatasetSection) -> list[tuple[str, FileEntry]]:
         matches = _glob(path) if is_pattern(path) else [(path, storage.status(path))]
         here = {name: entry for name, entry in matches if entry is not None}
         if not here:
-            raise DatasetError(
-                f"{setting_of(section)}: {path} does not exist."
-                if not is_pattern(path)
-                else f"{setting_of(section)}: no file fits {path}. Check the folder and the pattern."
-            )
+            if not is_pattern(path):
+                raise missing(section.model_copy(update={"path": path}))
+            cure = _not_filled_in(path) or "Check the folder and the pattern."
+            raise DatasetError(f"{setting_of(section)}: no file fits {path}. {cure}")
         found.update(here)
     return sorted(found.items())
 

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_ray import storage
-from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, is_image, local_stamps, printable, setting_of, stamp_of
+from sdxl_ray.cache.sources.files import (
+    IMAGE_SUFFIXES,
+    is_image,
+    local_stamps,
+    missing,
+    not_a_dataset,
+    printable,
+    setting_of,
+    stamp_of,
+    without_masks,
+)
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import Listed
 from sdxl_ray.storage import FileEntry
@@ -34,8 +44,9 @@ class _Level:
     folder: str
     folders: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
-    captions: dict[str, str] = field(default_factory=dict)  # caption file -> the image that has taken it
+    captions: dict[str, str] = field(default_factory=dict)  # name with the extension as the settings have it -> name
     masks: set[str] = field(default_factory=set)
+    others: list[str] = field(default_factory=list)
     stamps: dict[str, str] = field(default_factory=dict)  # of a store, whose listing has them; else asked for later
 
 
@@ -48,15 +59,27 @@ class _Rules:
         self.captions = "textfile" in section.captions
         self.mask_suffix = section.mask_suffix if section.mask == "file" else ""
 
+    def is_mask(self, name: str) -> bool:
+        return self.mask_suffix != "" and name.endswith(self.mask_suffix)
+
+    def is_caption(self, name: str) -> bool:
+        """By its extension, in capitals or not."""
+        return self.captions and name[-len(self.extension) :].lower() == self.extension.lower()
+
     def sort_in(self, level: _Level, name: str) -> bool:
-        """Whether it is an image, a mask or a caption file, and is now in the level."""
-        if self.mask_suffix and name.endswith(self.mask_suffix):
+        """Whether it is an image, a mask or a caption file. It is in the level now."""
+        if self.is_mask(name):
             level.masks.add(name)
         elif is_image(name):
             level.images.append(name)
-        elif self.captions and name.endswith(self.extension):
-            level.captions[name] = ""
+        elif self.is_caption(name):
+            key = name[: -len(self.extension)] + self.extension
+            known = level.captions.get(key)
+            if known is None or name == key or (known != key and name < known):  # of cat.txt and cat.TXT the first
+                level.captions[key] = name
         else:
+            if self.captions:
+                level.others.append(name)
             return False
         return True
 
@@ -69,7 +92,8 @@ def list_folder(section: DatasetSection, root: str) -> Iterator[Listed]:
 
     Raises:
         DatasetError: the folder does not exist, is a file, or holds no image; a folder cannot be looked into; or a
-            caption file could belong to several images.
+            caption file could belong to several images, or no image has the mask that `mask = "file"` asks for,
+            or a point for `crop = "focus"`.
         StorageError: a store refuses.
     """
     rules = _Rules(section)
@@ -78,11 +102,9 @@ def list_folder(section: DatasetSection, root: str) -> Iterator[Listed]:
         yield from _pair(section, rules, _cloud_levels(root, rules), f"{root} or its subfolders")
         return
     if not local.exists():
-        raise DatasetError(
-            f"{setting_of(section)}: {root} does not exist. Set it to the folder that holds your images."
-        )
+        raise missing(section)
     if not local.is_dir():
-        raise DatasetError(f"{setting_of(section)}: {root} is a file, expected a folder of images.")
+        raise not_a_dataset(section, root)
     levels = _local_levels(section, os.fspath(local), rules)
     yield from _pair(section, rules, levels, f"{root} or its subfolders")
 
@@ -101,8 +123,13 @@ def list_entries(section: DatasetSection, root: str, entries: Iterable[FileEntry
 
 def _pair(section: DatasetSection, rules: _Rules, levels: Iterable[_Level], where: str) -> Iterator[Listed]:
     """Each image with its caption file and mask; captions that could belong to several images are collected first."""
+    if section.crop == "focus":
+        raise DatasetError(
+            f'{setting_of(section, "crop")} is "focus", and {where} has no table that would tell the points '
+            '(dataset.focus_columns). Give a table, or set dataset.crop = "center".'
+        )
     shared: list[tuple[str, list[str]]] = []
-    found = False
+    found = has_masks = False
     for level in levels:
         level.images.sort()
         claims = _claims(level, rules)
@@ -110,36 +137,34 @@ def _pair(section: DatasetSection, rules: _Rules, levels: Iterable[_Level], wher
             shared.append((printable(storage.join(level.folder, file)), [printable(image) for image in images]))
         found = found or bool(level.images)
         if not shared:  # else only the rest of the listing is wanted, for the error
-            yield from _listed(level, rules)
+            for listed in _listed(level, rules):
+                has_masks = has_masks or bool(listed.mask_file)
+                yield listed
     if shared:
         raise DatasetError(_shared_text(shared, rules))
     if not found:
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
         raise DatasetError(f"{setting_of(section)}: no images in {where}. Looked for {kinds}")
+    if rules.mask_suffix and not has_masks:
+        raise without_masks(section, where, f"cat{rules.mask_suffix}")
 
 
 def _caption_of(image: str, level: _Level, rules: _Rules) -> str:
     """`cat.jpg.txt` if it exists, else `cat.txt` if it exists."""
     for name in (image + rules.extension, os.path.splitext(image)[0] + rules.extension):  # noqa: PTH122
         if name in level.captions:
-            return name
+            return level.captions[name]
     return ""
 
 
 def _claims(level: _Level, rules: _Rules) -> dict[str, list[str]]:
     """The caption files that several images could mean."""
     shared: dict[str, list[str]] = {}
-    if not level.captions:
-        return shared
-    for image in level.images:
+    taken: dict[str, str] = {}  # caption file -> the first image that means it
+    for image in level.images if level.captions else []:
         caption = _caption_of(image, level, rules)
-        if not caption:
-            continue
-        first = level.captions[caption]
-        if first:
-            shared.setdefault(caption, [first]).append(image)
-        else:
-            level.captions[caption] = image
+        if caption and taken.setdefault(caption, image) != image:
+            shared.setdefault(caption, [taken[caption]]).append(image)
     return shared
 
 
@@ -151,14 +176,20 @@ def _listed(level: _Level, rules: _Rules) -> Iterator[Listed]:
         stamps: Iterable[str] = (level.stamps[image] for image in level.images)
     else:
         stamps = _stamps_in_pieces(level)
+    others: dict[str, list[str]] = {}
+    for name in level.others:
+        others.setdefault(os.path.splitext(name)[0], []).append(name)  # noqa: PTH122
     for image, stamp in zip(level.images, stamps, strict=True):
+        caption = _caption_of(image, level, rules)
+        stem = os.path.splitext(image)[0]  # noqa: PTH122
         mask = os.path.splitext(image)[0] + rules.mask_suffix if rules.mask_suffix else ""  # noqa: PTH122
         yield Listed(
             path=address(image),
             stamp=stamp,
-            text_file=address(_caption_of(image, level, rules)),
+            text_file=address(caption),
             mask_file=address(mask if mask in level.masks else ""),
             mask_stamp=level.stamps.get(mask, "") if mask in level.masks else "",
+            beside=() if caption else tuple(sorted(map(printable, others.get(stem, [])))),
         )
 
 
@@ -211,14 +242,13 @@ def _sort_in(level: _Level, rules: _Rules, entry: os.DirEntry[str]) -> None:
     with contextlib.suppress(OSError):  # a link to itself: listed below if it is called like an image
         if entry.is_dir():
             level.folders.append(entry.name)
-            if rules.captions and entry.name.endswith(rules.extension):
-                level.captions[entry.name] = ""  # its image is skipped, with the reason, and not without a caption
+            if rules.is_caption(entry.name):
+                rules.sort_in(level, entry.name)  # its image is skipped, with the reason, and not without a caption
             return
-    is_known = rules.sort_in(level, entry.name)
     # A link counts as caption or mask if it leads somewhere, as for `os.path.exists`.
-    if is_known and entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
-        level.captions.pop(entry.name, None)
-        level.masks.discard(entry.name)
+    counts_anyway = is_image(entry.name) and not rules.is_mask(entry.name)
+    if counts_anyway or not entry.is_symlink() or os.path.exists(entry.path):  # noqa: PTH110
+        rules.sort_in(level, entry.name)
 
 
 def _cloud_levels(root: str, rules: _Rules) -> Iterator[_Level]:

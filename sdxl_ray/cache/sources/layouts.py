@@ -29,6 +29,7 @@ from sdxl_ray.cache.sources.files import (
     find_files,
     is_image,
     is_pattern,
+    not_a_dataset,
     pattern_folder,
     setting_of,
 )
@@ -49,6 +50,7 @@ class Layout:
     """`kind`: folder, webdataset or table. A folder is its `root`, with `entries` where they are listed already.
 
     `within`: the folder that what tables name must be in; empty: the user named the tables, and answers for them.
+    `for_all`: the table is that of all images below `root`.
     """
 
     kind: str
@@ -56,6 +58,7 @@ class Layout:
     files: Sequence[tuple[str, FileEntry]] = ()
     entries: Sequence[FileEntry] | None = None
     within: str = ""
+    for_all: bool = False
 
 
 def find_layout(section: DatasetSection) -> Layout:
@@ -83,7 +86,7 @@ def _of_files(section: DatasetSection, files: _Files) -> Layout:
     kinds = {_kind_of(path) for path, _ in files}
     first = files[0][0]
     if len(files) == 1 and kinds & {"", "folder"} and not is_pattern(section.path):
-        raise DatasetError(f"{setting_of(section)}: {first} is a file, expected a folder of images.")
+        raise not_a_dataset(section, first)
     if len(kinds) > 1 or kinds & {"", "folder"}:
         raise DatasetError(
             f"{setting_of(section)}: {section.path} fits files such as {first}, expected only .tar files, or only "
@@ -127,7 +130,7 @@ def _of_folder(section: DatasetSection, root: str) -> Layout:
     if metadata is not None:
         if not is_clone and section.format == "auto":
             _refuse_others(section, root, metadata[0])
-        return Layout("table", root, [metadata], within=root)
+        return Layout("table", root, [metadata], within=root, for_all=not is_clone)
     kinds, files = _look_around(section, root)
     if "folder" in kinds and section.format == "auto":
         return Layout("folder", _split_folder(section, root) if is_clone else root)
@@ -173,7 +176,7 @@ def _refuse_others(section: DatasetSection, root: str, metadata: str) -> None:
     """
     folder = metadata.removeprefix(storage.join(root, "")).rpartition("/")[0]
     other = folder and next(
-        (name for name in _names_below(root) if is_image(name) and not name.startswith(f"{folder}/")), ""
+        (name for name in names_below(root) if is_image(name) and not name.startswith(f"{folder}/")), ""
     )
     if other:
         raise DatasetError(
@@ -187,7 +190,7 @@ def _look_around(section: DatasetSection, root: str) -> tuple[set[str], list[Fil
     """(kinds of files that there are, tar files and tables). Ends at the first image, if that settles it."""
     kinds: set[str] = set()
     files = []
-    for name in _names_below(root):
+    for name in names_below(root):
         kind = _kind_of(name)
         if kind == "folder" and section.format == "auto":
             return {"folder"}, []
@@ -199,7 +202,7 @@ def _look_around(section: DatasetSection, root: str) -> tuple[set[str], list[Fil
     return kinds, [FileEntry(name, entry.size, entry.mtime_ns) for name, entry in entries if entry is not None]
 
 
-def _names_below(root: str) -> Iterator[str]:
+def names_below(root: str) -> Iterator[str]:
     """Names of files, relative to the folder; of hidden ones none. What cannot be read is left to the listing."""
     if storage.local_path(root) is None:
         pending = [""]

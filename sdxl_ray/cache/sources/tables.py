@@ -5,17 +5,20 @@ Rows are read in pieces, and of Parquet only the columns that are needed: the im
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sdxl_ray import storage
-from sdxl_ray.cache.sources.address import is_in_table, refused_address, row_address
+from sdxl_ray.cache.sources.address import is_in_table, refused_address, row_address, row_name
+from sdxl_ray.cache.sources.columns import AskedFor
 from sdxl_ray.cache.sources.files import setting_of, stamp_of
 from sdxl_ray.cache.sources.rows import ArrowTable, beside, warn_of_large_groups
 from sdxl_ray.cache.sources.stamps import Stamps
@@ -28,17 +31,21 @@ if TYPE_CHECKING:
     from sdxl_ray.config.schema import DatasetSection
 
 _ROWS = 8192  # read at once
+_MASKS = 64  # the same, where their bytes are read
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_CELL = 2**24  # characters; the csv module stops at 131072, where a row has lost its closing quote or is long
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns to read. `bytes_in`: those whose cells hold the image itself, or {bytes, path}."""
+    """Which columns to read. `bytes_in`: those whose cells hold the image itself, or {bytes, path}; of such a mask the
+    rows have {path}, and None where there is no mask.
+    """
 
     image: str
     mask: str
     wanted: tuple[str, ...]
+    names: tuple[str, ...]  # of all columns
     bytes_in: frozenset[str] = frozenset()
 
 
@@ -51,9 +58,11 @@ def list_tables(section: DatasetSection, files: Sequence[tuple[str, FileEntry]],
         within: the folder that files of this machine must be in which the tables name; empty: anywhere.
 
     Raises:
-        DatasetError: a table is damaged, or has no column for the image; or there is no row.
+        DatasetError: a table is damaged, or has no column for the image; or there is no row, or a column that the
+            settings ask for is nowhere.
         StorageError: a store refuses.
     """
+    _check_columns(section, [path for path, _ in files])
     found = False
     stamps = Stamps()
     for path, entry in files:
@@ -65,6 +74,7 @@ def list_tables(section: DatasetSection, files: Sequence[tuple[str, FileEntry]],
 
 
 def _list_table(section: DatasetSection, path: str, entry: FileEntry, within: str, stamps: Stamps) -> Iterator[Listed]:
+    tag_separator = section.tag_separator if section.caption_lists == "tags" else ""
     for columns, start, rows in _read(section, path):
         cells = _Cells(path, columns, within)
         images = [cells.address(number, columns.image, row) for number, row in enumerate(rows, start)]
@@ -79,11 +89,23 @@ def _list_table(section: DatasetSection, path: str, entry: FileEntry, within: st
                 stamp=known.get(address) or stamp_of(entry),
                 address=address if in_table else "",
                 original_hw=original_hw,
-                texts=texts_of(row, section.caption_columns),
+                texts=texts_of(row, section.caption_columns, tag_separator),
                 mask_file=mask,
                 mask_stamp=(known.get(mask) or stamp_of(entry)) if mask else "",
                 focus_yx=focus_of(row, section.focus_columns, original_hw),
+                columns=columns.names,
             )
+
+
+def _check_columns(section: DatasetSection, paths: Sequence[str]) -> None:
+    """Before a long listing, and as a rule by the first file alone.
+
+    Raises:
+        DatasetError: no table has a column that the settings ask for.
+    """
+    asked = AskedFor(section, mask_in_column=True)
+    if not any(asked.see(names) for path in paths for names in itertools.chain([()], _names(section, path))):
+        asked.check(paths)
 
 
 class _Cells:
@@ -107,18 +129,14 @@ class _Cells:
 
     def mask(self, number: int, row: Mapping[str, Any]) -> str:
         column = self._columns.mask
-        # Of plain bytes nothing is read here; whether a cell is empty shows when it is.
-        is_read = column in row or column not in self._columns.bytes_in
-        if not column or (is_read and row.get(column) in (None, "")):
-            return ""
-        return self.address(number, column, row)
+        return "" if not column or row.get(column) in (None, "") else self.address(number, column, row)
 
 
 def _shown(path: str, number: int, value: Any) -> str:
     """For people: 00.parquet/00000017, and /cat.jpg after it where the cell tells the name."""
     name = value.get("path") if isinstance(value, dict) else None
     own = f"/{os.path.basename(name)}" if isinstance(name, str) and os.path.basename(name) else ""  # noqa: PTH119
-    return storage.join(path, f"{number:08d}{own}")
+    return row_name(path, number) + own
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -127,21 +145,50 @@ _Piece = tuple[_Columns, int, list[dict[str, Any]]]  # (columns, number of the f
 
 
 def _read(section: DatasetSection, path: str) -> Iterator[_Piece]:
-    import pyarrow as pa
-
     kind = os.path.splitext(path)[1].lower()  # noqa: PTH122
     if kind in (".csv", ".tsv"):
-        yield from _in_pieces(section, path, _csv_rows(section, path, "\t" if kind == ".tsv" else ","))
+        yield from _in_pieces(section, path, _csv_rows(section, path))
     elif kind in (".jsonl", ".ndjson"):
         yield from _in_pieces(section, path, _json_rows(path))
     else:
-        try:
+        with _arrow_errors(path):
             yield from _parquet(section, path) if kind == ".parquet" else _arrow(section, path)
-        except pa.ArrowException as error:
-            hint = "Copy or download it again, or take it out."
-            if storage.read_bytes(path, 0, len(_LFS_POINTER)) == _LFS_POINTER:
-                hint = "It is only a note of Git LFS; fetch the files with `git lfs pull`."
-            raise DatasetError(f"{path} is no whole {kind[1:].capitalize()} file: {error}. {hint}") from None
+
+
+def _names(section: DatasetSection, path: str) -> Iterator[Iterable[str]]:
+    """The columns of a table; of JSON lines those of each row."""
+    kind = os.path.splitext(path)[1].lower()  # noqa: PTH122
+    if kind in (".csv", ".tsv"):
+        yield _header(section, path, next(_csv_lines(path), (0, []))[1])
+    elif kind in (".jsonl", ".ndjson"):
+        yield from _json_rows(path)
+    else:
+        with _arrow_errors(path):
+            yield _schema(path).names
+
+
+@contextlib.contextmanager
+def _arrow_errors(path: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        hint = "Copy or download it again, or take it out."
+        if storage.read_bytes(path, 0, len(_LFS_POINTER)) == _LFS_POINTER:
+            hint = "It is only a note of Git LFS; fetch the files with `git lfs pull`."
+        kind = os.path.splitext(path)[1].lower()  # noqa: PTH122
+        raise DatasetError(f"{path} is no whole {kind[1:].capitalize()} file: {error}. {hint}") from None
+
+
+def _schema(path: str) -> Any:
+    import pyarrow.parquet as pq
+
+    with storage.reading_errors(path):
+        if not path.lower().endswith(".parquet"):
+            return ArrowTable(path).schema
+        with storage.open_arrow(path) as source:
+            return pq.read_schema(source)
 
 
 def _parquet(section: DatasetSection, path: str) -> Iterator[_Piece]:
@@ -152,10 +199,47 @@ def _parquet(section: DatasetSection, path: str) -> Iterator[_Piece]:
         columns = _columns_of_schema(section, path, file.schema_arrow)
         for name in columns.bytes_in:
             warn_of_large_groups(path, file.metadata, name)
+        has_mask = _filled(file, columns.mask) if columns.mask in columns.bytes_in else None
         start = 0
         for batch in file.iter_batches(batch_size=_ROWS, columns=_leaves(columns, file.schema_arrow)):
-            yield columns, start, batch.to_pylist()
+            rows = batch.to_pylist()
+            if has_mask is not None:
+                _note_masks(rows, columns.mask, itertools.islice(has_mask, batch.num_rows))
+            yield columns, start, rows
             start += batch.num_rows
+
+
+def _filled(file: Any, column: str) -> Iterator[bool]:
+    """Whether each row of a Parquet file has bytes in this column: from its statistics where all rows of a group have
+    them or none has, else by reading a few at a time.
+    """
+    kind = file.schema_arrow.field(column).type
+    leaf = column if _is_bytes(kind) else f"{column}.bytes"
+    number_of_leaf = next(at for at in range(len(file.schema)) if file.schema.column(at).path == leaf)
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        statistics = group.column(number_of_leaf).statistics
+        num_nulls = statistics.null_count if statistics is not None and statistics.has_null_count else None
+        if num_nulls in (0, group.num_rows):
+            yield from itertools.repeat(num_nulls == 0, group.num_rows)
+            continue
+        for batch in file.iter_batches(batch_size=_MASKS, row_groups=[number], columns=[leaf]):
+            yield from _with_bytes(batch.column(0))
+
+
+def _with_bytes(column: Any) -> list[bool]:
+    """Whether each cell of a column of bytes, or of {bytes, path}, has bytes."""
+    import pyarrow.compute as pc
+
+    inner = column if _is_bytes(column.type) else pc.struct_field(column, "bytes")
+    return inner.is_valid().to_pylist()
+
+
+def _note_masks(rows: list[dict[str, Any]], column: str, has_bytes: Iterable[bool]) -> None:
+    """None in place of a mask that is not there."""
+    for row, is_there in zip(rows, has_bytes, strict=True):
+        path = (row.get(column) or {}).get("path")
+        row[column] = {"path": path} if is_there or path else None
 
 
 def _arrow(section: DatasetSection, path: str) -> Iterator[_Piece]:
@@ -174,6 +258,8 @@ def _arrow(section: DatasetSection, path: str) -> Iterator[_Piece]:
                     row | {name: {"path": text} if valid else None}
                     for row, (valid, text) in zip(rows, shown, strict=True)
                 ]
+            if columns.mask in columns.bytes_in:
+                _note_masks(rows, columns.mask, _with_bytes(batch.column(columns.mask)))
             yield columns, start, rows
 
 
@@ -186,15 +272,23 @@ def _columns_of_schema(section: DatasetSection, path: str, schema: Any) -> _Colu
         kind = schema.field(name).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
-        is_bytes = any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
-        if is_bytes or pa.types.is_fixed_size_binary(kind) or (pa.types.is_struct(kind) and "bytes" in kind.names):
+        if _is_bytes(kind) or (pa.types.is_struct(kind) and "bytes" in kind.names):
             bytes_in.add(name)
         elif not any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
             raise DatasetError(
                 f'{path}: the column "{name}" is {kind}, expected bytes, a path or URL, or {{bytes, path}} as Hugging '
                 "Face has it. Set dataset.image_column or dataset.mask_column."
             )
-    return _Columns(columns.image, columns.mask, columns.wanted, frozenset(bytes_in))
+    return replace(columns, bytes_in=frozenset(bytes_in))
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    checks = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(check(kind) for check in checks)
 
 
 def _leaves(columns: _Columns, schema: Any) -> list[str]:
@@ -223,7 +317,7 @@ def _choose(section: DatasetSection, path: str, names: Sequence[str]) -> _Column
     mask = section.mask_column if section.mask == "file" and section.mask_column in names else ""
     others = (*section.caption_columns, *section.size_columns, *section.focus_columns)
     wanted = dict.fromkeys([image, *([mask] if mask else []), *(name for name in others if name in names)])
-    return _Columns(image, mask, tuple(wanted))
+    return _Columns(image, mask, tuple(wanted), tuple(names))
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -239,22 +333,50 @@ def _in_pieces(section: DatasetSection, path: str, rows: Iterator[dict[str, Any]
         start += len(piece)
 
 
-def _csv_rows(section: DatasetSection, path: str, delimiter: str) -> Iterator[dict[str, Any]]:
+def _csv_rows(section: DatasetSection, path: str) -> Iterator[dict[str, Any]]:
+    lines = _csv_lines(path)
+    names = _header(section, path, next(lines, (0, []))[1])  # also where no row follows
+    for number, row in lines:
+        if len(row) != len(names) and row:
+            raise DatasetError(
+                f"{path}: line {number} has {len(row)} columns, the first line {len(names)}. "
+                "Put texts with commas or line breaks in double quotes."
+            )
+        if row:
+            yield dict(zip(names, row, strict=True))
+
+
+def _header(section: DatasetSection, path: str, cells: Sequence[str]) -> list[str]:
+    """The names of a text table's columns.
+
+    Raises:
+        DatasetError: two have one name, the lines are separated by another sign, or there is no column for the image.
+    """
+    names = [name.strip() for name in cells]
+    repeated = [name for name, count in Counter(names).items() if name and count > 1]
+    if repeated:
+        raise DatasetError(
+            f'{path}: its first line has "{repeated[0]}" more than once. Give each column a name of its own.'
+        )
+    used, expected = ("\t", "tabs") if path.lower().endswith(".tsv") else (",", "commas")
+    other = next((sign for sign in ";\t|," if sign != used and len(names) == 1 and sign in names[0]), "")
+    if other:
+        shown = "tabs" if other == "\t" else f'"{other}"'
+        raise DatasetError(f"{path}: its columns seem to be separated by {shown}. Save it with {expected}.")
+    if names:
+        _choose(section, path, names)
+    return names
+
+
+def _csv_lines(path: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of the line, cells) of each, the first with the names of the columns."""
     csv.field_size_limit(_MAX_CELL)
+    delimiter = "\t" if path.lower().endswith(".tsv") else ","
     with io.TextIOWrapper(storage.open_buffered(path), encoding="utf-8-sig", newline="") as text:
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        rows = csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
         try:
-            names = next(rows, [])
-            if names:
-                _choose(section, path, names)  # also where no row follows
             for row in rows:
-                if len(row) != len(names) and row:
-                    raise DatasetError(
-                        f"{path}: line {rows.line_num} has {len(row)} columns, the first line {len(names)}. "
-                        "Put texts with commas or line breaks in double quotes."
-                    )
-                if row:
-                    yield dict(zip(names, row, strict=True))
+                yield rows.line_num, row
         except csv.Error as error:
             raise DatasetError(f"{path}: line {rows.line_num}: {error}. Correct it, or take it out.") from None
         except UnicodeDecodeError as error:

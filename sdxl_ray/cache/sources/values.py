@@ -7,16 +7,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def texts_of(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
-    """The captions of the first column that has any: a text, or a list of alternatives."""
+def texts_of(row: Mapping[str, Any], columns: Sequence[str], tag_separator: str = "") -> tuple[str, ...]:
+    """The captions of the first column that has any: a text, or a list.
+
+    Args:
+        tag_separator: a list is the tags of one caption, to be joined with it; empty: a list of alternatives.
+    """
     for column in columns:
         value = row.get(column)
         values = value if isinstance(value, list | tuple) else [value]
         texts = tuple(str(text).strip() for text in values if isinstance(text, str | int | float) and not _is_nan(text))
         texts = tuple(text for text in texts if text)
         if texts:
-            return texts
+            return (_joined(texts, tag_separator),) if tag_separator else texts
     return ()
+
+
+def _joined(tags: Sequence[str], separator: str) -> str:
+    return (separator if separator[-1].isspace() else f"{separator} ").join(tags)
 
 
 def size_of(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[int, int] | None:
@@ -30,16 +38,27 @@ def size_of(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[int, int] |
 def focus_of(
     row: Mapping[str, Any], columns: Sequence[str], original_hw: tuple[int, int] | None
 ) -> tuple[float, float] | None:
-    """The point of interest as shares of height and width; None where there is none, or it is outside the image.
+    """The point of interest as `as_shares` takes it; as shares where the image's size is known.
 
-    Where one of the two numbers is above 1, both are pixels, which takes the image's size.
+    None where there is none, or it is outside the image.
     """
     if len(columns) != 2:
         return None
     y, x = (_number(row.get(column)) for column in columns)
+    if not (y >= 0 and x >= 0):
+        return None
+    return (y, x) if original_hw is None else as_shares((y, x), original_hw)
+
+
+def as_shares(focus_yx: tuple[float, float] | None, original_hw: tuple[int, int]) -> tuple[float, float] | None:
+    """A point of interest as shares of height and width; None where it is outside the image.
+
+    Where one of the two numbers is above 1, both are pixels.
+    """
+    if focus_yx is None:
+        return None
+    y, x = focus_yx
     if y > 1 or x > 1:
-        if original_hw is None:
-            return None
         y, x = y / original_hw[0], x / original_hw[1]
     return (y, x) if 0 <= y <= 1 and 0 <= x <= 1 else None
 

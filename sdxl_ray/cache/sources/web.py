@@ -16,7 +16,6 @@ DEADLINE_S = 300.0  # for one image, however slowly its server sends
 MAX_BYTES = 500_000_000
 PAUSES_S = (1.0, 4.0, 16.0)  # before each further attempt
 _outages = Outages()
-_ERRNO = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
 
 
 class _TryAgain(Exception):
@@ -31,8 +30,9 @@ def read_url(url: str, length: int = -1) -> bytes:
     """What the address holds, or its first `length` bytes.
 
     Raises:
-        OSError: it cannot be read now: not found, refused, or no answer after several attempts; at once where its
-            server has not answered for many requests.
+        FileNotFoundError, PermissionError: its server does not give it, whoever asks.
+        OSError: it cannot be read now: no answer after several attempts; at once where its server has not answered for
+            many requests.
         ValueError: it is larger than 500 MB.
     """
     server = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
@@ -78,9 +78,10 @@ def _fetch(url: str, length: int) -> bytes:
             if length < 0 and expected.isdecimal() and len(content) < min(int(expected), MAX_BYTES):
                 raise _TryAgain(f"the answer ended after {len(content)} of {expected} bytes")
     except urllib.error.HTTPError as error:
-        if error.code == 429 or error.code >= 500:
+        if error.code in (408, 429) or error.code >= 500:
             raise _TryAgain(f"HTTP {error.code} {error.reason}") from None
-        raise OSError(_ERRNO.get(error.code, errno.EIO), f"HTTP {error.code} {error.reason}", url) from None
+        number = errno.ENOENT if error.code in (404, 410) else errno.EACCES if error.code >= 400 else errno.EIO
+        raise OSError(number, f"HTTP {error.code} {error.reason}", url) from None
     except urllib.error.URLError as error:
         raise _TryAgain(
             f"no answer: {getattr(error.reason, 'strerror', None) or error.reason}", answered=False

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.address import tar_address
-from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, PACKED_TARS, ahead, printable, setting_of
+from sdxl_ray.cache.sources.columns import AskedFor
+from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, PACKED_TARS, ahead, printable, setting_of, without_masks
 from sdxl_ray.cache.sources.values import focus_of, size_of, texts_of
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import Listed
@@ -37,21 +38,26 @@ def list_tars(section: DatasetSection, files: Sequence[tuple[str, FileEntry]]) -
     """Every image of these tar files, given as (path, entry): in their order, within each by name.
 
     Raises:
-        DatasetError: a file is compressed, damaged or cut short, or there is no image.
+        DatasetError: a file is compressed, damaged or cut short; or there is no image, or nowhere a mask or a name in
+            the .json members that the settings ask for.
         StorageError: a store refuses.
     """
     for path, _ in files:
         refuse_packed(section, path)
-    found = False
-    for listed in ahead(lambda file: _list_tar(section, *file), files, _AHEAD):
+    asked = AskedFor(section, mask_in_column=False)
+    found = has_masks = False
+    for listed, names in ahead(lambda file: _list_tar(section, *file), files, _AHEAD):
+        asked.see(names)
         found = found or bool(listed)
+        has_masks = has_masks or any(image.mask_file for image in listed)
         yield from listed
+    where = files[0][0] + (f" and {len(files) - 1} more tar files" if len(files) > 1 else "")
     if not found:
-        raise DatasetError(
-            f"{setting_of(section)}: no images in {files[0][0]}"
-            + (f" and {len(files) - 1} more tar files" if len(files) > 1 else "")
-            + f". Looked for members that end in {' '.join(sorted(IMAGE_SUFFIXES))}"
-        )
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise DatasetError(f"{setting_of(section)}: no images in {where}. Looked for members that end in {kinds}")
+    if section.mask == "file" and not has_masks:
+        raise without_masks(section, where, f"cat.{section.mask_suffix.lstrip('-_.')}")
+    asked.check([path for path, _ in files])
 
 
 def refuse_packed(section: DatasetSection, path: str) -> None:
@@ -74,7 +80,8 @@ class _Sample:
     notes: dict[str, dict[str, object]] = field(default_factory=dict)  # of the .json members, by their ending
 
 
-def _list_tar(section: DatasetSection, path: str, entry: FileEntry) -> list[Listed]:
+def _list_tar(section: DatasetSection, path: str, entry: FileEntry) -> tuple[list[Listed], dict[str, None]]:
+    """(its images by name, the names in its .json members)"""
     samples: dict[str, _Sample] = {}
     try:
         with storage.open_buffered(path) as file:
@@ -85,14 +92,15 @@ def _list_tar(section: DatasetSection, path: str, entry: FileEntry) -> list[List
                     continue
                 sample = samples.setdefault(f"{folder}{slash}{stem}", _Sample())
                 sample.members[ending] = (member.name, member.offset_data, member.size)
-                if ending == "json" or ending.endswith(".json"):
+                if f".{ending}".lower().endswith(".json"):
                     sample.notes[ending] = _read_json(file, path, member)
     except tarfile.TarError as error:
         raise DatasetError(
             f"{path}: {error}. Copy or download it again, or take it out of {setting_of(section)}."
         ) from None
     found = [listed for sample in samples.values() for listed in _images_of(section, path, entry, sample)]
-    return sorted(found, key=lambda listed: listed.path)
+    names = dict.fromkeys(name for sample in samples.values() for notes in sample.notes.values() for name in notes)
+    return sorted(found, key=lambda listed: listed.path), names
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
@@ -135,6 +143,7 @@ def _images_of(section: DatasetSection, path: str, entry: FileEntry, sample: _Sa
             if ending.lower().endswith(tuple(f".{known}" for known in _IMAGE_ENDINGS)) and ending not in masks
         ]
     extension = section.caption_extension.lstrip(".")
+    tag_separator = section.tag_separator if section.caption_lists == "tags" else ""
     for image in images:
         name, offset, size = sample.members[image]
         before = image.rpartition(".")[0]  # "v2" of v2.jpg, and empty of jpg
@@ -142,16 +151,22 @@ def _images_of(section: DatasetSection, path: str, entry: FileEntry, sample: _Sa
         mask = _belonging(sample, before, mask_ending) if mask_ending else ""
         notes = sample.notes.get(_belonging(sample, before, "json"), {})
         original_hw = size_of(notes, section.size_columns)
+        texts = texts_of(notes, section.caption_columns, tag_separator)
+        others = []
+        if "textfile" in section.captions and not caption and not texts:
+            known = {*images, *masks, *sample.notes}
+            others = [member for ending, (member, _, _) in sample.members.items() if ending not in known]
         yield Listed(
             path=storage.join(path, printable(name)),
             stamp=_stamp(entry, sample, image),
             address=tar_address(path, offset, size),
             original_hw=original_hw,
             text_file=_address(path, sample, caption),
-            texts=texts_of(notes, section.caption_columns),
+            texts=texts,
             mask_file=_address(path, sample, mask),
             mask_stamp=_stamp(entry, sample, mask) if mask else "",
             focus_yx=focus_of(notes, section.focus_columns, original_hw),
+            beside=tuple(sorted(printable(member.rpartition("/")[2]) for member in others)),
         )
 
 
@@ -169,10 +184,15 @@ def _part(ending: str, wanted: str) -> str | None:
 
 
 def _belonging(sample: _Sample, before: str, wanted: str) -> str:
-    """The ending of the member that goes with an image: v2.txt, else txt, with v2.jpg."""
+    """The ending of the member that goes with an image: v2.txt, else txt, with v2.jpg; in capitals where there is no
+    other.
+    """
+    in_capitals = {ending.lower(): ending for ending in sample.members}
     for ending in (f"{before}.{wanted}" if before else wanted, wanted):
         if ending in sample.members:
             return ending
+        if ending.lower() in in_capitals:
+            return in_capitals[ending.lower()]
     return ""
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from sdxl_ray.cache.foreseen import index_tables
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.planning import CachePlan, plan_cache
 from sdxl_ray.cache.shards import write_shard
@@ -66,8 +67,18 @@ def missing(plan: CachePlan) -> tuple[int, int]:
 
 def samples_of(plan: CachePlan) -> list[EncodedSample]:
     """As the index will have them."""
-    tables = list(plan.index_tables())
+    tables = list(index_tables(plan))
     if not tables:
         return []
     index = Index(pa.concat_tables(tables))
     return [index[row] for row in range(len(index))]
+
+
+def name_of(item: Any) -> str:
+    """Of a sample's or a skipped image's file."""
+    return Path(item.path).name
+
+
+def by_name(plan: CachePlan) -> dict[str, EncodedSample]:
+    """Its samples; of those of one image the last."""
+    return {name_of(sample): sample for sample in samples_of(plan)}

@@ -24,7 +24,8 @@ from sdxl_ray.cache.actors import (
     scanned_files,
     torch_device,
 )
-from sdxl_ray.cache.images import load_mask, load_pixels
+from sdxl_ray.cache.images import load_pixels
+from sdxl_ray.cache.masks import load_mask_file
 from sdxl_ray.cache.planning import TextShard
 from sdxl_ray.cache.scan import scan_file, scan_images
 from sdxl_ray.cache.shards import MissingEntry, ShardReader
@@ -121,6 +122,15 @@ def test_a_shard_of_captions_is_encoded_and_written(tmp_path, tiny_model):
     assert store.num_tokens(store.keys).tolist() == [4]  # two words between two markers
 
 
+@pytest.mark.parametrize(("num_chunks", "num_long"), [(1, 2), (2, 1)])
+def test_captions_of_which_a_part_is_not_seen_are_counted(tmp_path, tiny_model, num_chunks, num_long):
+    write = WriteTextShard(**settings(tmp_path, tiny_model, WriteTextShard), num_chunks=num_chunks)
+    captions = ["cat " * number for number in (75, 76, 151)]  # and two markers: 77, 78, 153
+    shard = TextShard("text/x.safetensors", tuple(f"{number:032x}" for number in range(3)), tuple(captions))
+    row = write({"shard": [json.dumps(asdict(shard))]})
+    assert (row["num"].tolist(), row["long"].tolist()) == ([3], [num_long])
+
+
 def test_masks_are_written_beside_their_latents(images, tmp_path, tiny_model):
     for number in range(3):
         Image.new("L", (64, 64), 40 * number).save(images / f"{number}-mask.png")
@@ -132,7 +142,7 @@ def test_masks_are_written_beside_their_latents(images, tmp_path, tiny_model):
     for number, (key, record) in enumerate(zip(shard.keys, shard.records, strict=True)):
         found = reader.read(shard.name, key)["mask"]
         assert found.dtype == torch.uint8
-        assert np.array_equal(found.numpy(), load_mask(record))
+        assert np.array_equal(found.numpy(), load_mask_file(record))
         assert found.unique().tolist() == [40 * number]
 
 
@@ -149,6 +159,7 @@ def test_what_is_skipped_takes_its_mask_and_its_key_with_it(images, tmp_path, ti
     result = encoded(decoded, tmp_path / "cache", tiny_model)
     skipped = {Path(each["path"]).name: each for each in json.loads(result["skipped"][0])}
     assert skipped.keys() == {"0.png", "1.png"}
+    assert [skipped[name]["kind"] for name in ("0.png", "1.png")] == ["changed", "mask"]
     assert skipped["1.png"]["key"] == shard.keys[1]
     assert skipped["1.png"]["image_hash"] == shard.records[1].image_hash
     reader = ShardReader(tmp_path / "cache")
@@ -280,38 +291,17 @@ def test_an_image_that_this_node_cannot_read_is_an_error_not_a_skip(images, tmp_
     ],
 )
 def test_any_failure_to_read_is_an_error(images, tmp_path, tiny_model, monkeypatch, problem, text):
-    _, row = work_item(images, tiny_model, mask="alpha")
-
     def fail(record):
         raise problem
 
-    for name in ("load_pixels", "load_mask"):
+    for name, mask in (("load_pixels", "none"), ("load_pixels_and_alpha", "alpha"), ("load_mask_file", "file")):
+        for number in range(3 if mask == "file" else 0):
+            Image.new("L", (64, 64)).save(images / f"{number}-mask.png")
+        _, row = work_item(images, tiny_model, mask=mask)
         with monkeypatch.context() as patch:
             patch.setattr(reading, name, fail)
             error = raised(encoded(decode_shard(row), tmp_path, tiny_model))
         assert f"0.png: {text}" in str(error)
-
-
-def test_what_cannot_be_read_is_tried_once_more(images, tmp_path, tiny_model, monkeypatch):
-    """A store that does not answer for a moment does not end the job."""
-    _, row = work_item(images, tiny_model, mask="alpha")
-    expected, asked = decode_shard(row), []
-
-    def stumble(load):
-        def once(record):
-            asked.append(record.path)
-            if asked.count(record.path) % 2:
-                raise StorageError(f"{record.path}: timed out while reading.")
-            return load(record)
-
-        return once
-
-    for name in ("load_pixels", "load_mask"):
-        monkeypatch.setattr(reading, name, stumble(getattr(reading, name)))
-    found = decode_shard(row)
-    assert len(asked) == 3 * 4
-    assert json.loads(found["header"])["error"] == ""
-    assert np.array_equal(found["pixels"], expected["pixels"]) and np.array_equal(found["masks"], expected["masks"])
 
 
 def trusted_item(images, model, **dataset):
@@ -325,9 +315,9 @@ def trusted_item(images, model, **dataset):
         FileNotFoundError(2, "No such file or directory", "/1.png"),
         OSError(2, "HTTP 404 Not Found", "https://example.org/1.png"),
         OSError(13, "HTTP 403 Forbidden", "https://example.org/1.png"),
-        OSError(5, "HTTP 400 Bad Request", "https://example.org/1.png"),
+        OSError(13, "HTTP 400 Bad Request", "https://example.org/1.png"),
         OSError(5, "no answer: Name or service not known, 4 attempts", "https://example.org/1.png"),
-        StorageError("hf://datasets/a/b/1.png: failed while reading: HTTP 404 for this address"),
+        FileNotFoundError(2, "No such file or directory", "hf://datasets/a/b/1.png"),
     ],
 )
 def test_an_image_that_nobody_has_opened_before_is_skipped_where_it_is_gone(
@@ -348,7 +338,7 @@ def test_an_image_that_nobody_has_opened_before_is_skipped_where_it_is_gone(
     (skipped,) = json.loads(result["skipped"][0])
     reason = getattr(problem, "strerror", None) or str(problem)
     assert (skipped["key"], skipped["path"]) == (shard.keys[1], str(images / "1.png"))
-    assert skipped["reason"] == f"cannot be read: {reason}"
+    assert (skipped["reason"], skipped["kind"]) == (f"cannot be read: {reason}", "unreadable")
 
 
 def test_a_file_that_is_gone_since_it_was_listed_is_skipped(images, tmp_path, tiny_model):
@@ -394,9 +384,10 @@ def test_an_image_that_is_damaged_or_changed_is_a_skip(images, tmp_path, tiny_mo
     result = encoded(decode_shard(row), tmp_path / "cache", tiny_model)
     assert result["error"].tolist() == [""]
     assert result["num"].tolist() == [1]
-    reasons = {Path(each["path"]).name: each["reason"] for each in json.loads(result["skipped"][0])}
-    assert reasons["1.png"].startswith("cannot be decoded")
-    assert reasons["2.png"].startswith("changed while it was being cached")
+    skipped = {Path(each["path"]).name: each for each in json.loads(result["skipped"][0])}
+    assert skipped["1.png"]["reason"].startswith("cannot be decoded")
+    assert skipped["2.png"]["reason"].startswith("changed while it was being cached")
+    assert [skipped[name]["kind"] for name in ("1.png", "2.png")] == ["damaged", "changed"]
     store = ShardStore(tmp_path / "cache")
     assert [store.shard_of(key) is not None for key in shard.keys] == [True, False, False]
 

@@ -244,6 +244,27 @@ def test_the_first_source_that_has_a_caption_is_used(image, content, texts, expe
     assert find_captions(image("red_cat.jpg", content, texts=texts), rules) == (expected,)
 
 
+@pytest.mark.parametrize(("content", "expected"), [("a cat", ("a cat",)), ("\n", ("",)), (None, ("",))])
+def test_an_image_may_have_no_words(image, content, expected):
+    rules = CaptionRules(sources=("textfile", "column", "empty"), prefix="photo", suffix=", 8k")
+    assert read_captions([image(content=content)], rules) == ([expected], {})
+    assert expand_variants(("",), rules, HASH) == ("photo, 8k",)
+    assert expand_variants(("",), CaptionRules(), HASH) == ("",)
+    assert expand_variants(("",), CaptionRules(shuffle_tags=True, variants=3), HASH) == ("",)
+
+
+def test_an_image_without_a_caption_may_be_skipped(image):
+    rules = CaptionRules(sources=("textfile", "skip"))
+    assert rules.skips
+    assert not CaptionRules().skips
+    assert read_captions([image(content="a cat"), image("dog.jpg")], rules) == ([("a cat",), ()], {})
+
+
+def test_a_caption_file_that_is_no_text_is_not_an_empty_caption(image):
+    _, reasons = read_captions([image(content=b"\xe9")], CaptionRules(sources=("textfile", "empty")))
+    assert "is not UTF-8" in reasons[0]
+
+
 def test_a_name_without_letters_is_no_caption(image):
     rules = CaptionRules(sources=("filename", "instance_prompt"), instance_prompt="a cat")
     assert find_captions(image("___.jpg"), rules) == ("a cat",)
@@ -449,24 +470,44 @@ def test_images_without_captions_are_all_counted_and_five_named(image):
     assert lines[7] == (
         "Expected cat0.txt or cat0.jpg.txt beside cat0.jpg with at least one line; or a text in a column (of a "
         'WebDataset: in the .json) called caption or text (dataset.captions = ["textfile", "column"]). Write them, or '
-        'add another source to dataset.captions: "filename", or "instance_prompt" with dataset.instance_prompt.'
+        'add another source to dataset.captions: "filename", or "instance_prompt" with dataset.instance_prompt, '
+        'or "empty" (no words), or "skip" (leave these images out).'
     )
 
 
 def test_rows_of_a_table_without_captions():
-    row = Listed(path="/data/a.parquet/7", stamp="1", address="row:7:image:/data/a.parquet")
-    rules = CaptionRules(dataset="a", columns=("words",), replace=((".*", ""),))
+    """No caption file is looked for beside what a table names."""
+    row = Listed(path="/data/cat.jpg", stamp="1", columns=("image", "prompt"))
+    rules = CaptionRules(dataset="a", replace=((".*", ""),))
     assert str(no_captions_error([row], 1, 9, rules)).splitlines()[2] == (
-        "Expected a text in a column (of a WebDataset: in the .json) called words (dataset.captions = "
-        '["textfile", "column"]). Or dataset.caption_replace has left nothing of them. Write them, or add another '
-        'source to dataset.captions: "filename", or "instance_prompt" with dataset.instance_prompt.'
+        "Expected a text in a column called caption or text, and there are image, prompt (dataset.caption_columns) "
+        '(dataset.captions = ["textfile", "column"]). Or dataset.caption_replace has left nothing of them. Write them, '
+        'or add another source to dataset.captions: "filename", or "instance_prompt" with dataset.instance_prompt, '
+        'or "empty" (no words), or "skip" (leave these images out).'
     )
 
 
-def test_where_all_sources_are_tried_none_is_proposed():
+def test_rows_of_a_table_where_only_caption_files_are_looked_for():
+    row = Listed(path="/data/cat.jpg", stamp="1", columns=("image", "text"))
+    text = str(no_captions_error([row], 1, 1, CaptionRules(sources=("textfile",))))
+    assert 'Expected a caption (dataset.captions = ["textfile"]). Write them, or add another source to ' in text
+    assert 'dataset.captions: "column", or "filename", or ' in text
+
+
+def test_files_of_the_name_of_an_image_are_named(image):
+    without = [image("a.jpg"), image("b.jpg", beside=("b.caption", "b.tags"))]
+    assert (
+        " Beside b.jpg there is b.caption, b.tags: if that is its caption, set dataset.caption_extension = "
+        '".caption" or ".tags". Write them, '
+    ) in str(no_captions_error(without, 2, 2, CaptionRules()))
+    assert "b.caption" not in str(no_captions_error(without, 2, 2, CaptionRules(sources=("column",))))
+
+
+def test_only_sources_that_are_not_tried_are_proposed():
     rules = CaptionRules(sources=("filename", "instance_prompt"))
     text = str(no_captions_error([Listed("/data/___.jpg", "1")], 1, 1, rules))
     assert text.endswith(
         "Expected a file name with letters; or dataset.instance_prompt, which is empty "
-        '(dataset.captions = ["filename", "instance_prompt"]). Write them.'
+        '(dataset.captions = ["filename", "instance_prompt"]). Write them, or add another source to dataset.captions: '
+        '"empty" (no words), or "skip" (leave these images out).'
     )

@@ -1,5 +1,6 @@
 """Images to rows of columns: what each row says, and that its parts belong together."""
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -12,10 +13,11 @@ import pytest
 from PIL import Image
 
 from sdxl_ray.cache import collection as collection_module
-from sdxl_ray.cache.collection import Collection, collect, hex_strings
+from sdxl_ray.cache.collection import Collection, EncodedWith, collect
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.scan import scan_images
 from sdxl_ray.cache.shards import latent_key, text_key
+from sdxl_ray.cache.store import hex_strings
 from sdxl_ray.cache.tables import fixed_bytes
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import bucket_key
@@ -23,6 +25,7 @@ from sdxl_ray.storage import open_folder
 from tests.unit.cache.planned import add_image, add_images, changed, config_of
 
 FINGERPRINTS = {"vae": "v" * 8, "text": "t" * 8}
+ENCODED_WITH = EncodedWith(**FINGERPRINTS, num_chunks=1, text_online=False)
 
 
 @pytest.fixture
@@ -38,7 +41,8 @@ def config(tmp_path, images):
 def collected(config, *, num_chunks=1, text_online=False, scan=scan_images, **changes):
     config = changed(config, **changes)
     memo = Memo(open_folder(config.cache.path))
-    return collect(config.datasets, memo, **FINGERPRINTS, num_chunks=num_chunks, text_online=text_online, scan=scan)
+    encoded_with = dataclasses.replace(ENCODED_WITH, num_chunks=num_chunks, text_online=text_online)
+    return collect(config.datasets, memo, encoded_with=encoded_with, scan=scan)
 
 
 def rows(collection):
@@ -262,7 +266,7 @@ def test_nothing_is_an_empty_collection():
 
 
 def collected_nothing():
-    collection = collect([], Memo(open_folder("/nowhere")), **FINGERPRINTS, num_chunks=1, text_online=False)
+    collection = collect([], Memo(open_folder("/nowhere")), encoded_with=ENCODED_WITH)
     return rows(collection)
 
 

@@ -3,7 +3,9 @@ import functools
 import hashlib
 import io
 import math
+import pickle
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from PIL import Image, ImageCms
 
 from sdxl_ray.cache import images
 from sdxl_ray.cache.buckets import Geometry, Unfit, place
-from sdxl_ray.cache.images import UnreadableImage, decode, load_mask, load_pixels
-from sdxl_ray.cache.scan import header_hw
+from sdxl_ray.cache.formats import decode
+from sdxl_ray.cache.images import UnreadableImage, load_pixels, load_pixels_and_alpha
+from sdxl_ray.cache.scan import header_hw, scan_file
 from sdxl_ray.config.schema import DatasetSection
-from sdxl_ray.records import ImageRecord
+from sdxl_ray.records import ImageRecord, Listed
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 UNDO = {  # what to do to an upright picture so that a viewer which obeys EXIF's orientation shows it upright
@@ -80,7 +83,7 @@ def record_of(path, content, *, buckets, crop="center", **fields):
     path.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     original_hw = header_hw(content)
-    (geometry,) = Geometry.of(DatasetSection(buckets=buckets, crop=crop))
+    (geometry,) = Geometry.of(DatasetSection(buckets=buckets, crop=crop, max_upscale=0, max_cut=1))
     found = place(original_hw, digest, geometry)
     assert not isinstance(found, Unfit)
     record = ImageRecord(str(path), digest, original_hw, found.bucket_hw, found.resized_hw, found.crops[0])
@@ -175,7 +178,8 @@ def test_a_fine_grating_comes_out_grey_not_as_moire(tmp_path, format, mode, redu
     image = grating(2400).convert(mode)
     image = image.transpose(Image.Transpose.TRANSPOSE) if turned else image
     record = record_of(tmp_path / "cat", encode(image, format), buckets=["512x512"])
-    assert images._reduction((2400, 2400), (512, 512)) == 2  # of a JPEG
+    scaled, _, _ = images._decode_scaled((tmp_path / "cat").read_bytes(), record)
+    assert scaled.size == (2400 // reduction, 2400 // reduction)
     pixels = load_pixels(record)[8:-8, 8:-8]  # the edge of the image is an edge
     assert pixels.std() < 1
     assert abs(pixels.mean() - 127.5) < 1
@@ -462,181 +466,63 @@ def test_one_bit(rgb):
     assert rgb(encode(Image.fromarray(np.array([[True, False]])), "PNG")).tolist() == [[[255] * 3, [0] * 3]]
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
-
-
-def half_white(height, width):
-    """White from the middle of the width on."""
-    values = np.zeros((height, width), np.uint8)
-    values[:, width // 2 :] = 255
-    return Image.fromarray(values)
-
-
-def with_mask(tmp_path, mask, *, image_hw=(256, 384), buckets=("256x256",), **fields):
-    """The record of an image whose mask is a file."""
-    (tmp_path / "cat-mask.png").write_bytes(encode(mask, "PNG"))
-    content = encode(noise(*image_hw), "PNG")
-    return record_of(tmp_path / "cat.png", content, buckets=buckets, mask=str(tmp_path / "cat-mask.png"), **fields)
-
-
-@pytest.mark.parametrize("scale", [4, 1, 0.5, 0.125])
-def test_a_mask_of_any_size_lies_where_the_image_does(tmp_path, scale):
-    mask = half_white(int(256 * scale), int(384 * scale))
-    cells = load_mask(with_mask(tmp_path, mask))
-    assert (cells.shape, cells.dtype) == ((32, 32), np.uint8)
-    assert np.array_equal(cells, np.repeat([[0] * 16 + [255] * 16], 32, 0))
-
-
-def test_a_mask_is_cropped_like_the_image(tmp_path):
-    mask = half_white(256, 384)
-    assert load_mask(with_mask(tmp_path, mask, crop="top_left"))[0].tolist() == [0] * 24 + [255] * 8
-    assert load_mask(with_mask(tmp_path, mask, crop="top_right"))[0].tolist() == [0] * 8 + [255] * 24
-
-
-def test_a_mask_is_mirrored_like_the_image(tmp_path):
-    mask = half_white(256, 384)
-    assert load_mask(with_mask(tmp_path, mask, crop="top_left", flip=True))[0].tolist() == [255] * 8 + [0] * 24
-
-
-def test_a_latent_pixel_gets_the_mean_of_its_area(tmp_path):
-    values = np.zeros((256, 256), np.uint8)
-    values[:, 8 * 4 + 2 :] = 255  # the fifth latent pixel is white but for two columns
-    record = with_mask(tmp_path, Image.fromarray(values), image_hw=(256, 256))
-    assert load_mask(record)[3, :7].tolist() == [0, 0, 0, 0, 191, 255, 255]
-
-
-def test_a_mask_is_resized_like_the_image(tmp_path):
-    """A 500x750 image in a 256x256 bucket, its mask four times as fine: where the image is white, the mask is."""
-    image, mask = half_white(500, 750), half_white(2000, 3000)
-    (tmp_path / "mask.png").write_bytes(encode(mask, "PNG"))
-    for crop in ("center", "random", "bottom_left"):
-        record = record_of(
-            tmp_path / "cat.png", encode(image, "PNG"), buckets=["256x256"], crop=crop, mask=str(tmp_path / "mask.png")
-        )
-        expected = load_pixels(record)[..., 0].reshape(32, 8, 32, 8).mean((1, 3))
-        assert np.abs(load_mask(record) - expected).max() <= 16  # half a pixel of eight at the one edge
-
-
-def test_a_masks_own_orientation_is_obeyed(tmp_path):
-    record = with_mask(tmp_path, half_white(256, 384))
-    (tmp_path / "cat-mask.png").write_bytes(encode(half_white(256, 384), "PNG", orientation=6))
-    assert load_mask(record)[0].tolist() == [0] * 16 + [255] * 16
-
-
-def test_the_images_orientation_is_not_the_masks(tmp_path):
-    """The mask was drawn over the upright image."""
-    record = with_mask(tmp_path, half_white(256, 384))
-    content = encode(noise(256, 384), "JPEG", orientation=6)
-    turned = record_of(tmp_path / "cat.jpg", content, buckets=["256x256"], mask=record.mask)
-    assert np.array_equal(load_mask(turned), load_mask(record))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "I;16", "CMYK"])
-def test_a_mask_in_any_mode(tmp_path, mode):
-    mask = half_white(256, 384)
-    if mode == "I;16":
-        mask = Image.fromarray(np.asarray(mask).astype(np.uint16) * 257)
-    else:
-        mask = mask.convert("RGB").convert(mode)
-    record = with_mask(tmp_path, half_white(256, 384))
-    (tmp_path / "cat-mask.png").write_bytes(encode(mask, "TIFF"))
-    assert load_mask(record)[0].tolist() == [0] * 16 + [255] * 16
-
-
-def test_what_is_transparent_in_a_mask_does_not_count(tmp_path):
-    """White painted on a transparent layer."""
-    mask = Image.new("RGBA", (384, 256), (255, 255, 255, 0))
-    mask.paste((255, 255, 255, 255), (192, 0, 384, 256))
-    assert load_mask(with_mask(tmp_path, mask))[0].tolist() == [0] * 16 + [255] * 16
-
-
-@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "tRNS"])
-def test_an_images_own_transparency_as_its_mask(tmp_path, kind):
-    grey = Image.new("L", (384, 256), 100)
-    if kind in ("RGBA", "LA"):
-        image = grey.convert(kind)
-        image.putalpha(half_white(256, 384))
-        content = encode(image, "PNG")
-    else:
-        grey.paste(7, (0, 0, 192, 256))
-        image = grey.convert("P") if kind == "P" else grey
-        content = encode(image, "PNG", transparency=7)
-    record = record_of(tmp_path / "cat.png", content, buckets=["256x256"], mask="alpha")
-    assert load_mask(record)[0].tolist() == [0] * 16 + [255] * 16
-
-
-@pytest.mark.parametrize(("format", "mode"), [("PNG", "RGB"), ("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "P")])
-def test_an_image_without_transparency_counts_everywhere(tmp_path, format, mode):
-    content = encode(Image.new(mode, (300, 200), 3), format)
-    cells = load_mask(record_of(tmp_path / "cat", content, buckets=["64x128"], mask="alpha"))
-    assert np.array_equal(cells, np.full((8, 16), 255, np.uint8))
-
-
-def test_a_mask_of_another_aspect_is_refused_with_both_sizes(tmp_path):
-    record = with_mask(tmp_path, half_white(256, 384))
-    (tmp_path / "cat-mask.png").write_bytes(encode(half_white(260, 384), "PNG"))
-    with pytest.raises(UnreadableImage) as caught:
-        load_mask(record)
-    assert str(caught.value) == (f"its mask {record.mask} is 384x260 pixels, the image 384x256: not the same aspect")
-
-
-def test_a_small_masks_rounded_edge_is_no_other_aspect(tmp_path):
-    record = with_mask(tmp_path, half_white(257, 384), image_hw=(640, 960), buckets=["64x96"])
-    assert load_mask(record).shape == (8, 12)
-    (tmp_path / "cat-mask.png").write_bytes(encode(half_white(11, 16), "PNG"))
-    assert load_mask(record).shape == (8, 12)
-
-
-def test_a_damaged_mask_is_named(tmp_path):
-    record = with_mask(tmp_path, noise(256, 384, 1))
-    (tmp_path / "cat-mask.png").write_bytes(encode(noise(256, 384, 1), "PNG")[:3000])
-    with pytest.raises(UnreadableImage, match=r"^its mask .*cat-mask\.png cannot be decoded: "):
-        load_mask(record)
-
-
-def test_a_bomb_of_a_mask_is_not_decoded(tmp_path, monkeypatch):
-    record = with_mask(tmp_path, half_white(256, 384))
-    monkeypatch.setattr(images, "MAX_MASK_PIXELS", 1000)
-    monkeypatch.setattr(images, "decode", lambda content: pytest.fail("decoded"))
-    with pytest.raises(UnreadableImage, match=r"has 384x256 pixels, more than 1,000$"):
-        load_mask(record)
-
-
-def test_a_missing_mask_says_nothing_about_the_image(tmp_path):
-    record = with_mask(tmp_path, half_white(256, 384))
-    (tmp_path / "cat-mask.png").unlink()
-    with pytest.raises(FileNotFoundError):
-        load_mask(record)
-
-
 # ---- what was listed and what is there -------------------------------------------------------------------------------
 
 
 def test_a_file_that_changed_after_the_scan(tmp_path):
     record = record_of(tmp_path / "cat.png", encode(noise(8, 8), "PNG"), buckets=["64x64"])
     (tmp_path / "cat.png").write_bytes(encode(noise(9, 8), "PNG"))
-    with pytest.raises(UnreadableImage, match=r"^changed while it was being cached; run `sdxl-ray cache` again$"):
+    with pytest.raises(UnreadableImage) as error:
         load_pixels(record)
+    assert str(error.value) == "changed while it was being cached; run `sdxl-ray cache` again"
+    assert error.value.kind == "changed"
 
 
-@pytest.mark.parametrize("load", [load_pixels, load_mask])
-def test_a_table_that_gives_another_size(tmp_path, load):
+@pytest.mark.parametrize("load", [load_pixels, load_pixels_and_alpha])
+def test_a_listing_that_gives_another_size(tmp_path, load):
     """Found before anything is decoded, so that a table cannot let a decompression bomb in."""
     image = Image.new("RGBA", (800, 600), (9, 9, 9, 9))
     content = encode(image, "PNG")
     record = whole(tmp_path / "cat.png", content[:200], verify=False, image_hash="listed", mask="alpha")
     assert record.original_hw == (600, 800)
-    with pytest.raises(UnreadableImage, match=r"^is 800x600 pixels, but the table says 1024x768$"):
+    with pytest.raises(UnreadableImage, match=r"^is 800x600 pixels, but was listed as 1024x768$"):
         load(dataclasses.replace(record, original_hw=(768, 1024)))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_a_table_that_gives_the_size_before_turning(tmp_path, format):
+def test_a_listing_that_gives_the_size_before_turning(tmp_path, format):
     content = encode(noise(48, 64), format, orientation=6)
     record = whole(tmp_path / "cat", content, verify=False, image_hash="listed")
     assert load_pixels(record).shape == (48, 64, 3)
-    with pytest.raises(UnreadableImage, match=r"^is 64x48 pixels, but the table says 48x64$"):
+    with pytest.raises(UnreadableImage, match=r"^is 64x48 pixels, but was listed as 48x64$"):
         load_pixels(dataclasses.replace(record, original_hw=(64, 48)))
+
+
+def with_late_orientation(png, orientation):
+    """The PNG with EXIF behind its pixels, where exiftool writes."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(data)) + b"eXIf" + data + struct.pack(">I", zlib.crc32(b"eXIf" + data))
+    return png[:-12] + chunk + png[-12:]
+
+
+def test_a_note_that_the_scan_of_a_start_did_not_see(tmp_path):
+    """With dataset.identify_by = "listing": there is no table that says anything."""
+    content = with_late_orientation(encode(noise(200, 300), "PNG"), 6)
+    assert len(content) > 64 * 1024
+    (tmp_path / "cat.png").write_bytes(content)
+    found = scan_file(Listed(str(tmp_path / "cat.png"), "1-1"), 10**6, by_listing=True)
+    assert (found.height, found.width) == (200, 300)
+    seen = whole(tmp_path / "cat.png", content, verify=False)
+    assert load_pixels(seen).shape == (300, 200, 3)  # where it is read whole
+    with pytest.raises(UnreadableImage) as error:
+        load_pixels(dataclasses.replace(seen, original_hw=(200, 300)))
+    assert str(error.value) == (
+        "is turned by a note behind its pixels, which a scan of its start does not see: set dataset.identify_by = "
+        '"content"'
+    )
+    assert error.value.kind == "changed"
 
 
 def test_an_image_identified_by_its_listing_is_not_hashed(tmp_path):
@@ -658,14 +544,13 @@ def test_a_file_that_cannot_be_read_here_is_not_called_damaged(tmp_path):
 
 
 def test_an_address_that_means_nothing_is_a_reason(tmp_path, monkeypatch):
-    import sdxl_ray.cache.sources
-
     def fail(address):
         raise ValueError("row 7 of a.parquet holds no image")
 
-    monkeypatch.setattr(sdxl_ray.cache.sources, "read_bytes", fail)
-    with pytest.raises(UnreadableImage, match=r"^row 7 of a\.parquet holds no image$"):
+    monkeypatch.setattr(images, "read_bytes", fail)
+    with pytest.raises(UnreadableImage, match=r"^row 7 of a\.parquet holds no image$") as error:
         load_pixels(ImageRecord("a.parquet/7", "00", (8, 8), (8, 8), (8, 8), (0, 0)))
+    assert error.value.kind == "changed"
 
 
 def test_whatever_a_decoder_raises_is_a_reason(tmp_path, monkeypatch):
@@ -674,6 +559,12 @@ def test_whatever_a_decoder_raises_is_a_reason(tmp_path, monkeypatch):
     def fail(content):
         raise RuntimeError("Failed to decode frame 0")  # as Pillow's AVIF plugin does
 
-    monkeypatch.setattr("sdxl_ray.cache.images.open_image", fail)
-    with pytest.raises(UnreadableImage, match=r"^cannot be decoded: Failed to decode frame 0$"):
+    monkeypatch.setattr(images, "open_image", fail)
+    with pytest.raises(UnreadableImage, match=r"^cannot be decoded: Failed to decode frame 0$") as error:
         load_pixels(record)
+    assert error.value.kind == "damaged"
+
+
+def test_a_reason_travels_with_its_kind():
+    error = pickle.loads(pickle.dumps(UnreadableImage("cannot be read: gone", "unreadable")))
+    assert (str(error), error.kind) == ("cannot be read: gone", "unreadable")

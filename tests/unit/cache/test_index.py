@@ -199,3 +199,18 @@ def test_a_full_disk_leaves_the_index_that_was_there(tmp_path, monkeypatch):
         write_index(path, [Index.of([sample(9)]).table])
     assert len(Index.read(path)) == len(SAMPLES)
     assert [file.name for file in (tmp_path / "datasets" / "cats=1").iterdir()] == ["index.parquet"]
+
+
+def test_images_are_counted_once_in_each_dataset():
+    hashes = [f"{number:016x}" + "0" * 48 for number in range(3)]
+    samples = [sample(number, image_hash=each) for number, each in enumerate(hashes)]
+    index = Index.of(
+        [*samples, sample(3, image_hash=hashes[0], flip=True), sample(4, image_hash="1" * 64, dataset="dogs")]
+    )
+    assert index.num_images() == {"cats": 3, "dogs": 1}
+    assert index.num_crops().tolist() == [2] * 5
+
+
+def test_an_empty_index_has_no_images():
+    index = Index(SCHEMA.empty_table())
+    assert (index.num_images(), index.num_crops().tolist()) == ({}, [])

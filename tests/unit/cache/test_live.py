@@ -11,10 +11,10 @@ from PIL import Image
 
 from sdxl_ray.cache import reading
 from sdxl_ray.cache.encode import LatentEncoder, TextEncoder
-from sdxl_ray.cache.images import load_mask, load_pixels
 from sdxl_ray.cache.live import LiveEntries
 from sdxl_ray.cache.shards import ShardReader, write_shard
-from sdxl_ray.errors import CacheError, StorageError
+from sdxl_ray.cache.skipped import UnreadableLimit
+from sdxl_ray.errors import CacheError, DatasetError, StorageError
 from sdxl_ray.records import EncodedSample
 from sdxl_ray.storage import open_folder
 
@@ -81,9 +81,10 @@ def place():
 def shard_of(folder, samples, encoder):
     """What stage 1 would write for these samples, read back: one entry for each crop."""
     records = [sample.image_record(variant) for sample in samples for variant in range(len(sample.crops))]
-    tensors = encoder.encode([load_pixels(record) for record in records], [record.path for record in records])
+    pixels, masks = zip(*map(reading.load_image, records), strict=True)
+    tensors = encoder.encode(list(pixels), [record.path for record in records])
     if records[0].mask:
-        tensors["mask"] = torch.from_numpy(np.stack([load_mask(record) for record in records]))
+        tensors["mask"] = torch.from_numpy(np.stack(masks))
     keys = [f"{number:032x}" for number in range(len(records))]
     write_shard(open_folder(str(folder)), "latents/64x64/s.safetensors", keys, tensors, {})
     reader = ShardReader(folder)
@@ -124,6 +125,7 @@ def test_long_captions_are_read_in_chunks(tiny_model, told):
         tiny_model, revision="", variant="", vae_dtype="fp32", caption_chunks=2, device=CPU, report=told.append
     )
     assert live.text("cat " * 100)["prompt_embeds"].shape[0] == 2 * 77
+    assert not told
 
 
 def test_captions_that_were_just_encoded_are_not_encoded_again(live, monkeypatch):
@@ -142,6 +144,36 @@ def test_an_image_that_cannot_be_decoded_is_nothing_and_told_once(live, told, tm
     assert live.latents(sample, 0) is None and live.latents(sample, 0) is None
     (line,) = told
     assert line.startswith(f"{path}: cannot be decoded") and line.endswith("it does not count in training")
+
+
+def test_too_many_images_that_cannot_be_decoded_are_an_error(tiny_model, told, tmp_path):
+    limits = {"images": UnreadableLimit("/data/cats", 0.3, 4)}
+    place = {"revision": "", "variant": "", "vae_dtype": "fp32", "caption_chunks": 1, "device": CPU}
+    live = LiveEntries(tiny_model, **place, report=told.append, limits=limits)
+    samples = [sample_of(write_image(tmp_path, number)) for number in range(4)]
+    for number in (1, 3):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:300])
+    assert live.latents(samples[0], 0) is not None
+    assert live.latents(samples[1], 0) is None and live.latents(samples[1], 0) is None
+    elsewhere = dataclasses.replace(samples[3], dataset="unlimited")
+    assert live.latents(elsewhere, 0) is None
+    with pytest.raises(DatasetError, match=r"^/data/cats: 2 of 4 images cannot be used, more than .* = 0\.3 allows:"):
+        live.latents(samples[3], 0)
+
+
+def test_captions_that_are_cut_are_told_once(live, told):
+    live.text("a cat")
+    assert not told
+    live.text("cat " * 75)  # and two markers
+    assert not told
+    live.text("cat " * 76)
+    live.text("dog " * 90)
+    start = "cat " * 10
+    assert told == [
+        f'the caption "{start}..." has 78 tokens; what is beyond 77 is not seen, of this caption and perhaps others '
+        "(cache.caption_chunks)"
+    ]
 
 
 def test_an_image_that_has_changed_is_nothing(live, told, tmp_path):

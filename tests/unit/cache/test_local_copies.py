@@ -1,4 +1,6 @@
+import errno
 import os
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_ray.cache.local_copies import GIB, LocalCopies
-from sdxl_ray.errors import StorageError
+from sdxl_ray.errors import ConfigError
 from tests.remote import RemoteFolder
 
 KIB = 1024
@@ -23,7 +25,7 @@ def remote(tmp_path):
 
 
 def copies_of(remote, tmp_path, limit_kib=100.0):
-    return LocalCopies(remote, str(tmp_path / "copies"), limit_gib=limit_kib * KIB / GIB)
+    return LocalCopies(remote, str(tmp_path / "copies"), limit_gib=limit_kib * KIB / GIB, report=pytest.fail)
 
 
 def held(tmp_path):
@@ -223,23 +225,56 @@ def test_a_shard_that_is_not_there(remote, tmp_path):
     assert held(tmp_path) == []
 
 
-def test_a_full_disk_says_what_to_set(remote, tmp_path, monkeypatch):
-    def fail(self, content):
-        raise OSError(28, "No space left on device")
+def refuse_writing(monkeypatch, number):
+    def refuse(self, content):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
-    copies = copies_of(remote, tmp_path)
-    with pytest.raises(StorageError) as error:
-        copies.fetch("text/0.safetensors")
-    path = copies.root / "text" / "0.safetensors"
-    assert str(error.value) == (
-        f"{path}: no space left on the device while copying a shard. "
-        "Free some space, or set cache.local_path, cache.local_gib."
-    )
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+
+
+def test_a_full_disk_is_told_once_and_the_shards_come_without_copies(remote, tmp_path, monkeypatch):
+    said = []
+    copies = LocalCopies(remote, str(tmp_path / "copies"), limit_gib=1, report=said.append)
+    refuse_writing(monkeypatch, errno.ENOSPC)
+    for number in (0, 1, 0):
+        assert copies.fetch(f"text/{number}.safetensors") == bytes([number]) * KIB
+    assert said == [
+        f"cache.local_path = {tmp_path}/copies on {socket.gethostname()}: takes no more copies (No space left on "
+        f"device). Shards of {remote.path} are read without them, whole ones each time, which is slow: free some "
+        "space, or lower cache.local_gib."
+    ]
     assert not list((tmp_path / "copies").rglob("*.*"))
+    monkeypatch.undo()
+    assert copies.fetch("text/0.safetensors").read_bytes() == bytes(KIB)  # there is room again
+
+
+@pytest.mark.parametrize("path", ["copies", "/proc/nope"])
+def test_a_folder_that_never_takes_a_copy_is_an_error(remote, tmp_path, monkeypatch, path):
+    copies = LocalCopies(remote, str(tmp_path / path), limit_gib=1, report=pytest.fail)
+    if path == "copies":
+        refuse_writing(monkeypatch, errno.EACCES)
+    with pytest.raises(ConfigError) as error:
+        copies.fetch("text/0.safetensors")
+    reason = "Permission denied" if path == "copies" else "No such file or directory"
+    assert str(error.value) == (
+        f"cache.local_path = {tmp_path / path} on {socket.gethostname()}: cannot be written ({reason}). Shards of "
+        f"{remote.path} are copied there before they are read: make it writable, or set it to a folder on a local disk "
+        "of every machine."
+    )
+
+
+def test_a_disk_that_becomes_read_only_does_not_stop_a_run(remote, tmp_path, monkeypatch):
+    said = []
+    copies = LocalCopies(remote, str(tmp_path / "copies"), limit_gib=1, report=said.append)
+    copies.fetch("text/0.safetensors")
+    refuse_writing(monkeypatch, errno.EROFS)
+    monkeypatch.setattr(os, "utime", lambda path: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    assert copies.fetch("text/0.safetensors") == copies.root / "text" / "0.safetensors"
+    assert copies.fetch("text/1.safetensors") == b"\1" * KIB
+    assert len(said) == 1
 
 
 def test_the_folder_of_copies_may_begin_with_a_tilde(remote, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    copies = LocalCopies(remote, "~/copies", limit_gib=1)
+    copies = LocalCopies(remote, "~/copies", limit_gib=1, report=pytest.fail)
     assert tmp_path / "copies" in copies.fetch("text/0.safetensors").parents

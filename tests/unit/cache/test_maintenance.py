@@ -87,7 +87,41 @@ def test_what_is_in_no_dataset_is_counted(config, cache):
     (cache / "text" / "bad.safetensors").write_bytes(b"cut")
     (cache / "datasets" / "odd").mkdir()
     (cache / "datasets" / "odd" / "index.parquet").write_bytes(b"PAR1")
-    assert stats(str(cache)).unusable == ["text/bad.safetensors", "datasets/odd/index.parquet"]
+    found = stats(str(cache))
+    assert found.unusable == ["text/bad.safetensors", "datasets/odd/index.parquet"]
+    assert (found.num_unused, found.num_unused_kept) == (None, None)
+    assert "how many entries are in no dataset is not known: an index cannot be read, see below" in found.lines()
+
+
+def test_what_prune_would_not_delete_is_counted_apart(config, cache, images):
+    cached(config)
+    for number in (0, 3, 6):  # all of one shape
+        (images / f"{number:02d}.png").unlink()
+        (images / f"{number:02d}.txt").unlink()
+    (images / "01.png").unlink()
+    (images / "01.txt").unlink()
+    for path in (cache / "datasets").glob("*/index.parquet"):
+        path.unlink()
+    cached(config)
+    age(cache, 2)
+    found = stats(str(cache))
+    assert (found.num_unused, found.num_unused_kept) == (3, 1 + 4)
+    assert found.lines()[-2:] == [
+        "3 entries are in no dataset (sdxl-ray cache --prune)",
+        "5 more are in no dataset, but in shards that are still in use: they stay",
+    ]
+    assert len(prune(str(cache), keep_days=30, dry_run=False).shards) == 1
+    found = stats(str(cache))
+    assert (found.num_unused, found.num_unused_kept) == (0, 5)
+
+
+def test_entries_of_two_shards_are_counted(config, cache):
+    plan = cached(config)
+    assert stats(str(cache)).num_twice == 0
+    write(cache, tuple(samples_of(plan)[0].latent_keys))
+    found = stats(str(cache))
+    assert found.num_twice == 1
+    assert found.lines()[-1] == "1 entries are in two shards, which only takes room"
 
 
 def test_the_table_for_a_person(config, cache):
@@ -107,12 +141,14 @@ def test_the_table_for_a_person(config, cache):
 
 
 def test_no_cache_at_all(tmp_path):
-    found = stats(str(tmp_path / "nothing"))
-    assert (found.num_entries, found.num_unused, found.datasets) == ({}, 0, {})
-    assert found.lines()[1].split() == ["all", "0", "0.00"]
-    assert verify(str(tmp_path / "nothing")) == {}
-    assert prune(str(tmp_path / "nothing"), keep_days=30, dry_run=False).shards == []
-    assert not (tmp_path / "nothing").exists()
+    """A table of zeros would hide a mistake in cache.path."""
+    path = tmp_path / "nothing"
+    for look in (stats, lambda path: prune(path, keep_days=30, dry_run=False)):
+        with pytest.raises(CacheError) as error:
+            look(str(path))
+        assert str(error.value) == f"{path}: there is no cache. Is cache.path right? `sdxl-ray cache` fills it."
+    assert verify(str(path)) == {}
+    assert not path.exists()
 
 
 # ---- is it whole -----------------------------------------------------------------------------------------------------
@@ -154,7 +190,7 @@ def test_a_flipped_bit_is_found_in_every_tensor_of_every_row(cache, tensor, row)
     name, other = write(cache), write(cache, ("ff" * 16,))
     flip_a_bit(cache / name, tensor, row)
     assert verify(str(cache)) == {name: [KEYS[row]]}
-    assert json.loads((cache / f"{name}{DAMAGED_SUFFIX}").read_text()) == [KEYS[row]]
+    assert (cache / f"{name}{DAMAGED_SUFFIX}").read_text() == f"{KEYS[row]}\n"
     assert not (cache / f"{other}{DAMAGED_SUFFIX}").exists()
     assert verify(str(cache)) == {}  # no dataset needs it
     write(cache)
@@ -194,6 +230,22 @@ def test_a_file_that_was_cut_short_is_listed(cache, content):
     assert verify(str(cache)) == {}
     (cache / name).write_bytes(b"cut again")
     assert verify(str(cache)) == {name: []}
+
+
+def test_a_shard_that_another_job_has_just_replaced_is_not_marked(cache, monkeypatch):
+    """It was no whole shard when the headers were read, and is one now."""
+    name = write(cache)
+    whole = (cache / name).read_bytes()
+    (cache / name).write_bytes(whole[:-1])
+
+    class Earlier(maintenance.ShardStore):
+        def refresh(self):
+            super().refresh()
+            (cache / name).write_bytes(whole)
+
+    monkeypatch.setattr(maintenance, "ShardStore", Earlier)
+    assert verify(str(cache)) == {}
+    assert files(cache) == {name}
 
 
 def test_where_an_index_cannot_be_read_what_is_damaged_is_told_again(config, cache):
@@ -320,6 +372,20 @@ def test_young_files_stay_since_their_job_may_still_be_running(config, cache):
     before = shards(cache)
     age(cache, 0.2)
     assert set(prune(str(cache), keep_days=0, dry_run=False).shards) == before
+    assert shards(cache) == set()
+
+
+def test_an_index_younger_than_a_day_stays_however_few_days_are_kept(config, cache):
+    cached(config)
+    before = files(cache)
+    assert prune(str(cache), keep_days=0, dry_run=False).lines(done=True) == [
+        "nothing to prune: every entry is in use, or younger than a day"
+    ]
+    age(cache, 0.9)
+    assert prune(str(cache), keep_days=0.5, dry_run=False).datasets == []
+    assert files(cache) == before
+    age(cache, 0.2)
+    assert len(prune(str(cache), keep_days=0, dry_run=False).datasets) == 1
     assert shards(cache) == set()
 
 

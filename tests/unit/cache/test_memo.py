@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdxl_ray.cache import images
+from sdxl_ray.cache import formats
 from sdxl_ray.cache import memo as memo_module
 from sdxl_ray.cache.memo import FILE_NAME, Memo
 from sdxl_ray.cache.scan import ScannedFile
@@ -21,9 +21,9 @@ def listed(number, stamp="1-1", **changes):
     return Listed(path=f"/images/猫 {number}\n.png", stamp=stamp, **changes)
 
 
-def scanned(number, problem=""):
+def scanned(number, problem="", kind="damaged"):
     if problem:
-        return ScannedFile("", 0, 0, problem)
+        return ScannedFile("", 0, 0, problem, kind)
     return ScannedFile(f"{number:02x}" * 31 + "00", 10 + number, 20)  # ends in a zero, which NumPy would like to cut
 
 
@@ -90,26 +90,17 @@ def test_how_an_image_is_identified_is_part_of_what_is_remembered(tmp_path):
     assert find(memo, FILES, trusted=False) == [None] * 6
 
 
-def test_what_was_refused_for_its_size_or_could_not_be_read_is_looked_at_again(tmp_path):
-    problems = [
-        "99x99 is more than dataset.max_pixels = 10",
-        "cannot be read: Input/output error",
-        "not an image that Pillow can read",
-        "the file is empty",
-    ]
-    memo = remember(tmp_path, FILES[:4], [scanned(number, problem) for number, problem in enumerate(problems)])
-    assert [each and each.problem for each in find(memo, FILES[:4])] == [None, None, *problems[2:]]
-
-
-def test_what_needs_a_package_is_looked_at_again(tmp_path):
-    """The machine that looked did not have it."""
-    memo = remember(tmp_path, FILES[:1], [scanned(0, "HEIC needs pillow-heif: pip install pillow-heif")])
-    assert find(memo, FILES[:1]) == [None]
+@pytest.mark.parametrize("kind", ["damaged", "too_large", "unreadable", "needs_package"])
+def test_what_may_be_over_is_looked_at_again(tmp_path, kind):
+    """Another limit, a network drive that is back, a machine that has the package. The words do not matter."""
+    found = [scanned(number, problem, kind) for number, problem in enumerate(["cannot be read: pip install it", "x"])]
+    remember(tmp_path, FILES[:2], found)
+    assert find(memo_of(tmp_path), FILES[:2]) == (found if kind == "damaged" else [None] * 2)
 
 
 @pytest.mark.parametrize("change", ["nothing", "Pillow", "plug-in", "unknown"])
 def test_with_another_pillow_or_plug_in_problems_are_looked_at_again(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(memo_module, "_PLUGINS", ("pillow_of_this_test",))
+    monkeypatch.setattr(formats, "PLUGINS", {"HEIC": ("pillow_of_this_test", "pillow-of-this-test")})
     found = [scanned(0), scanned(1, "not an image that Pillow can read"), *FOUND[2:]]
     remember(tmp_path, FILES, found)
     memo_of(tmp_path).mark({scanned(2).image_hash: "cannot be decoded: truncated"})
@@ -133,10 +124,6 @@ def test_with_another_pillow_or_plug_in_problems_are_looked_at_again(tmp_path, m
     assert [again[at] for at in (1, 2, 5)] == [None] * 3
     remember(tmp_path, FILES[1:2], [scanned(7)])  # it can be read now
     assert find(memo_of(tmp_path), FILES)[1] == scanned(7)
-
-
-def test_the_plug_ins_are_those_that_images_need():
-    assert tuple(module for module, _ in images._PLUGINS.values()) == memo_module._PLUGINS
 
 
 def test_the_limit_on_pixels_is_never_remembered_wrongly(tmp_path):
@@ -167,7 +154,7 @@ def test_what_cannot_be_decoded_is_marked_wherever_it_lies(tmp_path):
         FOUND[5].problem,
         "cannot be decoded: truncated",
     ]
-    assert again[3].image_hash == scanned(3).image_hash
+    assert (again[3].image_hash, again[3].kind) == (scanned(3).image_hash, "damaged")
     assert [again[at] for at in (0, 1, 2, 4, 5)] == [FOUND[at] for at in (0, 1, 2, 4, 5)]
 
 
@@ -207,7 +194,7 @@ def test_a_memo_that_takes_long_to_write_is_written_less_often(tmp_path, monkeyp
         assert pq.read_metadata(tmp_path / FILE_NAME).num_rows == remembered
 
 
-def test_an_image_takes_about_sixty_bytes(tmp_path):
+def test_an_image_takes_about_seventy_bytes(tmp_path):
     files = [listed(number) for number in range(20_000)]
     found = [ScannedFile(f"{number:064x}"[::-1], 1000, 1000) for number in range(20_000)]
     memo = remember(tmp_path, files, found)
@@ -234,8 +221,10 @@ def test_a_damaged_memo_is_as_good_as_none(tmp_path, content):
     "table",
     [
         pa.table({"path": ["cat.png"], "size": [1], "mtime_ns": [2], "image_hash": ["x"], "height": [1], "width": [1]}),
-        pa.table({name: ["x"] for name in ("identity", "image_hash", "height", "width", "problem")}),
-        pa.table({"identity": [b"x" * 15], "image_hash": [b""], "height": [1], "width": [1], "problem": [""]}),
+        pa.table({name: ["x"] for name in ("identity", "image_hash", "height", "width", "problem", "kind")}),
+        pa.table(
+            {"identity": [b"x" * 15], "image_hash": [b""], "height": [1], "width": [1], "problem": [""], "kind": [""]}
+        ),
     ],
 )
 def test_a_memo_of_another_version_is_as_good_as_none(tmp_path, table):

@@ -11,12 +11,12 @@ import pytest
 
 from sdxl_ray import connection
 from sdxl_ray.cache import pipeline, ray_jobs
-from sdxl_ray.cache.collection import Skipped
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.pipeline import Background, build_cache
 from sdxl_ray.cache.ray_jobs import Undecodable, scan_on_ray
 from sdxl_ray.cache.scan import scan_images
 from sdxl_ray.cache.shards import ShardReader, write_shard
+from sdxl_ray.cache.skipped import Skipped
 from sdxl_ray.errors import CacheError, DatasetError, StorageError
 from sdxl_ray.records import Listed
 from tests.unit.cache.planned import add_image, add_images, changed, config_of, fill, plan_of
@@ -33,10 +33,10 @@ def config(tmp_path, images, tiny_model):
 
 
 class Jobs:
-    """Stands in for the two encoding jobs. `bad`: names of images that cannot be decoded, with the reason."""
+    """Stands in for the two encoding jobs. `bad`: name of an image that cannot be used -> reason; all of one `kind`."""
 
     def __init__(self):
-        self.bad = {}
+        self.bad, self.kind = {}, "damaged"
         self.connected = 0
         self.encoded = []
         self.text_error = None
@@ -52,6 +52,7 @@ class Jobs:
             raise self.text_error
         for shard in plan.text_shards():
             self.write(plan, shard, "prompt_embeds")
+            clock.counts["long"] += sum("0" in caption for caption in shard.captions)
             progress("text", len(shard.keys), plan.num_missing_text)
         return plan.num_missing_text
 
@@ -62,7 +63,8 @@ class Jobs:
             for key, record in zip(shard.keys, shard.records, strict=True):
                 reason = self.bad.get(Path(record.path).name)
                 if reason:
-                    undecodable.append(Undecodable(key, record.image_hash, Skipped(record.path, reason)))
+                    skipped = Skipped(record.path, reason, kind=self.kind)
+                    undecodable.append(Undecodable(key, record.image_hash, skipped))
                 else:
                     good.append(key)
             self.write(plan, shard, "mean", good)
@@ -150,11 +152,11 @@ def test_images_that_cannot_be_decoded_leave_the_index_and_are_remembered(config
     jobs.bad = {}
     again = build_cache(config, connect=lambda: pytest.fail("nothing is left to do"))
     assert index_of(again) == index_of(result)
-    assert again.skipped == result.skipped
+    assert [(item.path, item.reason) for item in again.skipped] == [(item.path, item.reason) for item in result.skipped]
 
 
 def test_an_image_that_changed_meanwhile_is_tried_again(config, jobs):
-    jobs.bad = {"03.png": "changed while it was being cached: run again"}
+    jobs.bad, jobs.kind = {"03.png": "changed while it was being cached: run again"}, "changed"
     assert build(config, jobs).num_samples == 8
     jobs.bad = {}
     result = build(config, jobs)
@@ -162,9 +164,10 @@ def test_an_image_that_changed_meanwhile_is_tried_again(config, jobs):
 
 
 def test_what_was_wrong_with_a_mask_is_not_remembered_of_its_image(config, jobs, images):
-    add_image(images, "03-mask.png", colour=1)
+    for name in ("03-mask.png", "04-mask.png"):
+        add_image(images, name, colour=1)
     masked = changed(config, dataset__mask="file")
-    jobs.bad = {"03.png": f"its mask {images / '03-mask.png'} cannot be decoded: truncated"}
+    jobs.bad, jobs.kind = {"03.png": f"its mask {images / '03-mask.png'} cannot be decoded: truncated"}, "mask"
     assert build(masked, jobs).num_samples == 8
     (images / "03-mask.png").unlink()
     jobs.bad = {}
@@ -283,22 +286,80 @@ def test_on_demand_what_is_damaged_is_told_and_stays_a_row_so_that_the_run_can_b
     assert [sample.sample_id for sample in index_of(on_demand(config, jobs))] == before
 
 
-def test_on_demand_too_many_damaged_images_end_the_run(config, jobs):
+def test_on_demand_too_many_damaged_images_end_the_run(config, jobs, images):
     jobs.bad = {f"0{number}.png": "cannot be decoded: truncated" for number in range(3)}
     result = on_demand(config, jobs)
     start(result)
     assert type(result.background.error) is DatasetError
-    assert str(result.background.error).startswith(
-        "2 of 9 images cannot be decoded, more than dataset.max_unreadable = 0.2 allows:\n"
+    assert str(result.background.error).splitlines()[0] == (
+        f"{images}: 2 of 9 images cannot be used, more than dataset.max_unreadable = 0.2 allows:"
     )
+
+
+SEVERAL_OF_EACH = {"dataset__resolution": [64, 128], "dataset__flip": True}
+
+
+def test_on_demand_a_damaged_image_is_one_image_in_all_its_sizes(config, jobs, images):
+    """4 of 36 latents are those of 1 image in 9; with another, skipped by the scan, it is 2 in 10."""
+    add_image(images, "10.png").write_bytes(b"no image")
+    jobs.bad = {"03.png": "cannot be decoded: truncated"}
+    varied = changed(config, **SEVERAL_OF_EACH)
+    result = on_demand(varied, jobs, ranks=np.arange(36))
+    start(result)
+    assert result.background.error is None
+    assert result.background.skipped == [
+        Skipped(str(images / "03.png"), "cannot be decoded: truncated", "images", kind="damaged")
+    ]
+    Path(images / "11.png").write_bytes(b"no image")
+    with_less = changed(varied, dataset__max_unreadable=0.28)  # 2 and 1 of 11
+    result = on_demand(with_less, jobs, ranks=np.arange(36))
+    start(result)
+    assert result.background.error is None
+    stricter = on_demand(changed(with_less, dataset__max_unreadable=0.27), jobs, ranks=np.arange(36))
+    start(stricter)
+    assert ": 3 of 11 images cannot be used" in str(stricter.background.error)
+
+
+def test_on_demand_the_limit_is_one_of_each_dataset(config, jobs, images, tmp_path):
+    """A hundred good images elsewhere do not excuse a dataset that cannot be read, nor does another's limit."""
+    other = add_images(tmp_path / "other", 12, colour=700)
+    both = config_of(tmp_path, config.model.path, images, other)
+    jobs.bad = {"10.png": "cannot be decoded: cut", "11.png": "cannot be decoded: cut"}  # of the other one
+    start(result := on_demand(changed(both, dataset__other__max_unreadable=0.1), jobs, ranks=np.arange(21)))
+    assert str(result.background.error).startswith(f"{other}: 2 of 12 images cannot be used")
+    start(result := on_demand(changed(both, dataset__images__max_unreadable=0.0), jobs, ranks=np.arange(21)))
+    assert result.background.error is None
+
+
+def test_on_demand_damaged_images_are_counted_now_and_then(config, jobs, monkeypatch):
+    """Each time is a look at every key of the plan; of ten million it takes a tenth of a second."""
+    judged = []
+    background = Background(config, plan_of(config))
+    monkeypatch.setattr(pipeline, "check_readable", lambda plan, datasets, also: judged.append(len(also)))
+    monkeypatch.setattr(pipeline, "unreadable_of", lambda plan, undecodable: list(undecodable))
+    for number in range(1000):
+        background._undecodable.append(Undecodable(str(number), "", Skipped(str(number), "bad")))
+        background._progress("text", 1, 2)
+        background._progress("images", number, 1000)
+    assert judged[:10] == list(range(1, 11))
+    assert len(judged) < 70
+    assert judged[-1] > 900
+
+
+def test_on_demand_captions_that_are_cut_are_counted_when_they_are_encoded(config, jobs):
+    result = on_demand(config, jobs)
+    assert result.num_long_captions == 0
+    assert result.background.num_long_captions == 0
+    start(result)
+    assert result.background.num_long_captions == 9  # caption of 0?.png
 
 
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
         (StorageError("no space"), StorageError, "no space"),
-        (RuntimeError("first line\nlast line"), CacheError, "encoding on demand failed: last line"),
-        (AssertionError(), CacheError, "encoding on demand failed: AssertionError"),
+        (KeyError("num"), CacheError, "encoding on demand failed: KeyError: 'num'"),
+        (AssertionError(), CacheError, "encoding on demand failed: AssertionError: "),
     ],
 )
 def test_on_demand_whatever_goes_wrong_is_told_to_those_who_wait(config, jobs, error, kind, text):

@@ -181,7 +181,8 @@ def test_of_many_captions_the_first(tmp_path):
     assert "and 4 more" in page.text
 
 
-def test_an_unreadable_image_is_said_in_words(tmp_path):
+def test_an_unreadable_image_is_said_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdxl_ray.cache.reading.PAUSE_S", 0.0)
     damaged = sample(tmp_path / "cat.png", stripes())
     (tmp_path / "cat.png").write_bytes(b"")
     missing = sample(tmp_path / "dog.png", stripes())
@@ -197,7 +198,7 @@ def test_an_image_that_its_store_does_not_give_is_said_in_words(tmp_path, monkey
     def fail(record):
         raise StorageError("s3://bucket/cat.png: access denied while reading.")
 
-    monkeypatch.setattr("sdxl_ray.cache.preview.load_pixels", fail)
+    monkeypatch.setattr("sdxl_ray.cache.preview.load_image", fail)
     page = sheet(tmp_path, [sample(tmp_path / "cat.png", stripes())])
     assert "s3://bucket/cat.png: access denied while reading." in page.text
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sdxl_ray.cache import scan
-from sdxl_ray.cache.images import decode
+from sdxl_ray.cache.formats import decode
 from sdxl_ray.cache.scan import header_hw, scan_file, scan_images
 from sdxl_ray.errors import StorageError
 from sdxl_ray.records import Listed
@@ -23,6 +23,19 @@ def encoded(format="PNG", *, size=(40, 24), orientation=None, **options):
         options["exif"] = exif if format == "TIFF" else exif.tobytes()
     buffer = io.BytesIO()
     Image.new("RGB", size, "teal").save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def turned():
+    """EXIF that says: by a quarter."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def noise(format, size, **options):
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", size, os.urandom(size[0] * size[1] * 3)).save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -50,9 +63,7 @@ def with_late_chunk(png, kind, data):
 
 
 def test_the_exif_of_a_png_may_follow_its_pixels():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    content = with_late_chunk(encoded("PNG"), b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    content = with_late_chunk(encoded("PNG"), b"eXIf", turned().tobytes().removeprefix(b"Exif\0\0"))
     assert header_hw(content) == (40, 24)
     assert decode(content).size == (24, 40)
 
@@ -69,7 +80,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     for by_listing in (False, True):
         found = scan_one(path, max_pixels=19_999, by_listing=by_listing)
-        assert found.problem == "200x100 is more than dataset.max_pixels = 19999"
+        assert (found.problem, found.kind) == ("200x100 is more than dataset.max_pixels = 19999", "too_large")
         assert found.image_hash == ""
 
 
@@ -83,7 +94,7 @@ def test_a_good_file(tmp_path):
     path = tmp_path / "cat 😺\nline.png"
     path.write_bytes(encoded())
     file = scan_one(path)
-    assert (file.height, file.width, file.problem) == (24, 40, "")
+    assert (file.height, file.width, file.problem, file.kind) == (24, 40, "", "")
     assert file.image_hash == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -107,12 +118,14 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, content, problem, by_list
     path.write_bytes(content)
     file = scan_one(path, by_listing=by_listing)
     assert file.problem.startswith(problem)
+    assert file.kind == "damaged"
     assert (file.height, file.width, file.image_hash) == (0, 0, "")
 
 
 def test_a_file_that_is_gone_and_one_that_leads_in_circles(tmp_path):
     (tmp_path / "itself.jpg").symlink_to("itself.jpg")
-    assert scan_one(tmp_path / "gone.jpg").problem == "cannot be read: No such file or directory"
+    gone = scan_one(tmp_path / "gone.jpg")
+    assert (gone.problem, gone.kind) == ("cannot be read: No such file or directory", "unreadable")
     assert scan_one(tmp_path / "itself.jpg").problem == "cannot be read: Too many levels of symbolic links"
 
 
@@ -137,7 +150,15 @@ def test_a_drive_or_store_that_fails(monkeypatch, error, problem):
         raise error
 
     monkeypatch.setattr(scan, "read_bytes", fail)
-    assert scan_one("cat.png").problem == problem
+    found = scan_one("cat.png")
+    assert (found.problem, found.kind) == (problem, "unreadable")
+
+
+def test_what_needs_a_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, "missing_plugin_hint", lambda path, start: "HEIC needs pillow-heif")
+    (tmp_path / "cat.heic").write_bytes(b"not for Pillow")
+    found = scan_one(tmp_path / "cat.heic")
+    assert (found.problem, found.kind) == ("HEIC needs pillow-heif", "needs_package")
 
 
 def test_a_part_of_a_tar_file_is_read_and_no_more(tmp_path):
@@ -148,6 +169,7 @@ def test_a_part_of_a_tar_file_is_read_and_no_more(tmp_path):
     assert (found.height, found.width, found.image_hash) == (24, 40, hashlib.sha256(content).hexdigest())
     cut = scan_file(Listed("0.tar/cat.png", "1", address=address.replace("512", "700")), 10**6)
     assert "in the middle of this image" in cut.problem
+    assert cut.kind == "damaged"
 
 
 # ---- identified by the listing ---------------------------------------------------------------------------------------
@@ -181,12 +203,15 @@ def test_a_listing_is_identified_by_address_and_stamp(tmp_path):
     assert hashlib.sha256(path.read_bytes()).hexdigest() not in hashes
 
 
-@pytest.mark.parametrize("late", [b"tEXt", None])
+@pytest.mark.parametrize("late", [None, b"tEXt", b"eXIf"])
 def test_of_a_large_file_only_the_start_is_read(tmp_path, monkeypatch, late):
+    """Whatever is behind its pixels, also where that turns it: images.py finds out."""
     path = tmp_path / "large.png"
-    noise = Image.frombytes("RGB", (400, 300), os.urandom(400 * 300 * 3))
-    noise.save(path)
+    content = noise("PNG", (400, 300))
+    notes = {b"tEXt": b"Comment\0late", b"eXIf": turned().tobytes().removeprefix(b"Exif\0\0")}
+    path.write_bytes(with_late_chunk(content, late, notes[late]) if late else content)
     assert path.stat().st_size > 300_000
+    assert header_hw(path.read_bytes()) == ((400, 300) if late == b"eXIf" else (300, 400))
     read = []
     monkeypatch.setattr(scan, "read_bytes", lambda address: pytest.fail("read whole"))
     real = scan.read_start
@@ -194,6 +219,59 @@ def test_of_a_large_file_only_the_start_is_read(tmp_path, monkeypatch, late):
     found = scan_one(path, by_listing=True)
     assert (found.height, found.width, found.problem) == (300, 400, "")
     assert read == [64 * 1024]
+
+
+WEBPS = {
+    "lossy": {},
+    "lossless": {"lossless": True},
+    "profile": {"icc_profile": b"p" * 100},  # VP8X without notes
+    "animated": {"save_all": True, "append_images": [Image.new("RGB", (1, 1))] * 2},
+}
+
+
+@pytest.mark.parametrize("kind", WEBPS)
+@pytest.mark.parametrize("size", [(1, 1), (300, 401), (401, 300), (16383, 3), (3, 16383)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_thirty_bytes_tell_the_size_of_a_webp(kind, size, mode):
+    options = dict(WEBPS[kind])
+    image = Image.new(mode, size, (9, 99, 199, 128)[: len(mode)])
+    if kind == "animated":
+        options["append_images"] = [image.copy(), Image.new(mode, size)]
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", method=0, **options)
+    content = buffer.getvalue()
+    assert content[12:16] == {"lossy": b"VP8 " if mode == "RGB" else b"VP8X", "lossless": b"VP8L"}.get(kind, b"VP8X")
+    assert scan._webp_hw(content[:30], 10**6) == header_hw(content) == size[::-1]
+    assert scan._webp_hw(content[:29], 10**6) is None
+
+
+def test_a_webp_with_notes_is_left_to_pillow():
+    """They lie behind its pixels, and may turn it."""
+    assert scan._webp_hw(encoded("WEBP", orientation=6), 10**6) is None
+    assert scan._webp_hw(encoded("WEBP", xmp=b"<x:xmpmeta/>"), 10**6) is None
+
+
+@pytest.mark.parametrize("damage", [(0, b"RIFX"), (8, b"WAVE"), (12, b"ALPH"), (23, b"\0")])
+def test_what_only_looks_like_a_webp_is_left_to_pillow(damage):
+    content, (at, text) = bytearray(encoded("WEBP")), damage
+    assert scan._webp_hw(bytes(content), 10**6) == (24, 40)
+    content[at : at + len(text)] = text
+    assert scan._webp_hw(bytes(content), 10**6) is None
+
+
+def test_of_a_large_webp_only_the_start_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "large.webp"
+    path.write_bytes(noise("WEBP", (400, 300), lossless=True))
+    assert path.stat().st_size > 300_000
+    read, real = [], scan.read_start
+    monkeypatch.setattr(scan, "read_start", lambda address, length: read.append(length) or real(address, length))
+    monkeypatch.setattr(scan, "read_bytes", lambda address: pytest.fail("read whole"))
+    found = scan_one(path, by_listing=True)
+    assert (found.height, found.width, found.problem) == (300, 400, "")
+    assert (scan_one(path, 119_999, by_listing=True).problem, read) == (
+        "400x300 is more than dataset.max_pixels = 119999",
+        [64 * 1024] * 2,
+    )
 
 
 def test_a_header_behind_a_large_profile_is_found(tmp_path):
@@ -208,11 +286,10 @@ def test_a_header_behind_a_large_profile_is_found(tmp_path):
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_the_size_from_the_start_is_the_size_from_all(tmp_path, format, orientation):
     path = tmp_path / "cat"
-    noise = Image.frombytes("RGB", (300, 200), os.urandom(300 * 200 * 3))
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {} if format in ("GIF", "BMP") else {"exif": exif if format == "TIFF" else exif.tobytes()}
-    noise.save(path, format, **options)
+    path.write_bytes(noise(format, (300, 200), **options))
     whole, start = scan_one(path), scan_one(path, by_listing=True)
     assert (whole.height, whole.width) == (start.height, start.width)
     assert whole.problem == start.problem == ""

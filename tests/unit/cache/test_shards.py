@@ -26,7 +26,7 @@ from sdxl_ray.cache.shards import (
     text_key,
     write_shard,
 )
-from sdxl_ray.errors import CacheError, StorageError
+from sdxl_ray.errors import CacheError, ConfigError, StorageError
 from sdxl_ray.storage import open_folder
 from tests.remote import RemoteFolder
 
@@ -286,13 +286,22 @@ def test_what_is_marked_as_damaged_is_kept_once_until_the_shard_is_written_again
     assert not folder.exists(name + DAMAGED_SUFFIX)
 
 
-@pytest.mark.parametrize("content", ["", "{", "3", "null"])
-def test_a_damaged_marker_marks_nothing_and_is_replaced(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\n\n"])
+def test_what_else_is_in_a_marker_marks_nothing_of_the_shard(tmp_path, content):
     name = write(tmp_path)
-    (tmp_path / f"{name}{DAMAGED_SUFFIX}").write_text(content)
-    assert read_marker(open_folder(tmp_path), name + DAMAGED_SUFFIX) == []
+    (tmp_path / f"{name}{DAMAGED_SUFFIX}").write_bytes(content)
+    assert not set(read_marker(open_folder(tmp_path), name + DAMAGED_SUFFIX)) & set("abc")
     mark_damaged(str(tmp_path), name, "b")
-    assert read_marker(open_folder(tmp_path), name + DAMAGED_SUFFIX) == ["b"]
+    assert set(read_marker(open_folder(tmp_path), name + DAMAGED_SUFFIX)) & set("abc") == (
+        {"b"} if content != b"{" else set()
+    )
+
+
+def test_workers_that_mark_one_shard_at_the_same_moment_lose_nothing(tmp_path):
+    name, keys = write(tmp_path), [f"{number:032x}" for number in range(64)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda key: mark_damaged(str(tmp_path), name, key), keys))
+    assert sorted(read_marker(open_folder(tmp_path), name + DAMAGED_SUFFIX)) == keys
 
 
 # ---- headers ---------------------------------------------------------------------------------------------------------
@@ -334,6 +343,22 @@ def test_a_header_that_cannot_be_read_is_not_a_damaged_one(tmp_path, monkeypatch
     with pytest.raises(StorageError) as error:
         read_header(folder, name, (tmp_path / name).stat().st_size)
     assert str(error.value) == f"{tmp_path}/{name}: cannot be read ({text}"
+
+
+@pytest.mark.parametrize("old", [b'"a', b'"mean"', b"bfloat16", b"1"], ids=["key", "name", "extra", "number"])
+def test_a_flipped_bit_in_a_header_is_a_damaged_shard(tmp_path, old):
+    """In a key it would make another entry of it: with cache.mode = "ondemand", its image would count as damaged."""
+    name, folder = write(tmp_path, keys=("a1" * 16, "b2" * 16, "c3" * 16), dtype="bfloat16"), open_folder(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    place = 8 + header.rindex(old) + len(old) - 1
+    flipped = content[:place] + bytes([content[place] ^ 2]) + content[place + 1 :]
+    (tmp_path / name).write_bytes(flipped)
+    assert read_header(folder, name, len(flipped)) is None
+    assert check_shard(folder, name) is None
+    for key in ("a1" * 16, "b2" * 16):
+        with pytest.raises(UnreadableShard, match="header"):
+            ShardReader(tmp_path).read(name, key)
 
 
 def test_a_header_of_another_version_and_of_a_file_that_is_gone(tmp_path, monkeypatch):
@@ -416,16 +441,52 @@ def test_a_shard_that_is_damaged_in_the_bucket_is_fetched_again_only_once(remote
     assert same_bits(read_remote(remote, tmp_path).read(name, "c")["std"], tensors()["std"][2])
 
 
+def test_where_the_disk_takes_no_copies_shards_are_read_without_them(remote, tmp_path, monkeypatch):
+    names, said = [write(tmp_path / "bucket", (key,), seed=seed) for seed, key in enumerate("abc")], []
+    reader = read_remote(remote, tmp_path, report=said.append, max_open=1)
+    assert same_bits(reader.read(names[0], "a")["mean"], tensors(1, 0)["mean"][0])
+
+    def refuse(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    flip_a_bit(tmp_path / "bucket" / write(tmp_path / "bucket", ("d",)), "mean")
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    for _ in range(2):
+        for seed, key in enumerate("abc"):
+            found = reader.read(names[seed], key)
+            assert all(same_bits(found[kind], tensor[0]) for kind, tensor in tensors(1, seed).items())
+    assert remote.reads == [names[0], *names[1:], *names[1:]]  # of the first there is a copy
+    (line,) = said
+    assert line.startswith(f"cache.local_path = {tmp_path}/copies on ")
+    assert line.endswith(
+        f": takes no more copies (No space left on device). Shards of {remote.path} are read without them, whole ones "
+        "each time, which is slow: free some space, or lower cache.local_gib."
+    )
+    with pytest.raises(DamagedEntry):
+        reader.read(shard_name("latents", ("d",), BUCKET), "d")
+
+
+def test_a_folder_for_copies_that_cannot_be_used_is_an_error_at_once(remote, tmp_path):
+    """Else every read would fetch a whole shard, or, worse, be taken for a shard that is damaged."""
+    name = write(tmp_path / "bucket")
+    (tmp_path / "copies").write_text("a file")
+    with pytest.raises(ConfigError) as error:
+        read_remote(remote, tmp_path).read(name, "a")
+    assert f"cache.local_path = {tmp_path}/copies on " in str(error.value)
+    assert ": cannot be written (" in str(error.value)
+    assert str(error.value).endswith("or set it to a folder on a local disk of every machine.")
+
+
 # ---- full disks ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
-        (28, "no space left on the device"),
-        (122, "the disk quota is used up"),
-        (30, "the file system is read-only"),
-        (13, "permission denied"),
+        (28, "no space left on the device while writing encoded tensors. Free some space"),
+        (122, "the disk quota is used up while writing encoded tensors. Free some space"),
+        (30, "the file system is read-only while writing encoded tensors. Make it writable"),
+        (13, "permission denied while writing encoded tensors. Make it writable"),
     ],
 )
 def test_a_disk_that_refuses_is_named_and_no_temporary_stays(tmp_path, monkeypatch, number, reason):
@@ -440,9 +501,7 @@ def test_a_disk_that_refuses_is_named_and_no_temporary_stays(tmp_path, monkeypat
     path = tmp_path / shard_name("latents", ("a", "b", "c"), BUCKET)
     with pytest.raises(StorageError) as error:
         write(tmp_path)
-    assert str(error.value) == (
-        f"{path}: {reason} while writing encoded tensors. Free some space and run again: finished shards are kept."
-    )
+    assert str(error.value) == (f"{path}: {reason} and run again: finished shards are kept.")
     assert list(path.parent.iterdir()) == [kept]
 
 

@@ -46,7 +46,28 @@ def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
         (
             {"captions": ["textfile", "json"]},
             "captions",
-            '"json" is not a source; known: textfile, column, filename, instance_prompt',
+            '"json" is not a source; known: textfile, column, filename, instance_prompt, empty, skip',
+        ),
+        (
+            {"captions": ["textfile", "empty", "skip"]},
+            "captions",
+            '"empty" decides about images without a caption: nothing can come after it',
+        ),
+        (
+            {"captions": ["skip", "textfile"]},
+            "captions",
+            '"skip" decides about images without a caption: nothing can come after it',
+        ),
+        ({"captions": ["skip"]}, "captions", 'is only "skip", which leaves out every image. Put a source before it.'),
+        (
+            {"path": "s3:/bucket/dogs"},
+            "path",
+            "names a folder of this machine called s3:, which is not there. Write s3://...",
+        ),
+        (
+            {"path": "hf:org/dogs"},
+            "path",
+            "names a folder of this machine called hf:, which is not there. Write hf://...",
         ),
         (
             {"captions": ["instance_prompt"]},

@@ -1,7 +1,9 @@
 import pytest
 
+from sdxl_ray.cache.pipeline import CacheResult
 from sdxl_ray.tracking import console as module
 from sdxl_ray.tracking.console import Console
+from sdxl_ray.tracking.display import RunDisplay
 
 PLAIN = "[bold]not markup[/] :cat: https://example.org/a_b 1234 'text' " + "long " * 60 + "end"
 
@@ -69,6 +71,47 @@ def test_stages_have_their_own_clock(clock, capsys):
     console.progress("text", 2, 9)
     console.progress("images", 2, 9)
     assert capsys.readouterr().out == "text: 2/9  (0.1/s, 1m17s left)\n"
+
+
+def test_what_is_left_is_told_from_the_first_that_was_done_on(clock, capsys):
+    """The encoders take half a minute to start, which says nothing about how fast they are."""
+    console = Console(live=False)
+    console.progress("images", 0, 400)
+    clock["s"] = 15
+    console.progress("images", 0, 400)
+    clock["s"] = 30
+    console.progress("images", 64, 400)
+    assert console.per_second("images") is None
+    clock["s"] = 41
+    console.progress("images", 284, 400)
+    assert console.per_second("images") == 20
+    clock["s"] = 47
+    console.progress("images", 404, 404)
+    assert capsys.readouterr().out == (
+        "images: 0/400\nimages: 64/400\nimages: 284/400  (20.0/s, 6s left)\nimages: 404/404  (20.0/s)\n"
+    )
+    assert console.per_second("text") is None
+
+
+@pytest.mark.parametrize(
+    ("is_told", "expected"), [(True, "16.0 images/s (20.0 once the encoders ran)"), (False, "16.0 images/s")]
+)
+def test_the_summary_tells_the_start_of_the_encoders_apart(clock, capsys, is_told, expected):
+    console = Console(live=False)
+    for done, at in ((0, 0), (64, 30), (464, 50)) if is_told else ((64, 1), (64, 1.5)):
+        clock["s"] = at
+        console.progress("images", done, 800)
+    result = CacheResult("", 800, 800, 0, 0, 77, (), "", {"64x64": 800}, 51.0, {"images": 50.0}, {})
+    RunDisplay(console).on_cache({"result": result})
+    assert f"encoded 800 images and 0 captions in 51s, {expected}\n" in capsys.readouterr().out
+
+
+def test_a_bar_measures_speed_too(clock):
+    with Console(live=True) as console:
+        for done in (0, 64, 164):
+            clock["s"] += 10
+            console.progress("images", done, 400)
+        assert console.per_second("images") == 10
 
 
 def test_on_a_terminal_progress_is_a_bar_that_goes_away(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_ray.config.load import with_overrides
-from sdxl_ray.errors import ConfigError
+from sdxl_ray.errors import ConfigError, DatasetError
 from sdxl_ray.train.data import build_plan, data_order, load_data, run_identity
 from sdxl_ray.train.setup import Prefetching, build_training, learning_rates
 from sdxl_ray.train.state import Workers
@@ -186,6 +186,25 @@ def test_a_damaged_image_is_told_and_the_run_goes_on(config, tmp_path):
     }
     assert [name for name, weight in found.items() if weight == 0] == [data.train[0].sample_id]
     assert told and all(str(damaged) in line for line in told)
+
+
+def test_too_many_damaged_images_end_the_run(config, tmp_path):
+    """With cache.mode = "off": docs/data.md promises it of every mode."""
+    images = Path(shutil.copytree(config.datasets[0].path, tmp_path / "images"))
+    off = with_overrides(
+        with_dataset(config, path=str(images), resolution=[64, 96], flip=True),
+        {"cache.mode": "off", "cache.path": str(tmp_path), "train.duration": "3 epochs"},
+    )
+    data = load_data(off, cache_without_ray(off))
+    for path in sorted({sample.path for sample in data.train})[:3]:
+        Path(path).write_bytes(b"no image any more")
+    training = make_training_that_reports(off, data, lambda text: None)
+    with pytest.raises(DatasetError) as error:
+        for _ in training.batches():
+            pass
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{images}: 3 of 13 images cannot be used, more than dataset.max_unreadable = 0.2 allows:"
+    assert (len(lines), lines[-1]) == (5, "Repair or remove them, or raise dataset.max_unreadable.")
 
 
 def make_training_that_reports(config, data, report):

@@ -73,7 +73,8 @@ def test_a_server_that_stays_busy():
         (404, FileNotFoundError, "HTTP 404 Not Found"),
         (410, FileNotFoundError, "HTTP 410 Gone"),
         (403, PermissionError, "HTTP 403 Forbidden"),
-        (418, OSError, "HTTP 418 I'm a Teapot"),
+        (400, PermissionError, "HTTP 400 Bad Request"),
+        (418, PermissionError, "HTTP 418 I'm a Teapot"),
     ],
 )
 def test_a_server_that_refuses_is_not_asked_again(status, kind, text):

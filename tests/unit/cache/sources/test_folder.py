@@ -69,7 +69,10 @@ def test_a_name_that_is_not_utf_8_is_escaped(tmp_path):
     ("make", "text"),
     [
         (lambda folder: None, ": {} does not exist. Set it to the folder that holds your images."),
-        (lambda folder: folder.write_text("x"), ": {} is a file, expected a folder of images."),
+        (
+            lambda folder: folder.write_text("x"),
+            ": {} is a file of another kind, expected a folder of images, or a file that ends in .tar .parquet .csv ",
+        ),
         (lambda folder: folder.mkdir(), ": no images in {} or its subfolders. Looked for .avif .bmp .gif"),
     ],
 )
@@ -80,6 +83,43 @@ def test_a_folder_that_cannot_be_used(tmp_path, make, text, name, format):
     with pytest.raises(DatasetError) as error:
         listed(folder, name=name, format=format)
     assert str(error.value).startswith(("dataset.path of cats" if name else "dataset.path") + text.format(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.txt", "ends in .tar .parquet .csv .tsv .jsonl .ndjson .arrow .feather."),
+        ("meta.json", ".feather. Write it as .jsonl: one object a line."),
+        ("cat.jpg", "cat.jpg is one image, expected a folder of images."),
+    ],
+)
+def test_a_file_that_is_no_dataset(tmp_path, name, text):
+    write(tmp_path, name)
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path / name)
+    assert str(error.value).startswith(f"dataset.path: {tmp_path}/{name} is ")
+    assert str(error.value).endswith(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("path/to/images", "dataset.path is still the example's. Set it to the folder that holds your images."),
+        ("/work/path/to/images", "dataset.path is still the example's. Set it to the folder that holds your images."),
+        ("/$DATA/cats", "dataset.path: /$DATA/cats does not exist. Variables such as $HOME are not filled in: "),
+        ("/${DATA}/cats", "dataset.path: no file fits /${DATA}/cats. Variables such as $HOME are not filled in: "),
+        ("/none/list.csv", "dataset.path: /none/list.csv does not exist. Check its name."),
+    ],
+)
+def test_a_path_that_is_not_there(path, text):
+    with pytest.raises(DatasetError) as error:
+        listed(path)
+    assert str(error.value).startswith(text)
+
+
+def test_a_folder_with_a_dollar_in_its_name(tmp_path):
+    write(tmp_path, "$DATA/a.jpg")
+    assert len(listed(tmp_path / "$DATA")) == 1
 
 
 def test_a_folder_that_may_not_be_entered_is_not_passed_over(tmp_path, monkeypatch):
@@ -119,8 +159,31 @@ def test_the_caption_file_with_the_whole_name_comes_first(tmp_path):
 
 @pytest.mark.parametrize("extension", [".caption", "caption"])
 def test_caption_files_may_end_differently(tmp_path, extension):
-    write(tmp_path, "a.jpg", "a.txt", "a.caption", "b.jpg", "b.CAPTION")
+    write(tmp_path, "a.jpg", "a.txt", "a.caption", "b.jpg", "b.txt")
     assert texts(tmp_path, caption_extension=extension) == {"a.jpg": "a.caption", "b.jpg": ""}
+
+
+def test_the_extension_may_be_in_capitals(tmp_path):
+    write(tmp_path, "A.JPG", "A.TXT", "b.jpg", "B.txt", "c.png", "c.png.Txt", "d.png", "d.TXT", "d.txt", "d.Txt")
+    write(tmp_path, "e.png", "e.TXT", "e.Txt", "deep/f.png", "deep/f.TXT")
+    assert texts(tmp_path) == {
+        "A.JPG": "A.TXT",
+        "b.jpg": "",
+        "c.png": "c.png.Txt",
+        "d.png": "d.txt",
+        "e.png": "e.TXT",
+        "f.png": "deep/f.TXT",
+    }
+    write(tmp_path, "two/a.jpg", "two/a.png", "two/a.TXT")
+    with pytest.raises(DatasetError, match=r"two/a\.TXT could belong to a\.jpg or a\.png"):
+        listed(tmp_path / "two")
+
+
+def test_other_files_of_the_name_are_told_where_there_is_no_caption(tmp_path):
+    write(tmp_path, "a.jpg", "a.caption", "a.tags", "b.jpg", "b.txt", "b.tags", "c.jpg", "d.tags")
+    found = {Path(image.path).name: image.beside for image in listed(tmp_path)}
+    assert found == {"a.jpg": ("a.caption", "a.tags"), "b.jpg": (), "c.jpg": ()}
+    assert {image.beside for image in listed(tmp_path, captions=["filename"])} == {()}
 
 
 def test_a_link_to_a_caption_counts_if_it_leads_somewhere(tmp_path):
@@ -167,13 +230,40 @@ def test_nothing_is_listed_any_more_once_captions_are_ambiguous(tmp_path):
 def test_masks_are_paired_and_are_no_images(tmp_path):
     write(tmp_path, "a.jpg", "a-mask.png", "b.png", "b-MASK.png", "c.png", "deep/a-mask.png")
     found = {Path(image.path).name: image.mask_file for image in listed(tmp_path, mask="file")}
-    assert found == {"a.jpg": f"{tmp_path}/a-mask.png", "b.png": "", "b-MASK.png": "", "c.png": ""}
+    assert found == {
+        "a.jpg": f"{tmp_path}/a-mask.png",
+        "b.png": "",
+        "b-MASK.png": "",
+        "c.png": "",
+    }  # on which all counts
     for mask in ("none", "alpha"):
         found = listed(tmp_path, mask=mask)
         assert "deep/a-mask.png" in names(found, tmp_path)
         assert {image.mask_file for image in found} == {""}
+    (tmp_path / "a.png").touch()
     found = {Path(image.path).name: image.mask_file for image in listed(tmp_path, mask="file", mask_suffix=".png")}
-    assert found == {"a.jpg": ""}
+    assert found == {"a.jpg": f"{tmp_path}/a.png"}
+
+
+def test_where_not_one_image_has_a_mask(tmp_path):
+    write(tmp_path, "a.jpg", "a_mask.png", "deep/b.jpg", "deep/b_mask.png")
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path, mask="file", name="cats")
+    assert str(error.value) == (
+        f'dataset.mask of cats is "file", and not one image in {tmp_path} or its subfolders has a mask: of cat.jpg it '
+        'would be cat-mask.png (dataset.mask_suffix = "-mask.png"). Set dataset.mask_suffix, or dataset.mask = "none".'
+    )
+    assert len(listed(tmp_path, mask="file", mask_suffix="_mask.png")) == 2
+
+
+def test_no_table_tells_the_points_of_interest(tmp_path):
+    write(tmp_path, "a.jpg")
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path, crop="focus")
+    assert str(error.value) == (
+        f'dataset.crop is "focus", and {tmp_path} or its subfolders has no table that would tell the points '
+        '(dataset.focus_columns). Give a table, or set dataset.crop = "center".'
+    )
 
 
 # ---- how many, how fast ----------------------------------------------------------------------------------------------

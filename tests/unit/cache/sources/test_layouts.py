@@ -64,10 +64,29 @@ def test_a_table_of_captions_beside_images(tmp_path, folder, kind):
     write(tmp_path / folder, "cats/a.jpg", "b.jpg", "not-in-the-table.jpg")
     columns = {"file_name": ["cats/a.jpg", "b.jpg"], "text": ["a cat", "b"]}
     write_table(tmp_path / folder / f"metadata.{kind}", columns)
-    found = listed(tmp_path)
+    with pytest.warns(UserWarning, match="not in") as warned:
+        found = listed(tmp_path)
+    table = tmp_path / folder / f"metadata.{kind}"
+    assert [str(warning.message) for warning in warned] == [
+        f"1 images in {tmp_path} are not in {table} and are left out"
+    ]
     assert contents(found) == [b"cats/a.jpg", b"b.jpg"]
     assert [image.texts for image in found] == [("a cat",), ("b",)]
     assert len(listed(tmp_path, format="folder")) == 3
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_image_is_left_out_where_the_table_names_all(tmp_path):
+    write(tmp_path, "a.jpg", "deep/b.jpg", "deep/mask.png", "list.txt")
+    columns = {
+        "file_name": ["./a.jpg", "x/../deep/b.jpg", "https://example.org/c.jpg"],
+        "mask": [None, "deep/mask.png", None],
+    }
+    write_table(tmp_path / "metadata.csv", columns)
+    assert len(listed(tmp_path, mask="file")) == 3
+    with pytest.raises(UserWarning, match=r"^1 images in "):
+        listed(tmp_path)
+    assert len(listed(tmp_path / "metadata.csv")) == 3  # the user's own choice
 
 
 def test_metadata_of_something_else_is_passed_over(tmp_path):
@@ -120,6 +139,7 @@ def test_a_folder_of_ones_own_is_read_whole(tmp_path, name, text, is_clone):
     assert len(listed(tmp_path)) == (1 if is_clone else 3)
 
 
+@pytest.mark.filterwarnings("ignore:.* are left out")
 def test_a_table_in_a_subfolder_is_not_taken_for_all_there_is(tmp_path):
     write(tmp_path, "train/a.jpg", "train/deep/b.jpg")
     write_table(tmp_path / "train/metadata.csv", {"file_name": ["a.jpg"], "text": ["a cat"]})
@@ -170,7 +190,7 @@ def test_a_format_that_is_not_there(tmp_path):
         f'dataset.path: {tmp_path}/0.tar is a webdataset, and dataset.format = "table". '
         'Set it to "auto", or correct the path.'
     )
-    with pytest.raises(DatasetError, match=r"a\.jpg is a file, expected a folder of images\."):
+    with pytest.raises(DatasetError, match=r"a\.jpg is one image, expected a folder of images\."):
         listed(tmp_path / "a.jpg")
 
 

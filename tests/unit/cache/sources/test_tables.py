@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdxl_ray.cache.sources import list_dataset, read_bytes, read_start, rows
+from sdxl_ray.cache.sources import as_shares, list_dataset, read_bytes, read_start, rows, shown_address
 from sdxl_ray.errors import DatasetError
 from tests.unit.cache.sources.made import contents, listed, section, write
 
@@ -346,7 +346,10 @@ def test_the_first_column_with_captions_counts(tmp_path, name):
     write_table(tmp_path / name, columns)
     found = listed(tmp_path)
     assert [image.texts for image in found] == [("one", "two"), ("other",), ("other",), (), ("x",)]
-    assert [image.texts for image in listed(tmp_path, caption_columns=["none", "number"])] == [("7",)] * 5
+    assert [image.texts for image in listed(tmp_path, caption_columns=["caption", "number"])][1:4] == [("7",)] * 3
+    assert {image.columns for image in found} == {("image", "caption", "text", "number")}
+    tags = listed(tmp_path, caption_lists="tags", tag_separator=" |")
+    assert [image.texts for image in tags] == [("one | two",), ("other",), ("other",), (), ("x",)]
 
 
 @pytest.mark.parametrize("name", BINARY + TEXT)
@@ -358,13 +361,30 @@ def test_sizes_and_points_of_interest(tmp_path, name):
         ((200, 100, 201.0, 5.0), (200, 100), None),
         ((200, 100, -0.1, 0.5), (200, 100), None),
         ((200, None, 0.5, None), None, None),
-        ((None, None, 50.0, 25.0), None, None),
+        ((None, None, 50.0, 25.0), None, (50.0, 25.0)),  # pixels of an image whose size is still to be read
+        ((None, None, -0.1, 0.5), None, None),
+        ((None, None, 0.5, 0.25), None, (0.5, 0.25)),
         ((0, 100, 1.0, 0.0), None, (1.0, 0.0)),
     ]
     names = ("height", "width", "focus_y", "focus_x")
     columns = {name: [row[0][number] for row in cells] for number, name in enumerate(names)}
     write_table(tmp_path / name, {"image": ["a.jpg"] * len(cells)} | columns)
     assert [(image.original_hw, image.focus_yx) for image in listed(tmp_path)] == [row[1:] for row in cells]
+
+
+@pytest.mark.parametrize(
+    ("focus_yx", "expected"),
+    [
+        (None, None),
+        ((0.5, 0.25), (0.5, 0.25)),
+        ((50.0, 25.0), (0.25, 0.25)),
+        ((50.0, 0.5), (0.25, 0.005)),
+        ((201.0, 5.0), None),
+        ((1.0, 0.0), (1.0, 0.0)),
+    ],
+)
+def test_a_point_in_pixels_becomes_shares_when_the_size_is_known(focus_yx, expected):
+    assert as_shares(focus_yx, (200, 100)) == expected
 
 
 def test_sizes_that_are_no_numbers(tmp_path):
@@ -386,6 +406,54 @@ def test_masks(tmp_path, name):
     ]
     write_table(tmp_path / name, {"image": [b"i"], "m": [b"mask"]})
     assert read_bytes(listed(tmp_path / name, mask="file", mask_column="m")[0].mask_file) == b"mask"
+
+
+@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize("is_struct", [False, True])
+def test_a_mask_that_is_a_null_is_none(tmp_path, name, is_struct):
+    """In row groups that have all, some and none of them."""
+    masks = [b"m", b"", b"m", None, None, None, b"m"]
+    if is_struct:
+        cells = [{"bytes": mask, "path": None} for mask in masks]
+        masks += [b"beside.png", None]
+        cells += [{"bytes": None, "path": "beside.png"}, None]
+        write(tmp_path, "beside.png")
+    else:
+        cells = pa.array(masks)
+    write_table(tmp_path / name, {"image": [b"i"] * len(masks), "mask": cells}, row_group_size=2)
+    found = listed(tmp_path / name, mask="file")
+    assert [bool(image.mask_file) for image in found] == [mask is not None for mask in masks]
+    assert [read_bytes(image.mask_file) for image in found if image.mask_file and image is not found[1]] == [
+        mask for mask in masks if mask
+    ]
+    with pytest.raises(ValueError, match='the column "mask" is empty in row 1 '):  # of a file it would be an error too
+        read_bytes(found[1].mask_file)
+
+
+@pytest.mark.parametrize("mask", [b"m", None])
+def test_no_masks_are_read_where_statistics_tell(tmp_path, monkeypatch, mask):
+    write_table(tmp_path / "0.parquet", {"image": [b"i"] * 3, "mask": pa.array([mask] * 3, pa.binary())})
+    read = []
+    batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile, "iter_batches", lambda self, **options: read.append(options) or batches(self, **options)
+    )
+    assert [image.mask_file != "" for image in listed(tmp_path, mask="file")] == [mask is not None] * 3
+    assert [options["columns"] for options in read] == [[]]
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("row:1:mask:/data/0.parquet", "/data/0.parquet/00000001"),
+        ("row:17:a%3Ab+2:s3://b/0.parquet", "s3://b/0.parquet/00000017"),
+        ("tar:512+10:/data/0.tar", "at byte 512 of /data/0.tar"),
+        ("refused:the table names what it may not", "of the table"),
+        ("/data/cat-mask.png", "/data/cat-mask.png"),
+    ],
+)
+def test_addresses_for_people(address, expected):
+    assert shown_address(address) == expected
 
 
 @pytest.mark.parametrize("name", BINARY)
@@ -473,6 +541,52 @@ def test_without_a_column_for_the_image(tmp_path, name):
     assert len(listed(tmp_path, image_column="img")) == 1
 
 
+@pytest.mark.parametrize("name", BINARY + TEXT)
+def test_columns_that_are_set_and_nowhere(tmp_path, name):
+    columns = {"image": ["a.jpg"], "mat": ["a.png"], "fy": [0.5], "caption": ["a"], "high": [9]}
+    write_table(tmp_path / name, columns)
+    there_are = f"\n{tmp_path}/{name}: has image, mat, fy, caption, high."
+    for settings, text in [
+        (
+            {"mask": "file", "mask_column": "matte", "name": "cats"},
+            'dataset.mask_column of cats: there is no column "matte" for dataset.mask = "file". Did you mean "mat"?',
+        ),
+        ({"mask": "file"}, 'dataset.mask_column: there is no column "mask" for dataset.mask = "file".'),
+        (
+            {"crop": "focus", "focus_columns": ["fy", "fx"]},
+            'dataset.focus_columns: there is no column "fx" for dataset.crop = "focus".',
+        ),
+        ({"size_columns": ["high", "wide"]}, 'dataset.size_columns: there is no column "wide".'),
+        (
+            {"caption_columns": ["long", "caption", "text"]},
+            'dataset.caption_columns: there is no column "long".',
+        ),
+    ]:
+        with pytest.raises(DatasetError) as error:
+            listed(tmp_path, **settings)
+        assert str(error.value).startswith(text)
+        assert str(error.value).endswith(there_are)
+    with pytest.raises(DatasetError, match=r'"focus_y" .*\n.*"focus_x"'):
+        listed(tmp_path, crop="focus")
+    for settings in ({}, {"mask": "file", "mask_column": "mat"}, {"caption_columns": ["x"], "captions": ["filename"]}):
+        assert len(listed(tmp_path, **settings)) == 1
+
+
+def test_a_column_may_be_in_one_of_the_tables_and_in_some_rows(tmp_path):
+    write_table(tmp_path / "0.csv", {"image": ["a.jpg"]})
+    with (tmp_path / "1.jsonl").open("w") as file:
+        file.write('{"image": "b.jpg"}\n{"image": "c.jpg", "words": "c", "mask": null}\n')
+    assert len(listed(tmp_path, caption_columns=["words"], mask="file")) == 3
+    with pytest.raises(DatasetError, match=r"0\.csv and 1 more files: has image, words, mask\."):
+        listed(tmp_path, caption_columns=["word"])
+
+
+def test_a_misspelt_column_is_found_before_a_long_listing(tmp_path):
+    write_table(tmp_path / "0.csv", {"image": ["a.jpg"]})
+    with pytest.raises(DatasetError, match='no column "x"'):
+        next(list_dataset(section(tmp_path, size_columns=["x", "y"])))
+
+
 def test_a_column_that_is_no_image(tmp_path):
     write_table(tmp_path / "0.parquet", {"image": [[1.0, 2.0]]})
     with pytest.raises(DatasetError, match=r'the column "image" is list<.*>, expected bytes, a path or URL, or '):
@@ -517,6 +631,14 @@ def test_a_row_that_is_not_there(tmp_path):
         ("0.jsonl", b'{"image": "a.jpg"}\n[1]\n', "line 2 is no JSON object, expected"),
         ("0.jsonl", b'{"image": "caf\xe9.jpg"}\n', "near line 1: not UTF-8, byte 0xe9. Save it as UTF-8."),
         ("0.csv", b"image,text\na.jpg,one\na.jpg,a, b\n", "line 3 has 3 columns, the first line 2. Put texts with"),
+        ("0.csv", b"image;text\na.jpg;x\n", 'its columns seem to be separated by ";". Save it with commas.'),
+        ("0.csv", b"image\ttext\na.jpg\tx\n", "its columns seem to be separated by tabs. Save it with commas."),
+        ("0.tsv", b"image,text\na.jpg,x\n", 'its columns seem to be separated by ",". Save it with tabs.'),
+        (
+            "0.csv",
+            b"image,text, text\na.jpg,x,y\n",
+            'its first line has "text" more than once. Give each column a name',
+        ),
         ("0.csv", b'image,text\na.jpg,"open\n', "line 2: unexpected end of data. Correct it, or take it out."),
         ("0.csv", b"image,text\na.jpg,caf\xe9\n", "not UTF-8, byte 0xe9. Save it as UTF-8."),
     ],
@@ -535,6 +657,13 @@ def test_csv_as_spreadsheets_write_it(tmp_path):
     first, second = listed(tmp_path)
     assert (Path(first.path).name, first.texts) == ("a, b.jpg", ('two\r\nlines, "quoted"',))
     assert second.texts == ("007",)
+
+
+def test_spaces_after_the_commas(tmp_path):
+    (tmp_path / "0.csv").write_text('caption , image,,\n"a, b", "c d.jpg",,\n  x ,  e.jpg,,\n')
+    first, second = listed(tmp_path)
+    assert (Path(first.path).name, first.texts) == ("c d.jpg", ("a, b",))
+    assert (Path(second.path).name, second.texts) == ("e.jpg", ("x",))
 
 
 @pytest.mark.parametrize("name", TEXT)

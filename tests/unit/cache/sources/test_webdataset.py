@@ -86,6 +86,47 @@ def test_a_name_with_more_dots_keeps_its_own_caption(tmp_path):
     ]
 
 
+def test_endings_may_be_in_capitals(tmp_path):
+    write_tar(tmp_path / "0.tar", [("A.JPG", b"a"), ("A.TXT", b"text"), ("A.JSON", b'{"caption": "from json"}')])
+    (image,) = listed(tmp_path)
+    assert (read_bytes(image.text_file), image.texts) == (b"text", ("from json",))
+
+
+def test_other_members_are_told_where_there_is_no_caption(tmp_path):
+    members = ["a.jpg", "a.caption", "deep/b.jpg", "deep/b.tags", "deep/b.txt", "c.jpg"]
+    write_tar(tmp_path / "0.tar", [(name, b"x") for name in members])
+    assert [image.beside for image in listed(tmp_path)] == [("a.caption",), (), ()]
+
+
+def test_a_list_is_alternatives_or_the_tags_of_one_caption(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.json", b'{"caption": ["1girl", " red hair", ""]}')])
+    assert listed(tmp_path)[0].texts == ("1girl", "red hair")
+    assert listed(tmp_path, caption_lists="tags")[0].texts == ("1girl, red hair",)
+
+
+def test_where_not_one_image_has_a_mask(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.matte.png", b"x")])
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path, mask="file")
+    assert str(error.value).startswith(
+        f'dataset.mask is "file", and not one image in {tmp_path}/0.tar has a mask: of cat.jpg it would be cat.mask.png'
+    )
+    assert listed(tmp_path, mask="file", mask_suffix=".matte.png")[0].mask_file
+
+
+def test_names_that_are_in_no_json(tmp_path):
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", [("a.jpg", b"x"), ("a.json", b'{"captions": "a", "focus_x": 1}')])
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path, caption_columns=["caption", "captoins"], crop="focus")
+    assert str(error.value).split("\n") == [
+        'dataset.caption_columns: there is no column "captoins". Did you mean "captions"?',
+        'dataset.focus_columns: there is no column "focus_y" for dataset.crop = "focus". Did you mean "focus_x"?',
+        f"{tmp_path}/0.tar and 1 more files: has captions, focus_x.",
+    ]
+    assert len(listed(tmp_path, caption_columns=["captions"])) == 2
+
+
 def test_only_what_is_an_image_on_its_own_is_one(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.jpg", b"a"), ("a.depth.png", b"depth"), ("a.mask.png", b"mask")])
     assert contents(listed(tmp_path)) == [b"a"]
@@ -119,7 +160,7 @@ def test_a_tar_file_of_a_range_that_is_missing(tmp_path):
     write_tar(tmp_path / "000.tar", [("a.jpg", b"a")])
     with pytest.raises(DatasetError) as error:
         listed(tmp_path / "{000..001}.tar")
-    assert str(error.value) == f"dataset.path: {tmp_path}/001.tar does not exist."
+    assert str(error.value) == f"dataset.path: {tmp_path}/001.tar does not exist. Check its name."
     with pytest.raises(DatasetError) as error:
         listed(tmp_path / "x*.tar", name="cats")
     assert str(error.value) == (
