@@ -4,7 +4,8 @@
 
 FOLDER holds JPEGs and PNGs, searched recursively; without one, the demo photographs and what is made of them: mosaics
 of 12, 24 and 48 megapixels, as telephones and cameras give. Times are of one core's work, the best of three. The
-reference decodes all pixels, applies the colour profile to all of them and resizes with Pillow's LANCZOS.
+reference decodes all pixels, applies the colour profile to all of them and resizes with Pillow's LANCZOS. Regular
+patterns are measured apart: stripes too fine to be drawn, of which nothing should be left.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from sdxl_ray.config.schema import DatasetSection
 from sdxl_ray.records import ImageRecord
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "sdxl_ray" / "demo" / "photographs"
-REDUCTIONS_OFF: tuple[tuple[int, float], ...] = ()
+PERIODS = (2.05, 2.2, 2.4, 2.7, 3.0, 3.7, 5.0, 7.0, 9.0, 12.0, 15.0)  # pixels from stripe to stripe
 
 
 def changed(**names: object) -> contextlib.AbstractContextManager[object]:
@@ -117,9 +118,9 @@ def record_of(path: Path, geometry: Geometry) -> tuple[bytes, ImageRecord] | Non
 def speed_and_quality(files: list[tuple[bytes, ImageRecord]]) -> None:
     """One line for each way to read each file, summed up by kind of file."""
     ways = {
-        "all pixels, Pillow's LANCZOS": changed(_REDUCTIONS=REDUCTIONS_OFF, _torch_lanczos=lambda: None),
-        "all pixels, torch's LANCZOS": changed(_REDUCTIONS=REDUCTIONS_OFF),
-        "load_pixels": contextlib.nullcontext(),
+        "with Pillow's LANCZOS": (changed(_torch_lanczos=lambda: None), False),
+        "load_pixels": (contextlib.nullcontext(), False),
+        "dataset.jpeg_scaling = true": (contextlib.nullcontext(), True),
     }
     kinds: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for content, record in files:
@@ -131,9 +132,12 @@ def speed_and_quality(files: list[tuple[bytes, ImageRecord]]) -> None:
         kind = "JPEG" if content[:2] == b"\xff\xd8" else "PNG"
         rows = kinds.setdefault(f"{kind}, {size} MP", {})
         rows.setdefault("reference", []).append((100.0, seconds, megapixels))
-        for way, as_in_this_way in ways.items():
+        for way, (as_in_this_way, scaled) in ways.items():
+            if scaled and kind.startswith("PNG"):
+                continue
+            as_asked = dataclasses.replace(record, scaled_jpeg=scaled)
             with as_in_this_way:
-                found, seconds = timed(lambda record=record: load_pixels(record))
+                found, seconds = timed(lambda as_asked=as_asked: load_pixels(as_asked))
             rows.setdefault(way, []).append((psnr(found, expected), seconds, megapixels))
     print(f"\n{'':34}{'images':>8}{'images/s':>10}{'MP/s':>8}{'PSNR lowest':>13}{'median':>8}")
     for kind, rows in sorted(kinds.items()):
@@ -161,14 +165,47 @@ def quality_by_margin(files: list[tuple[bytes, ImageRecord]]) -> None:
                     continue
                 small_hw = cover(record.original_hw, (small[0], small[1]))
                 whole = dataclasses.replace(record, resized_hw=small_hw, bucket_hw=small_hw, crop_top_left=(0, 0))
-                with changed(_REDUCTIONS=REDUCTIONS_OFF):
-                    expected = load_pixels(whole)
+                expected = load_pixels(whole)
                 with changed(_REDUCTIONS=((reduction, 0.0),)):
-                    found.append(psnr(load_pixels(whole), expected))
+                    found.append(psnr(load_pixels(dataclasses.replace(whole, scaled_jpeg=True)), expected))
             cells.append(f"{min(found):.1f} ({statistics.median(found):.1f})" if found else "-")
         print(f"1/{reduction:<4}" + "".join(f"{cell:>14}" for cell in cells))
     in_use = (f"1/{reduction} from {margin} times on" for reduction, margin in images._REDUCTIONS)
     print(f"in use: {', '.join(in_use)}")
+
+
+def grating(edge: int, period: float, degrees: float) -> bytes:
+    """A JPEG of edge x edge pixels: grey stripes of all brightnesses, `period` pixels from one to the next."""
+    down, across = np.mgrid[0:edge, 0:edge]
+    phase = across * math.cos(math.radians(degrees)) + down * math.sin(math.radians(degrees))
+    values = np.round(127.5 + 127.5 * np.sin(2 * np.pi * phase / period)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def moire(folder: Path) -> None:
+    """What is left of stripes that lie less than 1.3 pixels apart in the result."""
+    print(
+        "\nFine stripes in JPEGs: what is left of them, standard deviation of 255 levels (90 in the file), worst angle"
+    )
+    print(f"{'period, pixels':34}" + "".join(f"{period:>7}" for period in PERIODS))
+    for times, reduction in ((4.5, 2), (16, 4), (32, 8)):
+        small, edge = 64, round(64 * times)
+        for way, scaled in (("all pixels", False), (f"decoded at 1/{reduction}", True)):
+            cells = []
+            for period in PERIODS:
+                left = []
+                for degrees in (0, 30, 45) if period / times < 1.3 else ():
+                    (folder / "stripes.jpg").write_bytes(grating(edge, period, degrees))
+                    record = ImageRecord(
+                        *(str(folder / "stripes.jpg"), "", (edge, edge), (small, small), (small, small), (0, 0)),
+                        verify=False,
+                        scaled_jpeg=scaled,
+                    )
+                    left.append(float(load_pixels(record)[4:-4, 4:-4].std()))  # the image's edge is an edge
+                cells.append(f"{max(left):7.1f}" if left else f"{'-':>7}")
+            print(f"{f'{times} times smaller, {way}':34}" + "".join(cells))
 
 
 def main() -> None:
@@ -193,6 +230,7 @@ def main() -> None:
         print(f"{len(files)} images to buckets of about {arguments.resolution} x {arguments.resolution}")
         speed_and_quality(files)
         quality_by_margin(files)
+        moire(Path(made))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ _INTERRUPTED, _TERMINATED = 130, 143  # as shells have them: 128 + SIGINT, 128 +
 
 
 def main() -> None:
-    """0 done, 1 the run failed, 2 your input, 130 Ctrl-C, 143 SIGTERM. Known errors print message and cure, no
-    traceback."""
+    """0 done, 1 the run failed, 2 your input, 130 Ctrl-C, or either signal once training is saved, 143 SIGTERM. Known
+    errors print message and cure, no traceback."""
     from sdxl_ray.cli import app
     from sdxl_ray.connection import filter_ray_noise, set_environment, sigterm_as_interrupt
     from sdxl_ray.errors import SdxlRayError
@@ -30,7 +30,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
             code = error.exit_code
         except KeyboardInterrupt:  # a second one
-            code = _INTERRUPTED
+            code = _TERMINATED if terminated.is_set() else _INTERRUPTED
         except Exception as error:
             code = _usage_error(error)
             if code is None:
@@ -43,7 +43,8 @@ def main() -> None:
         else:
             if code == _INTERRUPTED:
                 print("interrupted; what is finished is kept: run again to go on", file=sys.stderr)
-        sys.exit(_TERMINATED if code == _INTERRUPTED and terminated.is_set() else code or 0)
+                code = _TERMINATED if terminated.is_set() else _INTERRUPTED
+        sys.exit(code or 0)
 
 
 def _usage_error(error: Exception) -> int | None:

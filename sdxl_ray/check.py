@@ -158,7 +158,9 @@ def _explain_images(config: Config, plan: CachePlan, index: Index, found: Explan
     for bucket, count in sorted(plan.buckets.items(), key=lambda item: -item[1]):
         found.lines.append(f"bucket      {bucket:>9}  {count} samples")
     captions = sum(len(captions) for captions in index.table.column("captions"))
-    found.lines.append(f"captions    {captions}")
+    sources = ", ".join(f"{count} from {name}" for name, count in plan.collection.captions_from.items() if count)
+    found.lines.append(f"captions    {captions} to choose from ({sources})")
+    found.warnings += plan.collection.notes
     num_enlarged, most = _enlargements(index)
     if num_enlarged:
         found.warnings.append(

@@ -102,6 +102,7 @@ class ImageRecord:
     flip: bool = False  # mirrored after the crop
     mask: str = ""  # "alpha", or the address of a mask file; empty: none
     verify: bool = True  # whether `image_hash` is of the content, and so can be checked on decoding
+    scaled_jpeg: bool = False  # a JPEG far larger than `resized_hw` may be shrunk by its decoder: dataset.jpeg_scaling
 
     @property
     def micro_conditioning(self) -> MicroConditioning:
@@ -116,7 +117,8 @@ class ImageRecord:
 class EncodedSample:
     """One row of the index: an image with its captions, and where its encoded tensors are.
 
-    Of several crops, epochs take turns; of several captions, each epoch draws one.
+    Of several crops, epochs take turns. Of several captions, each epoch draws one, and of its variants one; the first
+    is the one for evaluation.
     """
 
     sample_id: str  # the same wherever the files lie, so that keyed randomness does not depend on paths
@@ -132,6 +134,7 @@ class EncodedSample:
     flip: bool
     mask: str  # "alpha", the address of a mask file, or empty
     captions: tuple[str, ...]
+    caption_bases: tuple[int, ...]  # which caption each is a variant of; below 0: only for evaluation
     latent_keys: tuple[str, ...]  # one per crop
     latent_shards: tuple[str, ...]  # empty with cache.mode = "off"
     text_keys: tuple[str, ...]  # one per caption

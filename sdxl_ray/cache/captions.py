@@ -16,11 +16,12 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,8 @@ from sdxl_ray.records import Listed
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import DatasetSection
 
+AS_IT_IS = -1  # in the place of a base caption's number: neither shuffled nor thinned
+_THREADS = 32
 MAX_BYTES = 1_000_000  # of a caption file: the encoders read some 300 characters, so a larger one is something else
 
 # What no caption has and a model should not be told: control characters, among them NUL and the ends of lines, line
@@ -107,8 +110,11 @@ class CaptionRules:
 # ---- base captions ---------------------------------------------------------------------------------------------------
 
 
-def read_captions(listed: Sequence[Listed], rules: CaptionRules) -> tuple[list[tuple[str, ...]], dict[int, str]]:
-    """(base captions of each image, why images are skipped, by position in `listed`).
+def read_captions(
+    listed: Sequence[Listed], rules: CaptionRules
+) -> tuple[list[tuple[str, ...]], dict[int, str], Counter[str]]:
+    """(base captions of each image; why images are skipped, by position in `listed`; how many captions each of
+    `rules.sources` gave).
 
     An image that is skipped has no captions. One without captions that is not skipped simply has none: it is left out
     where the rules say so (`skips`), else see `no_captions_error`.
@@ -121,22 +127,32 @@ def read_captions(listed: Sequence[Listed], rules: CaptionRules) -> tuple[list[t
     else:
         # In threads: on a network drive each file takes a millisecond of waiting, in a bucket fifty. Many files a
         # task, where there are many: a task costs as much as reading a file of a local disk.
-        num_threads = min(32, 4 * (os.cpu_count() or 1))
+        in_store = any(_SCHEME.match(image.text_file) for image in listed)
+        num_threads = _THREADS if in_store else min(_THREADS, 4 * (os.cpu_count() or 1))
         size = max(1, min(256, len(listed) // num_threads))
         pieces = [listed[start : start + size] for start in range(0, len(listed), size)]
 
-        def read(piece: Sequence[Listed]) -> list[tuple[str, ...] | UnreadableCaption]:
+        def read(piece: Sequence[Listed]) -> list[_Found | UnreadableCaption]:
             return [_captions_or_problem(image, rules) for image in piece]
 
         with ThreadPoolExecutor(num_threads) as threads:
             found = [item for piece in threads.map(read, pieces) for item in piece]
-    captions = [() if isinstance(item, UnreadableCaption) else item for item in found]
-    return captions, {at: str(item) for at, item in enumerate(found) if isinstance(item, UnreadableCaption)}
+    captions = [() if isinstance(item, UnreadableCaption) else item.captions for item in found]
+    given = Counter(dict.fromkeys(rules.sources, 0))
+    for item in found:
+        if not isinstance(item, UnreadableCaption) and item.captions:
+            given[item.source] += len(item.captions)
+    return captions, {at: str(item) for at, item in enumerate(found) if isinstance(item, UnreadableCaption)}, given
 
 
-def _captions_or_problem(image: Listed, rules: CaptionRules) -> tuple[str, ...] | UnreadableCaption:
+class _Found(NamedTuple):
+    captions: tuple[str, ...]
+    source: str  # which one they are from; empty where there are none
+
+
+def _captions_or_problem(image: Listed, rules: CaptionRules) -> _Found | UnreadableCaption:
     try:
-        return find_captions(image, rules)
+        return _find(image, rules)
     except UnreadableCaption as error:
         return error
 
@@ -147,13 +163,17 @@ def find_captions(image: Listed, rules: CaptionRules) -> tuple[str, ...]:
     Raises:
         UnreadableCaption: the text is not UTF-8 (or UTF-16 that says so), too large, or cannot be read.
     """
+    return _find(image, rules).captions
+
+
+def _find(image: Listed, rules: CaptionRules) -> _Found:
     for source in rules.sources:
         if source == "empty":
-            return ("",)
+            return _Found(("",), source)
         captions = _unique(filter(None, (_clean(text, rules.replace) for text in _texts(source, image, rules))))
         if captions:
-            return captions
-    return ()
+            return _Found(captions, source)
+    return _Found((), "")
 
 
 def _texts(source: str, image: Listed, rules: CaptionRules) -> Iterable[str]:
@@ -197,6 +217,8 @@ def _from_text_file(address: str, lines: Literal["alternatives", "whole"]) -> li
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
+        if encoding == "utf-8-sig" and b"\0" in content:
+            raise UnreadableCaption(_with_nul(what, address)) from None
         shown = encoding.removesuffix("-sig").upper()
         at_home = shown == "UTF-8" and not _SCHEME.match(address)
         cure = f" If it is Latin-1: iconv -f latin1 -t utf-8 {_name(address)}" if at_home else ""
@@ -204,11 +226,13 @@ def _from_text_file(address: str, lines: Literal["alternatives", "whole"]) -> li
             f"{what} is not {shown}: byte 0x{error.object[error.start]:02x} at offset {error.start}.{cure}"
         ) from None
     if "\0" in text:  # UTF-16 without its mark, or no text at all; other control characters are taken out
-        raise UnreadableCaption(
-            f"{what} is not UTF-8 text: it has NUL characters. If it is UTF-16: iconv -f utf-16 -t utf-8 "
-            f"{_name(address)}"
-        )
+        raise UnreadableCaption(_with_nul(what, address))
     return [text] if lines == "whole" else _LINE_END.split(text)
+
+
+def _with_nul(what: str, address: str) -> str:
+    cure = f"If it is UTF-16: iconv -f utf-16 -t utf-8 {_name(address)}"
+    return f"{what} is not UTF-8 text: it has NUL characters. {cure}"
 
 
 def _read(address: str, what: str) -> bytes:
@@ -243,19 +267,28 @@ def _name(address: str) -> str:
 # ---- variants --------------------------------------------------------------------------------------------------------
 
 
-def expand_variants(captions: tuple[str, ...], rules: CaptionRules, image_hash: str) -> tuple[str, ...]:
-    """What is encoded for base captions: `rules.variants` of each if tags are shuffled or dropped, else each as it is.
+def expand_variants(
+    captions: tuple[str, ...], rules: CaptionRules, image_hash: str
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(what is encoded for base captions; of which base caption each is a variant).
+
+    If tags are shuffled or dropped: the first base caption as it is, for evaluation alone and so a variant of none
+    (`AS_IT_IS`), then `rules.variants` of each. What comes out twice counts twice: tags are dropped as often as they
+    are dropped. Else each base caption as it is.
 
     A variant depends on the image, the caption and its number alone, so that a caption that is added, or another
-    number of variants, does not change the others. What comes out twice is kept once.
+    number of variants, does not change the others.
     """
     if not rules.varies:
-        return _unique(decorate(caption, rules) for caption in captions)
-    return _unique(
-        draw_variant(caption, rules, _draw(image_hash, caption, number))
-        for caption in captions
+        whole = _unique(decorate(caption, rules) for caption in captions)
+        return whole, tuple(range(len(whole)))
+    variants = [
+        (draw_variant(caption, rules, _draw(image_hash, caption, number)), base)
+        for base, caption in enumerate(captions)
         for number in range(rules.variants)
-    )
+    ]
+    texts, bases = zip((decorate(captions[0], rules), AS_IT_IS), *variants, strict=True)
+    return texts, bases
 
 
 def draw_variant(caption: str, rules: CaptionRules, draw: np.random.Generator) -> str:
@@ -285,7 +318,8 @@ def decorate(caption: str, rules: CaptionRules) -> str:
     """Prefix, trigger word where it is nowhere in what comes out, the caption, suffix."""
     whole = f"{rules.prefix}{caption}{rules.suffix}"
     if rules.trigger_word and not _has_word(whole, rules.trigger_word):
-        whole = f"{rules.prefix}{rules.trigger_word}, {caption}{rules.suffix}"
+        separator = ", " if caption else ""
+        whole = f"{rules.prefix}{rules.trigger_word}{separator}{caption}{rules.suffix}"
     return whole.strip()
 
 

@@ -8,10 +8,12 @@ lie in a memory-mapped file.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,13 +23,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sdxl_ray.cache.buckets import Geometry, Placement, Unfit, place_all
-from sdxl_ray.cache.captions import CaptionRules, decorate, expand_variants, no_captions_error, read_captions
+from sdxl_ray.cache.captions import (
+    NO_CAPTION,
+    CaptionRules,
+    decorate,
+    expand_variants,
+    no_captions_error,
+    read_captions,
+)
 from sdxl_ray.cache.index import PLACED
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.scan import ScannedFile, scan_each
 from sdxl_ray.cache.shards import KEY_BYTES, latent_key, text_key
 from sdxl_ray.cache.skipped import Skipped
-from sdxl_ray.cache.sources import list_dataset
+from sdxl_ray.cache.sources import as_shares, list_dataset, shown_address
 from sdxl_ray.cache.store import KEY_DTYPE, hex_strings, keys_from_hex
 from sdxl_ray.cache.tables import PIECE, fixed_bytes, gather
 from sdxl_ray.records import ImageRecord, Listed, bucket_key, mirrored, parse_bucket_key
@@ -71,6 +80,8 @@ class Collection:
     table: pa.Table = field(default_factory=SCHEMA.empty_table)
     num_images: dict[str, int] = field(default_factory=dict)  # of each dataset, before anything was skipped
     skipped: list[Skipped] = field(default_factory=list)
+    captions_from: Counter[str] = field(default_factory=Counter)  # source -> captions, as the files have them
+    notes: list[str] = field(default_factory=list)  # what is not as the settings let one expect
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -163,39 +174,81 @@ def _collect_one(
 ) -> Iterator[pa.Table]:
     """The rows of one dataset; counts and what is skipped go into `collection`."""
     rules, geometries = CaptionRules.of(section), Geometry.of(section)
+    # What is only evaluated is seen once, with its first crop: other ones would be encoded for nothing.
+    evaluated = section.role == "eval"
+    flips = (False, True) if section.flip and not evaluated else (False,)
+    if evaluated:
+        geometries = tuple(dataclasses.replace(geometry, crop_variants=1) for geometry in geometries)
     without: list[Listed] = []
     num_without = num_images = 0
+    tally = _Tally()
     for files in _pieces(list_dataset(section)):
         num_images += len(files)
         scanned = _scan(files, section, memo, scan)
         rows = _Rows(section.name, rules, encoded_with)
-        captions, reasons = read_captions(files, rules)
+        captions, reasons, given = read_captions(files, rules)
+        tally.captions.update(given)
         masks = _mask_hashes(files, section, memo, scan)
         for at, (file, image) in enumerate(zip(files, scanned, strict=True)):
             problem = image.problem or reasons.get(at, "") or masks.get(file.mask_file, ("", ""))[1]
             if problem:
                 collection.skipped.append(Skipped(file.path, problem, section.name, kind=image.kind))
                 continue
-            placements = place_all((image.height, image.width), image.image_hash, geometries, file.focus_yx)
+            original_hw = (image.height, image.width)
+            focus_yx = as_shares(file.focus_yx, original_hw)
+            placements = place_all(original_hw, image.image_hash, geometries, focus_yx)
             if isinstance(placements, Unfit):
                 collection.skipped.append(Skipped(file.path, placements.reason, section.name, by_choice=True))
+                continue
+            if not captions[at] and rules.skips:
+                collection.skipped.append(Skipped(file.path, NO_CAPTION, section.name, by_choice=True))
                 continue
             if not captions[at]:  # after the sizes: what is left out needs no caption
                 num_without += 1
                 without += [file] if num_without <= 10 else []
                 continue
+            tally.images += 1
+            tally.masked += bool(file.mask_file)
+            tally.pointed += focus_yx is not None
             mask, mask_hash = "", ""
             if section.mask == "alpha":
                 mask = mask_hash = "alpha"
             elif file.mask_file:
                 mask, mask_hash = file.mask_file, masks[file.mask_file][0]
             found = _Found(file, image, mask, mask_hash, captions[at], _trusted(file, section))
-            for placement, flip in itertools.product(placements, (False, True) if section.flip else (False,)):
+            for placement, flip in itertools.product(placements, flips):
                 rows.add(found, placement, flip)
         yield rows.table()
     if num_without:
         raise no_captions_error(without, num_without, num_images, rules)
     collection.num_images[section.name] = num_images
+    collection.captions_from += tally.captions
+    collection.notes += tally.notes(section)
+
+
+@dataclass
+class _Tally:
+    """Of a dataset's images that are used."""
+
+    images: int = 0
+    masked: int = 0  # with a mask file
+    pointed: int = 0  # with a point of interest inside
+    captions: Counter[str] = field(default_factory=Counter)  # by source
+
+    def notes(self, section: DatasetSection) -> Iterator[str]:
+        dataset = f'dataset "{section.name}"'
+        if section.mask == "file" and self.masked < self.images:
+            yield f"{dataset}: {self.masked} of {self.images} images have a mask; the others count whole"
+        if section.crop == "focus" and self.pointed < self.images:
+            yield (
+                f"{dataset}: {self.pointed} of {self.images} images have a point of interest; the others are cut in "
+                "the middle"
+            )
+        first = section.captions[0]
+        if section.captions != type(section).model_fields["captions"].default and not self.captions[first]:
+            found = ", ".join(f"{count} from {name}" for name, count in self.captions.items() if count)
+            if found:
+                yield f'{dataset}: no caption is from "{first}", the first of dataset.captions; {found}'
 
 
 def _pieces(files: Iterator[Listed]) -> Iterator[list[Listed]]:
@@ -242,7 +295,7 @@ def _mask_hashes(
         return {}
     scanned = _scan(masks, section.model_copy(update={"identify_by": "content"}), memo, scan)
     return {
-        mask.path: (found.image_hash, f"its mask {mask.path}: {found.problem}" if found.problem else "")
+        mask.path: (found.image_hash, f"its mask {shown_address(mask.path)}: {found.problem}" if found.problem else "")
         for mask, found in zip(masks, scanned, strict=True)
     }
 
@@ -288,9 +341,9 @@ class _Rows:
             for crop in placement.crops
         ]
         told = [mirrored(crop, resized_hw[1], bucket_hw[1]) if flip else crop for crop in placement.crops]
-        captions, texts = found.captions, list[str]()
+        captions, bases, texts = found.captions, tuple(range(len(found.captions))), list[str]()
         if not encoded_with.text_online:
-            captions = expand_variants(captions, self.rules, image.image_hash)
+            captions, bases = expand_variants(captions, self.rules, image.image_hash)
             texts = [text_key(caption, encoded_with.text, encoded_with.num_chunks) for caption in captions]
         seen = [decorate(caption, self.rules) for caption in found.captions]
         values = {
@@ -309,6 +362,7 @@ class _Rows:
             "flip": flip,
             "mask": found.mask,
             "captions": list(captions),
+            "caption_bases": list(bases),
             "latent_keys": [bytes.fromhex(key) for key in latents],
             "text_keys": [bytes.fromhex(key) for key in texts],
         }

@@ -2,12 +2,15 @@
 
 The order is for speed: all that can wait until the image is small comes after the resize.
 
-    read the bytes, check that they are the ones that were scanned      _read_scanned
-    open; a JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8   _decode_scaled
-    a mode that can be averaged: no palettes, transparency multiplied   averageable
-    LANCZOS, which turns patterns finer than a pixel grey; crop         _resize_and_crop
-    colour profile, white below transparency, RGB                       _to_srgb
-    upright, mirrored                                                   _turn
+    read the bytes, check that they are the ones that were scanned       _read_scanned
+    open and decode; a JPEG at 1/2, 1/4 or 1/8 where the record says so  _decode
+    a mode that can be averaged: no palettes, transparency multiplied    averageable
+    LANCZOS, which turns patterns finer than a pixel grey; crop          _resize_and_crop
+    colour profile, white below transparency, RGB                        _to_srgb
+    upright, mirrored                                                    _turn
+
+Transparency that is the image's mask is taken off before all of that: what its mask leaves out is seen by the VAE too,
+and is to be the picture's own, not white.
 
 What each choice costs and gains: `python scripts/decode_quality.py`.
 """
@@ -33,9 +36,10 @@ from sdxl_ray.records import ImageRecord, Problem
 with contextlib.suppress(AttributeError):  # not among the functions that Pillow promises to keep
     Image.core.set_blocks_max(4)
 
-# A JPEG's decoder can halve the size as it goes, in half of the time. (n, m): 1/n where what is left is at least m
-# times the size that is needed. So LANCZOS gives what it gives from all pixels to 45 dB or better, on sand and drawn
-# lines too; with only 2 times left of 1/4 it can be 38 dB.
+# A JPEG's decoder can shrink as it goes, in 0.65 of the time (`ImageRecord.scaled_jpeg`). (n, m): to 1/n where what is
+# left is at least m times the size that is needed. Photographs then come out as from all pixels, to 45 dB or better;
+# with only 2 times left of 1/4 it can be 38 dB. But the decoder cuts frequencies off in each block of 8 x 8 apart, so
+# that of stripes of 2.4 pixels a quarter is left, as moire; a larger m does not help.
 _REDUCTIONS = ((8, 4.0), (4, 4.0), (2, 2.25))
 
 
@@ -83,13 +87,15 @@ class _Window(NamedTuple):
 def load_pixels(record: ImageRecord) -> np.ndarray:
     """(height, width, 3) uint8 sRGB of the record's bucket; mirrored where it says so.
 
+    What is transparent is laid on white; or, where transparency is the mask (`record.mask`), as opaque as all else.
+
     Raises:
         UnreadableImage: the file cannot be decoded, or is not the one that was listed.
         OSError: this machine cannot read the file, which says nothing about the image.
     """
     content = _read_scanned(record)
     with reasons("cannot be decoded"):
-        return _pixels_of(*_decode_scaled(content, record), record)
+        return _pixels_of(*_decode(content, record), record)
 
 
 def load_pixels_and_alpha(record: ImageRecord) -> tuple[np.ndarray, Image.Image | None]:
@@ -99,7 +105,7 @@ def load_pixels_and_alpha(record: ImageRecord) -> tuple[np.ndarray, Image.Image 
     """
     content = _read_scanned(record)
     with reasons("cannot be decoded"):
-        image, turn, stored_hw = _decode_scaled(content, record)
+        image, turn, stored_hw = _decode(content, record)
         alpha = None
         if image.has_transparency_data:
             alpha = Image.fromarray(_turn(np.asarray(image.convert("RGBA").getchannel("A")), turn))
@@ -128,11 +134,11 @@ def reasons(what: str, kind: Problem = "damaged") -> Iterator[None]:
         raise UnreadableImage(f"{what}: {error}", kind) from None
 
 
-def _decode_scaled(content: bytes, record: ImageRecord) -> tuple[Image.Image, _Turn, tuple[float, float]]:
+def _decode(content: bytes, record: ImageRecord) -> tuple[Image.Image, _Turn, tuple[float, float]]:
     """The first frame as stored, how to turn it, and its height and width.
 
-    Those are fractions where a JPEG was decoded at 1/2: a row of 101 pixels gives 51, of which the last is half beyond
-    the edge.
+    Those are fractions where a JPEG was decoded at 1/2 (`scaled_jpeg`): a row of 101 pixels gives 51, of which the last
+    is half beyond the edge.
     """
     with open_image(content) as image:
         width, height = image.size
@@ -142,7 +148,7 @@ def _decode_scaled(content: bytes, record: ImageRecord) -> tuple[Image.Image, _T
         if image.format in ("JPEG", "MPO"):
             turn = _TURNS.get(image.getexif().get(ORIENTATION_TAG, 1), _TURNS[1])
             resized_hw = record.resized_hw[::-1] if turn.swap else record.resized_hw
-            reduction = _reduction((height, width), resized_hw)
+            reduction = _reduction((height, width), resized_hw) if record.scaled_jpeg else 1
             if reduction > 1:
                 image.draft(None, (width // reduction, height // reduction))
             image.load()
@@ -164,14 +170,18 @@ def _decode_scaled(content: bytes, record: ImageRecord) -> tuple[Image.Image, _T
 
 def _not_as_listed(found_hw: tuple[int, int], record: ImageRecord) -> UnreadableImage:
     (height, width), (listed_height, listed_width) = found_hw, record.original_hw
-    return UnreadableImage(f"is {width}x{height} pixels, but was listed as {listed_width}x{listed_height}", "changed")
+    return UnreadableImage(
+        f"is {height}x{width} pixels (height x width), but was listed as {listed_height}x{listed_width}", "changed"
+    )
 
 
 def _pixels_of(image: Image.Image, turn: _Turn, stored_hw: tuple[float, float], record: ImageRecord) -> np.ndarray:
-    """(height, width, 3) uint8 of the record's bucket from what `_decode_scaled` gives."""
+    """(height, width, 3) uint8 of the record's bucket from what `_decode` gives."""
     profile = image.info.get("icc_profile")
     window = _Window(*record.crop_top_left, *record.bucket_hw)
     resized_hw, window = _before_turning(turn, record.resized_hw, window)
+    if record.mask == "alpha" and image.has_transparency_data:
+        image = image.convert("RGBA").convert("RGB")  # the colours behind the transparency, as the file has them
     image = averageable(image)
     pixels = _resize_and_crop(image, stored_hw, resized_hw, window)
     pixels = _to_srgb(pixels, image.mode, profile)
@@ -179,7 +189,7 @@ def _pixels_of(image: Image.Image, turn: _Turn, stored_hw: tuple[float, float], 
 
 
 def _reduction(stored_hw: tuple[int, int], resized_hw: tuple[int, int]) -> int:
-    """1, 2, 4 or 8: how much smaller a JPEG can be decoded without a difference that matters."""
+    """1, 2, 4 or 8: how much smaller a JPEG can be decoded without a difference that matters in photographs."""
     ratio = min(stored / resized for stored, resized in zip(stored_hw, resized_hw, strict=True))
     return next((reduction for reduction, margin in _REDUCTIONS if ratio >= reduction * margin), 1)
 

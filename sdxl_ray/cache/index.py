@@ -40,6 +40,7 @@ PLACED = pa.schema(
         ("flip", pa.bool_()),
         ("mask", pa.string()),
         ("captions", pa.list_(pa.string())),
+        ("caption_bases", pa.list_(pa.int32())),
     ]
 )
 SCHEMA = pa.schema(
@@ -146,6 +147,7 @@ class Index:
             flip=values["flip"],
             mask=values["mask"],
             captions=tuple(values["captions"]),
+            caption_bases=tuple(values["caption_bases"]),
             latent_keys=tuple(values["latent_keys"]),
             latent_shards=tuple(values["latent_shards"]),
             text_keys=tuple(values["text_keys"]),
@@ -193,8 +195,8 @@ class Index:
 
 
 _SAME_NAME = (
-    "sample_id", "dataset", "path", "address", "image_hash", "verify", "flip", "mask", "captions", "latent_keys",
-    "latent_shards", "text_keys", "text_shards",
+    "sample_id", "dataset", "path", "address", "image_hash", "verify", "flip", "mask", "captions", "caption_bases",
+    "latent_keys", "latent_shards", "text_keys", "text_shards",
 )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def _read_mask(record: ImageRecord) -> Image.Image:
         with open_image(content) as header:
             width, height = header.size
         if width * height > MAX_MASK_PIXELS:
-            raise UnreadableImage(f"{what} has {width}x{height} pixels, more than {MAX_MASK_PIXELS:,}", "mask")
+            raise UnreadableImage(f"{what} has {height}x{width} pixels, more than {MAX_MASK_PIXELS:,}", "mask")
         image = averageable(decode(content))
         if image.mode == "RGBa":  # colour times transparency
             image = Image.merge("RGB", image.split()[:3])
@@ -63,6 +63,8 @@ def _read_mask(record: ImageRecord) -> Image.Image:
     if abs(mask.height - expected_height) > max(0.01 * expected_height, 1):
         height, width = record.original_hw
         raise UnreadableImage(
-            f"{what} is {mask.width}x{mask.height} pixels, the image {width}x{height}: not the same aspect", "mask"
+            f"{what} is {mask.height}x{mask.width} pixels (height x width), the image {height}x{width}: not the same "
+            "aspect",
+            "mask",
         )
     return mask

@@ -326,8 +326,8 @@ def reason_of(error: ray.exceptions.RayError) -> str:
 
 
 def quiet() -> None:
-    """Progress is ours to show; Ray Data's goes to its log files."""
+    """Progress is ours to show, and so are errors: those of Ray Data are raised with all that it would log."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)

@@ -49,7 +49,7 @@ def scan_file(listed: Listed, max_pixels: int, *, by_listing: bool = False) -> S
         if by_listing:
             height, width = listed.original_hw or _hw_from_start(listed, max_pixels)
             if height * width > max_pixels:
-                raise _too_large(f"{width}x{height}", max_pixels)
+                raise _too_large(f"{height}x{width}", max_pixels)
             identity = f"{address}\0{listed.stamp}".encode()
         else:
             identity = _read_file(address)
@@ -67,8 +67,8 @@ class _Unusable(Exception):
         self.kind = kind
 
 
-def _too_large(width_x_height: str, max_pixels: int) -> _Unusable:
-    return _Unusable(f"{width_x_height} is more than dataset.max_pixels = {max_pixels}", "too_large")
+def _too_large(size: str, max_pixels: int) -> _Unusable:
+    return _Unusable(f"{size} is more than dataset.max_pixels = {max_pixels}", "too_large")
 
 
 def _read_file(address: str, length: int = -1) -> bytes:
@@ -137,12 +137,12 @@ def _webp_hw(start: bytes, max_pixels: int) -> tuple[int, int] | None:
     else:
         return None
     if height * width > max_pixels:
-        raise TooManyPixels(f"{width}x{height}")
+        raise TooManyPixels(f"{height}x{width}")
     return height, width
 
 
 class TooManyPixels(Exception):
-    """The text is the size, as "width x height"."""
+    """The text is the size, as "height x width" is written: 6000x4000."""
 
 
 def header_hw(content: bytes, max_pixels: float = math.inf) -> tuple[int, int]:
@@ -154,7 +154,7 @@ def header_hw(content: bytes, max_pixels: float = math.inf) -> tuple[int, int]:
     with open_image(content) as image:
         width, height = image.size
         if height * width > max_pixels:
-            raise TooManyPixels(f"{width}x{height}")
+            raise TooManyPixels(f"{height}x{width}")
         if image.format == "TIFF":  # Pillow turns these itself, so `size` is upright already
             return height, width
         if image.format == "PNG" and not png_has_late_notes(content):

@@ -64,9 +64,17 @@ def latent_key(
     *,
     flip: bool = False,
     mask_hash: str = "",
+    scaled_jpeg: bool = False,
 ) -> str:
-    """Everything that a latent depends on, hashed: the image's bytes, the transform, the VAE; and the mask with it."""
-    transform = (bucket_hw, resized_hw, crop_top_left, flip, "lanczos")
+    """Everything that a latent depends on, hashed: the image's bytes, the transform, the VAE; and the mask with it.
+
+    Args:
+        mask_hash: of the mask file's bytes; "alpha": the image's own transparency; empty: none.
+        scaled_jpeg: as in `ImageRecord`.
+    """
+    transform = (bucket_hw, resized_hw, crop_top_left, flip, "shrunk, lanczos" if scaled_jpeg else "lanczos")
+    if mask_hash == "alpha":
+        mask_hash = "alpha, not laid on white"
     return _digest(repr(("latent", FORMAT_VERSION, image_hash, transform, mask_hash, vae_fingerprint)))
 
 

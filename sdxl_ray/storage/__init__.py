@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import errno
 import io
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -52,6 +54,7 @@ __all__ = [
     "open_arrow",
     "open_buffered",
     "open_folder",
+    "open_local",
     "read_bytes",
     "reading_errors",
     "shown",
@@ -66,12 +69,12 @@ def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
     """The file's content, or `length` bytes from `offset` on; fewer where it ends before.
 
     Raises:
-        OSError: FileNotFoundError, PermissionError and the like.
+        OSError: FileNotFoundError, PermissionError and the like; EINVAL: a pipe or a device.
         StorageError: a store refuses, or cannot be reached.
     """
     local = local_path(path)
     if local is not None:
-        with local.open("rb") as file:
+        with open_local(local) as file:
             file.seek(offset)
             return file.read(length)
     with cloud_errors(path, "reading"), open_arrow(path) as file:
@@ -79,6 +82,42 @@ def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
         return bytes(
             file.read_at(max(0, size - offset if length < 0 else min(length, size - offset)), min(offset, size))
         )
+
+
+def open_local(path: str | Path) -> BinaryIO:
+    """A file of this machine, open for reading. Never waits for a pipe's writer, or reads a device without an end.
+
+    Raises:
+        OSError: as `open` does; with EINVAL: it is no regular file. Of one that is there by a name which is not UTF-8,
+            and was listed with what is not escaped (\\xe9), `strerror` says so.
+    """
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK)  # which means nothing to a regular file
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise _no_regular_file(path) from None
+        if error.errno == errno.ENOENT and _is_there_unescaped(path):
+            raise FileNotFoundError(errno.ENOENT, "its name is not UTF-8; rename it", path) from None
+        raise
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # of a folder `open` says so itself
+        os.close(descriptor)
+        raise _no_regular_file(path)
+    return descriptor
+
+
+def _is_there_unescaped(path: str) -> bool:
+    escaped = os.fsencode(path)
+    name = re.sub(rb"\\x([89a-f][0-9a-f])", lambda found: bytes([int(found[1], 16)]), escaped)
+    return name != escaped and os.path.lexists(name)
+
+
+def _no_regular_file(path: str) -> OSError:
+    return OSError(errno.EINVAL, "is not a regular file, but a pipe, socket or device", path)
 
 
 @contextlib.contextmanager
@@ -101,11 +140,15 @@ def reading_errors(path: str) -> Iterator[None]:
 
 
 def open_arrow(path: str) -> Any:
-    """The file as pyarrow's readers take it: seekable, safe to read from several threads."""
+    """The file as pyarrow's readers take it: seekable, safe to read from several threads.
+
+    Raises what `read_bytes` raises.
+    """
     import pyarrow as pa
 
     local = local_path(path)
     if local is not None:
+        open_local(local).close()
         return pa.OSFile(os.fsencode(local), "rb")
     with cloud_errors(path, "opening"):
         place = place_of(path)
@@ -113,10 +156,13 @@ def open_arrow(path: str) -> Any:
 
 
 def open_buffered(path: str) -> BinaryIO:
-    """The file as the standard library's readers take it; of a store it fetches 256 KiB at a time."""
+    """The file as the standard library's readers take it; of a store it fetches 256 KiB at a time.
+
+    Raises what `read_bytes` raises.
+    """
     local = local_path(path)
     if local is not None:
-        return local.open("rb")
+        return open_local(local)
     return cast(BinaryIO, io.BufferedReader(_Raw(path), _BUFFER_BYTES))
 
 

@@ -94,10 +94,10 @@ def sweep(
     claim_folder(folder, config, resume=resume)
     tuner = _tuner(config, folder, keep_index(folder, cache.index_path), max_steps, resume=resume)
     _TrialLines.listener = staticmethod(on_event)
-    with sigterm_as_interrupt():  # on Ctrl-C, Tune saves its state and stops its trials
+    with sigterm_as_interrupt() as terminated:  # on Ctrl-C, Tune saves its state and stops its trials
         results = tuner.fit()
     trials = rank(read_trials(folder / "trials", max_steps=max_steps))
-    if results.num_terminated + results.num_errors < len(results):
+    if terminated.is_set() or results.num_terminated + results.num_errors < len(results):
         raise Interrupted(f"the sweep was stopped; what its trials have done is in {folder}. Continue with --resume.")
     with storage_errors("writing the ranked table", folder, "Free some space, then use --resume."):
         (folder / "trials.csv").write_text(as_csv(trials), encoding="utf-8")

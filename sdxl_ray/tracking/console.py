@@ -22,6 +22,8 @@ from rich.text import Text
 
 from sdxl_ray.tracking.metrics import duration
 
+_TELLING_S = 5.0
+
 
 class _SpeedColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
@@ -77,9 +79,9 @@ class Console:
 
     def per_second(self, stage: str) -> float | None:
         """Speed of a stage from the first that was done to the last: what came before was getting ready. None: too
-        short to tell."""
+        short to tell, since what is done comes in bursts."""
         (first, since), (last, until) = self._first.get(stage, (0, 0.0)), self._last.get(stage, (0, 0.0))
-        return (last - first) / (until - since) if last > first and until - since >= 1 else None
+        return (last - first) / (until - since) if until - since >= _TELLING_S else None
 
     def close(self) -> None:
         """Take the bars off the screen."""

@@ -150,11 +150,7 @@ class BatchBuilder:
     def _text(self, samples: Sequence[EncodedSample], keys: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
         """prompt_embeds and pooled_prompt_embeds; or input_ids and dropped, where text encoders are trained."""
         chosen = [
-            (
-                sample,
-                int(keyed_generator(*key, "caption").integers(len(sample.captions))),
-                keyed_generator(*key, "caption_variant"),
-            )
+            (sample, _draw_caption(sample, key), keyed_generator(*key, "caption_variant"))
             for sample, key in zip(samples, keys, strict=True)
         ]
         drop = torch.tensor([keyed_uniform(*key, "caption_dropout") < self.draws.caption_dropout for key in keys])
@@ -201,6 +197,15 @@ class BatchBuilder:
             weights=torch.full((len(levels),), 0.0 if found is None else 1.0),
             masks=_masks([posterior] * len(levels)),
         )
+
+
+def _draw_caption(sample: EncodedSample, key: tuple[Any, ...]) -> int:
+    """One of its captions, each as likely; then one of those that stage 1 made of it."""
+    base = keyed_generator(*key, "caption").integers(max(sample.caption_bases) + 1)
+    variants = [place for place, of in enumerate(sample.caption_bases) if of == base]
+    if len(variants) == 1:
+        return variants[0]
+    return variants[int(keyed_generator(*key, "cached_variant").integers(len(variants)))]
 
 
 def _blank(sample: EncodedSample) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ class CacheEntries:
         self.live = live
         self.repair = repair
         self.rules = rules
-        self.report = report
+        self.report = reader.report = report
         self.on_demand = on_demand
         self._unreadable_until: dict[str, float] = {}  # by shard
         self._known: set[str] = set()

@@ -128,6 +128,28 @@ def test_versions_agree():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["cache", "train"])
+def test_sigterm_while_encoding_ends_it_cleanly_and_keeps_what_is_finished(settings, command):
+    """As Kubernetes, Slurm, systemd and Docker end a job."""
+    cache = settings.parent / "cache"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdxl_ray", command, str(settings), f"cache.path={cache}", "dataset.resolution=256"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=settings.parent,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+    )
+    end = time.monotonic() + 90
+    while not list(cache.glob("text/*.safetensors")) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (143, "interrupted; what is finished is kept: run again to go on\n")
+    assert len(list(cache.glob("text/*.safetensors"))) == 1
+
+
+@pytest.mark.slow
 def test_the_demo_ends_with_its_three_commands(tmp_path):
     done = sdxl_ray("demo", "--folder", str(tmp_path / "demo"), timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,8 @@
+import errno
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import pytest
 
 from sdxl_ray import storage
 from sdxl_ray.errors import ConfigError, StorageError
-from sdxl_ray.storage import clouds, join, open_folder, read_bytes
+from sdxl_ray.storage import clouds, join, open_arrow, open_buffered, open_folder, read_bytes
 from tests import s3
 
 
@@ -118,6 +120,47 @@ def test_it_reads_like_a_file_of_python(place):
         assert file.read() == content[-5:]
         assert file.seek(10) == file.tell() == 10
         assert file.read() == content[10:]
+
+
+NO_FILE = "is not a regular file, but a pipe, socket or device"
+
+
+@pytest.mark.parametrize("read", [read_bytes, lambda path: read_bytes(path, 0, 10), open_buffered, open_arrow])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "link to a device"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, kind, read):
+    """A pipe nobody writes to would be waited for for ever, /dev/zero read until memory is full."""
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    with socket.socket(socket.AF_UNIX) as made:
+        if kind == "pipe":
+            os.mkfifo("cat.jpg")
+        elif kind == "socket":
+            made.bind("cat.jpg")
+        else:
+            Path("cat.jpg").symlink_to("/dev/zero")
+        with pytest.raises(OSError) as error:
+            read("cat.jpg")
+    assert (error.value.errno, error.value.strerror, error.value.filename) == (errno.EINVAL, NO_FILE, "cat.jpg")
+
+
+def test_a_folder_is_no_file_either(tmp_path):
+    for read in (read_bytes, open_buffered, open_arrow):
+        with pytest.raises(IsADirectoryError):
+            read(str(tmp_path))
+
+
+@pytest.mark.parametrize("read", [read_bytes, open_buffered, open_arrow])
+def test_a_name_that_is_not_utf_8_is_told_from_a_file_that_is_not_there(tmp_path, read):
+    """Listings escape it, so that it can be printed and kept; by that name there is no file."""
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"meow")
+    with pytest.raises(FileNotFoundError) as error:
+        read(str(tmp_path / "caf\\xe9.png"))
+    assert error.value.strerror == "its name is not UTF-8; rename it"
+    for name in ("caf.png", "tea\\xe9.png"):
+        with pytest.raises(FileNotFoundError) as error:
+            read(str(tmp_path / name))
+        assert error.value.strerror == "No such file or directory"
+    (tmp_path / "bar\\xe9.png").write_bytes(b"a name may hold what looks like an escape")
+    read(str(tmp_path / "bar\\xe9.png"))
 
 
 def test_a_folder_travels_to_another_process(place):

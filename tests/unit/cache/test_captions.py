@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sdxl_ray.cache.captions import (
+    AS_IT_IS,
     CaptionRules,
     UnreadableCaption,
     decorate,
@@ -22,6 +23,12 @@ from sdxl_ray.records import Listed
 
 HASH = "5" * 64
 TAGS = "one, two, three, four, five, six, seven, eight"
+
+
+def variants_of(captions, rules, image_hash=HASH):
+    """Without the one that is there for evaluation."""
+    texts, bases = expand_variants(captions, rules, image_hash)
+    return tuple(text for text, base in zip(texts, bases, strict=True) if base != AS_IT_IS)
 
 
 @pytest.fixture
@@ -127,6 +134,11 @@ def test_the_whole_file_can_be_one_caption(image):
         ),
         (b"\xff\xfea\0b", "caption file cat.txt is not UTF-16: byte 0x62 at offset 4."),
         (
+            "un été".encode("utf-16-le"),
+            "caption file cat.txt is not UTF-8 text: it has NUL characters. "
+            "If it is UTF-16: iconv -f utf-16 -t utf-8 cat.txt",
+        ),
+        (
             "a cat".encode("utf-16-le"),
             "caption file cat.txt is not UTF-8 text: it has NUL characters. "
             "If it is UTF-16: iconv -f utf-16 -t utf-8 cat.txt",
@@ -136,7 +148,12 @@ def test_the_whole_file_can_be_one_caption(image):
 )
 def test_what_is_no_caption_is_skipped_with_its_reason(image, content, reason):
     good = image("dog.jpg", "a dog")
-    assert read_captions([good, image(content=content)], CaptionRules()) == ([("a dog",), ()], {1: reason})
+    found = read_captions([good, image(content=content)], CaptionRules(sources=("textfile",)))
+    assert found == (
+        [("a dog",), ()],
+        {1: reason},
+        {"textfile": 1},
+    )
 
 
 def test_no_more_of_a_large_file_is_read_than_needed(image, tmp_path):
@@ -167,7 +184,7 @@ def test_captions_in_buckets_and_tar_files(image, sources):
     sources["tar:1024+4:/data/00.tar"] = "été".encode("latin-1")
     sources["s3://bucket/cats/large.txt"] = bytes(2_000_000)
     sources["tar:0+3000000:/data/00.tar"] = bytes(3_000_000)
-    captions, reasons = read_captions([image(text_file=address) for address in sources], CaptionRules())
+    captions, reasons, _ = read_captions([image(text_file=address) for address in sources], CaptionRules())
     assert captions == [("from a bucket",), ("été",), (), (), ()]
     assert reasons == {
         2: "caption file at byte 1024 of 00.tar is not UTF-8: byte 0xe9 at offset 0.",
@@ -181,7 +198,7 @@ def test_a_tar_file_cut_short_is_a_reason(image, monkeypatch, sources):
         raise ValueError("/data/00.tar ends at byte 520, in the middle of this image")
 
     monkeypatch.setattr(sys.modules["sdxl_ray.cache.sources"], "read_start", read_start)
-    _, reasons = read_captions([image(text_file="tar:512+10:/data/00.tar")], CaptionRules())
+    _, reasons, _ = read_captions([image(text_file="tar:512+10:/data/00.tar")], CaptionRules())
     assert reasons == {
         0: "caption file at byte 512 of 00.tar cannot be read: "
         "/data/00.tar ends at byte 520, in the middle of this image"
@@ -220,7 +237,7 @@ def test_captions_from_a_table_are_alternatives_and_each_is_one_line(image):
 
 
 def test_an_enormous_text_in_a_table_is_skipped(image):
-    _, reasons = read_captions([image(texts=("x" * 2_000_000,))], CaptionRules())
+    _, reasons, _ = read_captions([image(texts=("x" * 2_000_000,))], CaptionRules())
     assert reasons == {0: "its caption is too large: 2.0 MB or more, expected at most 1 MB."}
 
 
@@ -247,21 +264,24 @@ def test_the_first_source_that_has_a_caption_is_used(image, content, texts, expe
 @pytest.mark.parametrize(("content", "expected"), [("a cat", ("a cat",)), ("\n", ("",)), (None, ("",))])
 def test_an_image_may_have_no_words(image, content, expected):
     rules = CaptionRules(sources=("textfile", "column", "empty"), prefix="photo", suffix=", 8k")
-    assert read_captions([image(content=content)], rules) == ([expected], {})
-    assert expand_variants(("",), rules, HASH) == ("photo, 8k",)
-    assert expand_variants(("",), CaptionRules(), HASH) == ("",)
-    assert expand_variants(("",), CaptionRules(shuffle_tags=True, variants=3), HASH) == ("",)
+    captions, reasons, given = read_captions([image(content=content)], rules)
+    assert (captions, reasons, sum(given.values())) == ([expected], {}, 1)
+    assert given["textfile" if expected[0] else "empty"] == 1
+    assert variants_of(("",), rules, HASH) == ("photo, 8k",)
+    assert variants_of(("",), CaptionRules(), HASH) == ("",)
+    assert variants_of(("",), CaptionRules(shuffle_tags=True, variants=3), HASH) == ("", "", "")
 
 
 def test_an_image_without_a_caption_may_be_skipped(image):
     rules = CaptionRules(sources=("textfile", "skip"))
     assert rules.skips
     assert not CaptionRules().skips
-    assert read_captions([image(content="a cat"), image("dog.jpg")], rules) == ([("a cat",), ()], {})
+    found = read_captions([image(content="a cat"), image("dog.jpg")], rules)
+    assert found == ([("a cat",), ()], {}, {"textfile": 1, "skip": 0})
 
 
 def test_a_caption_file_that_is_no_text_is_not_an_empty_caption(image):
-    _, reasons = read_captions([image(content=b"\xe9")], CaptionRules(sources=("textfile", "empty")))
+    _, reasons, _ = read_captions([image(content=b"\xe9")], CaptionRules(sources=("textfile", "empty")))
     assert "is not UTF-8" in reasons[0]
 
 
@@ -303,7 +323,7 @@ def test_every_image_has_its_own_caption_among_failures(image, tmp_path):
             listed.append(image(name))
         expected.append((f"caption {number}", f"also {number}") if kind in ("good", "table") else ())
         failing |= {at} if kind in ("latin", "gone") else set()
-    captions, reasons = read_captions(listed, CaptionRules())
+    captions, reasons, _ = read_captions(listed, CaptionRules())
     assert captions == expected
     assert set(reasons) == failing
     for at, reason in reasons.items():
@@ -311,7 +331,7 @@ def test_every_image_has_its_own_caption_among_failures(image, tmp_path):
 
 
 def test_no_images():
-    assert read_captions([], CaptionRules()) == ([], {})
+    assert read_captions([], CaptionRules()) == ([], {}, {"textfile": 0, "column": 0})
 
 
 # ---- trigger word, prefix, suffix ------------------------------------------------------------------------------------
@@ -346,7 +366,7 @@ def test_what_is_put_on_is_never_moved_or_dropped():
     rules = CaptionRules(
         trigger_word="ohwx", prefix="photo, ", suffix=", 8k", shuffle_tags=True, tag_dropout=0.5, variants=50
     )
-    variants = expand_variants((TAGS,), rules, HASH)
+    variants = variants_of((TAGS,), rules, HASH)
     assert len(variants) > 40
     for variant in variants:
         assert variant.startswith("photo, ohwx, ")
@@ -359,14 +379,14 @@ def test_what_is_put_on_is_never_moved_or_dropped():
 def test_neutral_settings_leave_captions_as_they_are():
     captions = ("a cat,asleep ,on a  roof", "a, dog,", ",")
     rules = CaptionRules(keep_tags=1, variants=5)
-    assert expand_variants(captions, rules, HASH) == captions
+    assert variants_of(captions, rules, HASH) == captions
     draw = np.random.default_rng(0)
     assert draw_variant(captions[0], rules, draw) == captions[0]
     assert draw.random() == np.random.default_rng(0).random()  # nothing was drawn
 
 
 def test_variants_are_shuffled_and_keep_every_tag():
-    variants = expand_variants((TAGS,), CaptionRules(shuffle_tags=True, variants=20), HASH)
+    variants = variants_of((TAGS,), CaptionRules(shuffle_tags=True, variants=20), HASH)
     assert len(set(variants)) == 20
     assert {", ".join(sorted(variant.split(", "))) for variant in variants} == {", ".join(sorted(TAGS.split(", ")))}
     firsts = {variant.split(", ")[0] for variant in variants}
@@ -375,41 +395,53 @@ def test_variants_are_shuffled_and_keep_every_tag():
 
 def test_variants_depend_on_image_caption_and_number_alone():
     rules = CaptionRules(shuffle_tags=True, tag_dropout=0.3, variants=4)
-    variants = expand_variants((TAGS,), rules, HASH)
-    assert expand_variants((TAGS,), rules, HASH) == variants
+    variants = variants_of((TAGS,), rules, HASH)
+    assert variants_of((TAGS,), rules, HASH) == variants
     other = "nine, ten, eleven"
-    assert expand_variants((other, TAGS), rules, HASH)[-4:] == variants
+    assert variants_of((other, TAGS), rules, HASH)[-4:] == variants
     more = CaptionRules(shuffle_tags=True, tag_dropout=0.3, variants=9)
-    assert expand_variants((TAGS,), more, HASH)[:4] == variants
-    assert expand_variants((TAGS,), rules, "6" * 64) != variants
+    assert variants_of((TAGS,), more, HASH)[:4] == variants
+    assert variants_of((TAGS,), rules, "6" * 64) != variants
 
 
 def test_variants_are_the_same_for_ever():
     """Written down once: other ones would encode every cache anew."""
     rules = CaptionRules(shuffle_tags=True, tag_dropout=0.3, variants=2)
-    assert expand_variants((TAGS,), rules, HASH) == (
+    assert variants_of((TAGS,), rules, HASH) == (
         "four, seven, eight, three, two",
         "one, six, seven, three, four, eight, five",
     )
 
 
-def test_variants_that_come_out_twice_are_kept_once():
-    variants = expand_variants(("a, b", "b, a"), CaptionRules(shuffle_tags=True, variants=30), HASH)
-    assert sorted(variants) == ["a, b", "b, a"]
+def test_what_comes_out_twice_counts_twice():
+    """Else tags that are seldom dropped would count as often as all others together."""
+    texts = variants_of(("a, b",), CaptionRules(tag_dropout=0.1, variants=300), HASH)
+    assert len(texts) == 300
+    assert abs(texts.count("a, b") / 300 - 0.81) < 0.1
+
+
+def test_each_variant_knows_its_base_caption_and_the_first_is_there_as_it_is():
+    rules = CaptionRules(shuffle_tags=True, tag_dropout=0.9, variants=3, trigger_word="ohwx")
+    texts, bases = expand_variants((TAGS, "a dog that runs"), rules, HASH)
+    assert texts[0] == f"ohwx, {TAGS}"
+    assert bases == (AS_IT_IS, 0, 0, 0, 1, 1, 1)
+    assert texts[4:] == ("ohwx, a dog that runs",) * 3
+    plain = CaptionRules(trigger_word="ohwx")
+    assert expand_variants(("a cat", "ohwx, a cat", "a dog"), plain, HASH) == (("ohwx, a cat", "ohwx, a dog"), (0, 1))
 
 
 def test_the_first_tags_stay():
     rules = CaptionRules(shuffle_tags=True, tag_dropout=0.9, keep_tags=2, variants=100)
-    variants = expand_variants((TAGS,), rules, HASH)
+    variants = variants_of((TAGS,), rules, HASH)
     assert {tuple(variant.split(", ")[:2]) for variant in variants} == {("one", "two")}
     assert "one, two" in variants  # nothing else has to be left
     few = CaptionRules(shuffle_tags=True, tag_dropout=0.9, keep_tags=9, variants=3)
-    assert expand_variants((TAGS,), few, HASH) == (TAGS,)
+    assert variants_of((TAGS,), few, HASH) == (TAGS, TAGS, TAGS)
 
 
 def test_without_shuffling_the_order_stays():
     order = TAGS.split(", ")
-    for variant in expand_variants((TAGS,), CaptionRules(tag_dropout=0.5, variants=50), HASH):
+    for variant in variants_of((TAGS,), CaptionRules(tag_dropout=0.5, variants=50), HASH):
         places = [order.index(tag) for tag in variant.split(", ")]
         assert places == sorted(places)
 
@@ -454,7 +486,7 @@ def test_a_variant_is_pure_in_its_draw():
 )
 def test_tags_are_trimmed_and_joined(caption, separator, expected):
     rules = CaptionRules(tag_dropout=1e-9, separator=separator)
-    assert set(expand_variants((caption,), rules, HASH)) == expected
+    assert set(variants_of((caption,), rules, HASH)) == expected
 
 
 # ---- images without captions -----------------------------------------------------------------------------------------

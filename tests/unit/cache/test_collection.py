@@ -115,6 +115,16 @@ def test_every_image_at_every_resolution_straight_and_mirrored(config):
     assert len({key for row in rows(collection) for key in row["text_keys"]}) == 9
 
 
+def test_what_is_only_evaluated_is_there_once(config):
+    """Mirror images and further crops would be encoded for nothing."""
+    changes = {"dataset__flip": True, "dataset__crop": "random", "dataset__crop_variants": 3}
+    section = changed(config, **changes).datasets[0].model_copy(update={"role": "eval"})
+    evaluated = collect([section], Memo(open_folder(config.cache.path)), encoded_with=ENCODED_WITH)
+    assert len(evaluated) == 9
+    trained = {row["latent_keys"][0] for row in rows(collected(config, **changes)) if not row["flip"]}
+    assert {key for row in rows(evaluated) for key in row["latent_keys"]} == trained
+
+
 def test_crop_variants_are_one_row_with_several_latents(config):
     collection = collected(config, dataset__crop="random", dataset__crop_variants=3)
     assert len(collection) == 9
@@ -127,11 +137,56 @@ def test_crop_variants_are_one_row_with_several_latents(config):
         assert larger["latent_keys"][: len(row["latent_keys"])] == row["latent_keys"]
 
 
+def test_an_image_without_a_caption_is_left_out_where_that_is_wished(config, images):
+    (images / "00.txt").write_text("")
+    collection = collected(config, dataset__captions=["textfile", "skip"])
+    assert len(collection) == 8
+    (skipped,) = collection.skipped
+    assert (Path(skipped.path).name, skipped.by_choice) == ("00.png", True)
+    assert skipped.reason == 'has no caption, and dataset.captions says "skip"'
+    empty = collected(config, dataset__captions=["textfile", "empty"])
+    assert by_name(empty)["00.png"]["captions"] == [""]
+
+
+def test_what_the_settings_do_not_let_one_expect_is_noted(config, images):
+    assert collected(config).notes == []
+    names = collected(config, dataset__captions=["column", "filename"])
+    text = 'dataset "images": no caption is from "column", the first of dataset.captions; 9 from filename'
+    assert (names.notes, names.captions_from) == ([text], {"filename": 9})
+    assert collected(config, dataset__captions=["textfile", "filename"]).notes == []
+    Image.new("L", (8, 8)).save(images / "03-mask.png")
+    assert collected(config, dataset__mask="file").notes == [
+        'dataset "images": 1 of 9 images have a mask; the others count whole'
+    ]
+
+
+@pytest.mark.parametrize("sizes", [True, False])
+def test_a_point_in_pixels_counts_with_the_size_of_the_image(config, images, tmp_path, sizes):
+    """The last pixels of an image of 60x80 in a square bucket: with the size in the table, and without."""
+    header, values = ("height,width,", "60,80,") if sizes else ("", "")
+    table = tmp_path / "list.csv"
+    table.write_text(
+        f"image,{header}focus_y,focus_x,caption\n{images}/00.png,{values}59,79,a\n{images}/03.png,{values},,b\n"
+    )
+    collection = collected(
+        config,
+        dataset__path=str(table),
+        dataset__crop="focus",
+        dataset__buckets=["square"],
+        dataset__identify_by="content",
+    )
+    assert by_name(collection)["00.png"]["crop_lefts"][0] == by_name(collection)["00.png"]["resized_width"] - 64
+    (note,) = collection.notes
+    assert note.endswith("1 of 2 images have a point of interest; the others are cut in the middle")
+
+
 def test_variants_of_captions_have_a_key_each(config, images):
     (images / "00.txt").write_text("red, round, small, shiny, new\nanother one")
     collection = collected(config, dataset__shuffle_tags=True, dataset__caption_variants=4)
     row = by_name(collection)["00.png"]
-    assert 2 < len(row["captions"]) <= 5  # a caption without tags has but one variant
+    assert row["captions"][0] == "red, round, small, shiny, new"  # for evaluation, as it is
+    assert row["caption_bases"] == [-1, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert row["captions"][5:] == ["another one"] * 4
     assert {", ".join(sorted(caption.split(", "))) for caption in row["captions"]} == {
         "new, red, round, shiny, small",
         "another one",
@@ -144,6 +199,7 @@ def test_captions_that_are_encoded_while_training_have_no_keys_and_stay_as_they_
     changes = {"dataset__shuffle_tags": True, "dataset__caption_variants": 4, "dataset__trigger_word": "ohwx"}
     online = collected(config, text_online=True, **changes)
     assert by_name(online)["00.png"]["captions"] == ["red, round, small, shiny, new"]
+    assert by_name(online)["00.png"]["caption_bases"] == [0]
     assert all(row["text_keys"] == [] for row in rows(online))
     keys, lengths = online.keys("text_keys")
     assert (len(keys), lengths.tolist()) == (0, [0] * 9)

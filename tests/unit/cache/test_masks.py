@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -99,7 +101,9 @@ def test_a_mask_of_another_aspect_is_refused_with_both_sizes(tmp_path):
     with pytest.raises(UnreadableImage) as caught:
         load_mask_file(record)
     assert caught.value.kind == "mask"
-    assert str(caught.value) == (f"its mask {record.mask} is 384x260 pixels, the image 384x256: not the same aspect")
+    assert str(caught.value) == (
+        f"its mask {record.mask} is 260x384 pixels (height x width), the image 256x384: not the same aspect"
+    )
 
 
 def test_a_small_masks_rounded_edge_is_no_other_aspect(tmp_path):
@@ -121,7 +125,7 @@ def test_a_bomb_of_a_mask_is_not_decoded(tmp_path, monkeypatch):
     record = with_mask(tmp_path, half_white(256, 384))
     monkeypatch.setattr(masks, "MAX_MASK_PIXELS", 1000)
     monkeypatch.setattr(masks, "decode", lambda content: pytest.fail("decoded"))
-    with pytest.raises(UnreadableImage, match=r"has 384x256 pixels, more than 1,000$"):
+    with pytest.raises(UnreadableImage, match=r"has 256x384 pixels, more than 1,000$"):
         load_mask_file(record)
 
 
@@ -166,7 +170,7 @@ def test_an_image_without_transparency_counts_everywhere(tmp_path, format, mode)
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("flip", [False, True])
 def test_transparency_is_turned_with_its_image(tmp_path, format, orientation, flip):
-    """Where white shines through the black image, it does not count. The corners differ."""
+    """Where white would shine through the black image, it does not count. The corners differ."""
     image = Image.new("RGBA", (384, 256), (0, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 160, 64))
     image.paste((0, 0, 0, 0), (320, 192, 384, 256))
@@ -174,6 +178,8 @@ def test_transparency_is_turned_with_its_image(tmp_path, format, orientation, fl
     record = record_of(tmp_path / "cat", content, buckets=["256x384"], mask="alpha", flip=flip)
     pixels, alpha = load_pixels_and_alpha(record)
     assert np.array_equal(pixels, load_pixels(record))
-    seen = 255 - pixels[..., 0].reshape(32, 8, 48, 8).mean((1, 3))
+    assert pixels.max() == 0
+    on_white = load_pixels(dataclasses.replace(record, mask=""))
+    seen = 255 - on_white[..., 0].reshape(32, 8, 48, 8).mean((1, 3))
     assert (seen < 128).sum() == 20 * 8 + 8 * 8
     assert np.abs(mask_cells(alpha, record) - seen).max() <= 2

@@ -80,7 +80,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     for by_listing in (False, True):
         found = scan_one(path, max_pixels=19_999, by_listing=by_listing)
-        assert (found.problem, found.kind) == ("200x100 is more than dataset.max_pixels = 19999", "too_large")
+        assert (found.problem, found.kind) == ("100x200 is more than dataset.max_pixels = 19999", "too_large")
         assert found.image_hash == ""
 
 
@@ -127,6 +127,21 @@ def test_a_file_that_is_gone_and_one_that_leads_in_circles(tmp_path):
     gone = scan_one(tmp_path / "gone.jpg")
     assert (gone.problem, gone.kind) == ("cannot be read: No such file or directory", "unreadable")
     assert scan_one(tmp_path / "itself.jpg").problem == "cannot be read: Too many levels of symbolic links"
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    for name in ("pipe.jpg", "device.jpg"):
+        found = scan_one(tmp_path / name)
+        text = "cannot be read: is not a regular file, but a pipe, socket or device"
+        assert (found.problem, found.kind) == (text, "unreadable")
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(encoded())
+    found = scan_one(tmp_path / "caf\\xe9.png")  # as it is listed
+    assert (found.problem, found.kind) == ("cannot be read: its name is not UTF-8; rename it", "unreadable")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -180,7 +195,7 @@ def test_where_the_listing_has_the_size_nothing_is_opened():
     found = scan_file(file, 600, by_listing=True)
     assert (found.height, found.width, found.problem) == (30, 20, "")
     assert found.image_hash == hashlib.sha256(b"/gone/cat.png\x007-7").hexdigest()
-    assert scan_file(file, 599, by_listing=True).problem == "20x30 is more than dataset.max_pixels = 599"
+    assert scan_file(file, 599, by_listing=True).problem == "30x20 is more than dataset.max_pixels = 599"
 
 
 def test_a_listing_is_identified_by_address_and_stamp(tmp_path):
@@ -269,7 +284,7 @@ def test_of_a_large_webp_only_the_start_is_read(tmp_path, monkeypatch):
     found = scan_one(path, by_listing=True)
     assert (found.height, found.width, found.problem) == (300, 400, "")
     assert (scan_one(path, 119_999, by_listing=True).problem, read) == (
-        "400x300 is more than dataset.max_pixels = 119999",
+        "300x400 is more than dataset.max_pixels = 119999",
         [64 * 1024] * 2,
     )
 

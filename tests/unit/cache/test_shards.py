@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -537,11 +538,22 @@ LATENT = {
         ("vae_fingerprint", "ce" * 8),
         ("flip", True),
         ("mask_hash", "alpha"),
+        ("scaled_jpeg", True),
     ],
 )
 def test_a_latent_key_depends_on_all_that_the_latent_depends_on(part, other):
     assert latent_key(**LATENT) == latent_key(**dict(LATENT))
     assert latent_key(**LATENT | {part: other}) != latent_key(**LATENT)
+
+
+def test_what_was_encoded_with_its_transparency_on_white_is_not_taken_for_what_was_not():
+    """By the key of the first versions, which hashed the word "alpha" itself."""
+    transform = ((64, 128), (64, 130), (0, 1), False, "lanczos")
+    parts = ("latent", shards.FORMAT_VERSION, LATENT["image_hash"], transform, "alpha", LATENT["vae_fingerprint"])
+    on_white = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    assert latent_key(**LATENT | {"mask_hash": "alpha"}) != on_white
+    plain = (*parts[:4], "", parts[5])
+    assert latent_key(**LATENT, scaled_jpeg=False) == hashlib.sha256(repr(plain).encode()).hexdigest()[:32]
 
 
 def test_a_text_key_depends_on_caption_encoders_and_length():

@@ -25,7 +25,7 @@ from sdxl_ray.errors import CacheError
 from sdxl_ray.sdxl.components import load_unet
 from sdxl_ray.sdxl.vae import sample_latents
 from sdxl_ray.storage import open_folder
-from sdxl_ray.train.batches import BatchBuilder, Conditions, Draws, prefetch
+from sdxl_ray.train.batches import BatchBuilder, Conditions, Draws, _draw_caption, prefetch
 from sdxl_ray.train.data import load_data
 from sdxl_ray.train.entries import CacheEntries
 from sdxl_ray.train.plan import DataOrder, Every, MicroBatch, Plan, Share
@@ -167,6 +167,23 @@ def test_every_caption_of_an_image_is_used(data):
     num_first = sum(torch.equal(embeds, first) for embeds in seen)
     assert num_first + sum(torch.equal(embeds, second) for embeds in seen) == 20
     assert 3 <= num_first <= 17
+
+
+def test_a_caption_with_many_variants_is_drawn_no_more_often_than_one_with_few(data):
+    """A line of tags with ten shuffled variants, and a sentence with two."""
+    sample = dataclasses.replace(data.train[0], captions=("x",) * 13, caption_bases=(-1, *[0] * 10, 1, 1))
+    drawn = [_draw_caption(sample, (0, epoch, 0, sample.sample_id)) for epoch in range(600)]
+    assert set(drawn) == set(range(1, 13))  # the first is for evaluation
+    assert abs(sum(place > 10 for place in drawn) - 300) < 4 * 600**0.5 / 2
+
+
+def test_evaluation_reads_the_caption_as_it_is(varied, tiny_model, place):
+    config, data = varied("disk", "cached", shuffle_tags=True, tag_dropout=0.5, caption_variants=3)
+    builder = BatchBuilder(data.train, make_entries(data, config), seed=7, num_timesteps=1000)
+    sample = data.train[0]
+    assert sample.caption_bases[0] < 0
+    expected = TextEncoder(tiny_model, **place).encode([sample.captions[0]])[0]["prompt_embeds"]
+    assert torch.equal(builder.evaluation(0, 1).prompt_embeds, expected)
 
 
 # ---- caption dropout -------------------------------------------------------------------------------------------------
@@ -597,7 +614,7 @@ def test_batches_are_the_same_in_all_modes(varied):
 
 def test_captions_are_varied_while_training_and_not_in_the_evaluation(varied, tiny_model, place):
     config, data = varied("disk", "online", shuffle_tags=True, tag_dropout=0.5, caption_prefix="photo: ")
-    sample = dataclasses.replace(data.train[0], captions=("red, green, blue, large, small",))
+    sample = dataclasses.replace(data.train[0], captions=("red, green, blue, large, small",), caption_bases=(0,))
     text = TextEncoder(tiny_model, **place)
     builder = BatchBuilder(
         [sample], make_entries(data, config), seed=7, num_timesteps=1000

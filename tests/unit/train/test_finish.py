@@ -96,6 +96,7 @@ def encoded(dataset, image, captions, *, flip=False, edge=512):
         flip=flip,
         mask="",
         captions=tuple(captions),
+        caption_bases=tuple(range(len(captions))),
         latent_keys=("k",),
         latent_shards=("s",),
         text_keys=tuple("k" for _ in captions),
