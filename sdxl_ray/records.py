@@ -133,6 +133,7 @@ class EncodedSample:
     crops: tuple[tuple[int, int], ...]  # crop_top_left of each variant, as SDXL is told
     flip: bool
     mask: str  # "alpha", the address of a mask file, or empty
+    scaled_jpeg: bool  # as in ImageRecord
     captions: tuple[str, ...]
     caption_bases: tuple[int, ...]  # which caption each is a variant of; below 0: only for evaluation
     latent_keys: tuple[str, ...]  # one per crop
@@ -164,6 +165,7 @@ class EncodedSample:
             flip=self.flip,
             mask=self.mask,
             verify=self.verify,
+            scaled_jpeg=self.scaled_jpeg,
         )
 
 

@@ -139,6 +139,7 @@ class Collection:
                     flip=row["flip"],
                     mask=row["mask"],
                     verify=row["verify"],
+                    scaled_jpeg=row["scaled_jpeg"],
                 )
             )
         return records
@@ -185,7 +186,7 @@ def _collect_one(
     for files in _pieces(list_dataset(section)):
         num_images += len(files)
         scanned = _scan(files, section, memo, scan)
-        rows = _Rows(section.name, rules, encoded_with)
+        rows = _Rows(section, rules, encoded_with)
         captions, reasons, given = read_captions(files, rules)
         tally.captions.update(given)
         masks = _mask_hashes(files, section, memo, scan)
@@ -326,8 +327,9 @@ class _Found:
 class _Rows:
     """A piece of the table under construction."""
 
-    def __init__(self, dataset: str, rules: CaptionRules, encoded_with: EncodedWith) -> None:
-        self.dataset, self.rules, self.encoded_with = dataset, rules, encoded_with
+    def __init__(self, section: DatasetSection, rules: CaptionRules, encoded_with: EncodedWith) -> None:
+        self.dataset, self.scaled_jpeg = section.name, section.jpeg_scaling
+        self.rules, self.encoded_with = rules, encoded_with
         self.columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names if name != "dataset"}
 
     def add(self, found: _Found, placement: Placement, flip: bool) -> None:
@@ -336,7 +338,14 @@ class _Rows:
         bucket_hw, resized_hw = placement.bucket_hw, placement.resized_hw
         latents = [
             latent_key(
-                image.image_hash, bucket_hw, resized_hw, crop, encoded_with.vae, flip=flip, mask_hash=found.mask_hash
+                image.image_hash,
+                bucket_hw,
+                resized_hw,
+                crop,
+                encoded_with.vae,
+                flip=flip,
+                mask_hash=found.mask_hash,
+                scaled_jpeg=self.scaled_jpeg,
             )
             for crop in placement.crops
         ]
@@ -361,6 +370,7 @@ class _Rows:
             "crop_lefts": [left for _, left in told],
             "flip": flip,
             "mask": found.mask,
+            "scaled_jpeg": self.scaled_jpeg,
             "captions": list(captions),
             "caption_bases": list(bases),
             "latent_keys": [bytes.fromhex(key) for key in latents],

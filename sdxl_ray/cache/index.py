@@ -39,6 +39,7 @@ PLACED = pa.schema(
         ("crop_lefts", pa.list_(pa.int32())),
         ("flip", pa.bool_()),
         ("mask", pa.string()),
+        ("scaled_jpeg", pa.bool_()),
         ("captions", pa.list_(pa.string())),
         ("caption_bases", pa.list_(pa.int32())),
     ]
@@ -146,6 +147,7 @@ class Index:
             crops=tuple(zip(values["crop_tops"], values["crop_lefts"], strict=True)),
             flip=values["flip"],
             mask=values["mask"],
+            scaled_jpeg=values["scaled_jpeg"],
             captions=tuple(values["captions"]),
             caption_bases=tuple(values["caption_bases"]),
             latent_keys=tuple(values["latent_keys"]),
@@ -195,8 +197,8 @@ class Index:
 
 
 _SAME_NAME = (
-    "sample_id", "dataset", "path", "address", "image_hash", "verify", "flip", "mask", "captions", "caption_bases",
-    "latent_keys", "latent_shards", "text_keys", "text_shards",
+    "sample_id", "dataset", "path", "address", "image_hash", "verify", "flip", "mask", "scaled_jpeg", "captions",
+    "caption_bases", "latent_keys", "latent_shards", "text_keys", "text_shards",
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ SAMPLE = EncodedSample(
     flip=False,
     mask="",
     captions=("a cat",),
+    scaled_jpeg=False,
     caption_bases=(0,),
     latent_keys=("latent", "other"),
     latent_shards=("x", "x"),

@@ -122,7 +122,7 @@ def test_it_reads_like_a_file_of_python(place):
         assert file.read() == content[10:]
 
 
-NO_FILE = "is not a regular file, but a pipe, socket or device"
+NO_FILE = "it is not a regular file, but a pipe, socket or device"
 
 
 @pytest.mark.parametrize("read", [read_bytes, lambda path: read_bytes(path, 0, 10), open_buffered, open_arrow])

@@ -115,6 +115,12 @@ def test_every_image_at_every_resolution_straight_and_mirrored(config):
     assert len({key for row in rows(collection) for key in row["text_keys"]}) == 9
 
 
+def test_how_jpegs_are_decoded_is_part_of_the_key(config):
+    plain, shrunk = collected(config), collected(config, dataset__jpeg_scaling=True)
+    assert [plain.records([0], [0])[0].scaled_jpeg, shrunk.records([0], [0])[0].scaled_jpeg] == [False, True]
+    assert rows(plain)[0]["latent_keys"] != rows(shrunk)[0]["latent_keys"]
+
+
 def test_what_is_only_evaluated_is_there_once(config):
     """Mirror images and further crops would be encoded for nothing."""
     changes = {"dataset__flip": True, "dataset__crop": "random", "dataset__crop_variants": 3}

@@ -27,6 +27,7 @@ def sample(number=0, **changes):
         flip=False,
         mask="",
         captions=("a cat", "two\nlines"),
+        scaled_jpeg=False,
         caption_bases=(-1, 0),
         latent_keys=(f"{number:032x}", "ab" * 16),
         latent_shards=("latents/64x128/x.safetensors", "latents/64x128/y.safetensors"),

@@ -49,6 +49,7 @@ def sample_of(path, *, crops=((0, 0),), flip=False, mask="", captions=("a cat",)
         flip=flip,
         mask=mask,
         captions=captions,
+        scaled_jpeg=False,
         caption_bases=tuple(range(len(captions))),
         latent_keys=tuple(f"{number:032x}" for number in range(len(crops))),
         latent_shards=("",) * len(crops),

@@ -66,6 +66,7 @@ def sample(path, image, **fields):
         flip=False,
         mask="",
         captions=("a cat",),
+        scaled_jpeg=False,
         caption_bases=(0,),
         latent_keys=("k",),
         latent_shards=("",),

@@ -134,7 +134,7 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "device.jpg").symlink_to("/dev/zero")
     for name in ("pipe.jpg", "device.jpg"):
         found = scan_one(tmp_path / name)
-        text = "cannot be read: is not a regular file, but a pipe, socket or device"
+        text = "cannot be read: it is not a regular file, but a pipe, socket or device"
         assert (found.problem, found.kind) == (text, "unreadable")
 
 

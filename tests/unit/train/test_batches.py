@@ -765,3 +765,10 @@ def test_samples_whose_target_is_the_parents_prediction(data):
     assert make_builder(data).training(alone(one(data, 0))).from_parent is None
     assert make_builder(data, from_parent=[dataset]).training(alone(one(data, 0))).from_parent.tolist() == [True]
     assert make_builder(data, from_parent=["others"]).training(alone(one(data, 0))).from_parent is None
+
+
+def test_what_the_reader_has_to_say_about_its_copies_is_told_in_the_run(data):
+    said = []
+    make_entries(data, report=said.append)
+    data.reader.report("cache.local_path = /full: takes no more copies")
+    assert said == ["cache.local_path = /full: takes no more copies"]

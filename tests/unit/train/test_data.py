@@ -31,6 +31,7 @@ def make_sample(number, *, dataset="cats", image=None, flip=False, target_hw=(64
         flip=flip,
         mask="",
         captions=(f"image {image}",),
+        scaled_jpeg=False,
         caption_bases=(0,),
         latent_keys=("0" * 32,) * len(crops),
         latent_shards=("latents/s.safetensors",) * len(crops),

@@ -96,6 +96,7 @@ def encoded(dataset, image, captions, *, flip=False, edge=512):
         flip=flip,
         mask="",
         captions=tuple(captions),
+        scaled_jpeg=False,
         caption_bases=tuple(range(len(captions))),
         latent_keys=("k",),
         latent_shards=("s",),
