@@ -63,6 +63,7 @@ class Listed:
     address       where its bytes are; empty: `path`
     original_hw   from a table's columns, as a person sees it; None: to be read from the header
     text_file     address of its caption file, or empty
+    text_stamp    as `stamp`, of the caption file, where it is remembered: in a bucket; else empty
     texts         captions that a table's row or a tar file's .json brought along
     mask_file     address of its mask, or empty
     mask_stamp    as `stamp`, of the mask; empty where the source does not know it
@@ -77,6 +78,7 @@ class Listed:
     address: str = ""
     original_hw: tuple[int, int] | None = None
     text_file: str = ""
+    text_stamp: str = ""
     texts: tuple[str, ...] = ()
     mask_file: str = ""
     mask_stamp: str = ""

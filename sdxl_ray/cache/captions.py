@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -29,6 +29,7 @@ from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import Listed
 
 if TYPE_CHECKING:
+    from sdxl_ray.cache.caption_memo import CaptionMemo
     from sdxl_ray.config.schema import DatasetSection
 
 AS_IT_IS = -1  # in the place of a base caption's number: neither shuffled nor thinned
@@ -111,7 +112,7 @@ class CaptionRules:
 
 
 def read_captions(
-    listed: Sequence[Listed], rules: CaptionRules
+    listed: Sequence[Listed], rules: CaptionRules, memo: CaptionMemo | None = None
 ) -> tuple[list[tuple[str, ...]], dict[int, str], Counter[str]]:
     """(base captions of each image; why images are skipped, by position in `listed`; how many captions each of
     `rules.sources` gave).
@@ -119,11 +120,15 @@ def read_captions(
     An image that is skipped has no captions. One without captions that is not skipped simply has none: it is left out
     where the rules say so (`skips`), else see `no_captions_error`.
 
+    Args:
+        memo: what earlier runs have read of caption files in buckets.
+
     Raises:
         StorageError: a bucket does not let us read. That is no matter of single images.
     """
+    files = _CaptionFiles({} if memo is None else memo.find(listed))
     if "textfile" not in rules.sources or not any(image.text_file for image in listed):
-        found = [_captions_or_problem(image, rules) for image in listed]
+        found = [_captions_or_problem(image, rules, files) for image in listed]
     else:
         # In threads: on a network drive each file takes a millisecond of waiting, in a bucket fifty. Many files a
         # task, where there are many: a task costs as much as reading a file of a local disk.
@@ -133,10 +138,12 @@ def read_captions(
         pieces = [listed[start : start + size] for start in range(0, len(listed), size)]
 
         def read(piece: Sequence[Listed]) -> list[_Found | UnreadableCaption]:
-            return [_captions_or_problem(image, rules) for image in piece]
+            return [_captions_or_problem(image, rules, files) for image in piece]
 
         with ThreadPoolExecutor(num_threads) as threads:
             found = [item for piece in threads.map(read, pieces) for item in piece]
+    if memo is not None:
+        memo.add(listed, files.new)
     captions = [() if isinstance(item, UnreadableCaption) else item.captions for item in found]
     given = Counter(dict.fromkeys(rules.sources, 0))
     for item in found:
@@ -145,14 +152,34 @@ def read_captions(
     return captions, {at: str(item) for at, item in enumerate(found) if isinstance(item, UnreadableCaption)}, given
 
 
+class _CaptionFiles:
+    """Texts of caption files: those that are remembered, and those that are read now."""
+
+    def __init__(self, known: Mapping[str, str]) -> None:
+        self.known = known
+        self.new: dict[str, str] = {}
+
+    def read(self, image: Listed) -> str:
+        """
+        Raises:
+            UnreadableCaption: see `find_captions`.
+        """
+        text = self.known.get(image.text_file)
+        if text is None:
+            text = _read_text(image.text_file)
+            if image.text_stamp:
+                self.new[image.text_file] = text
+        return text
+
+
 class _Found(NamedTuple):
     captions: tuple[str, ...]
     source: str  # which one they are from; empty where there are none
 
 
-def _captions_or_problem(image: Listed, rules: CaptionRules) -> _Found | UnreadableCaption:
+def _captions_or_problem(image: Listed, rules: CaptionRules, files: _CaptionFiles) -> _Found | UnreadableCaption:
     try:
-        return _find(image, rules)
+        return _find(image, rules, files)
     except UnreadableCaption as error:
         return error
 
@@ -163,22 +190,23 @@ def find_captions(image: Listed, rules: CaptionRules) -> tuple[str, ...]:
     Raises:
         UnreadableCaption: the text is not UTF-8 (or UTF-16 that says so), too large, or cannot be read.
     """
-    return _find(image, rules).captions
+    return _find(image, rules, _CaptionFiles({})).captions
 
 
-def _find(image: Listed, rules: CaptionRules) -> _Found:
+def _find(image: Listed, rules: CaptionRules, files: _CaptionFiles) -> _Found:
     for source in rules.sources:
         if source == "empty":
             return _Found(("",), source)
-        captions = _unique(filter(None, (_clean(text, rules.replace) for text in _texts(source, image, rules))))
+        captions = _unique(filter(None, (_clean(text, rules.replace) for text in _texts(source, image, rules, files))))
         if captions:
             return _Found(captions, source)
     return _Found((), "")
 
 
-def _texts(source: str, image: Listed, rules: CaptionRules) -> Iterable[str]:
+def _texts(source: str, image: Listed, rules: CaptionRules, files: _CaptionFiles) -> Iterable[str]:
     if source == "textfile":
-        return _from_text_file(image.text_file, rules.lines) if image.text_file else ()
+        text = files.read(image) if image.text_file else ""
+        return [text] if rules.lines == "whole" else _LINE_END.split(text)
     if source == "column":
         if any(len(text) > MAX_BYTES for text in image.texts):
             raise UnreadableCaption(_too_large("its caption", max(map(len, image.texts))))
@@ -207,7 +235,7 @@ def _unique(captions: Iterable[str]) -> tuple[str, ...]:
 # ---- caption files ---------------------------------------------------------------------------------------------------
 
 
-def _from_text_file(address: str, lines: Literal["alternatives", "whole"]) -> list[str]:
+def _read_text(address: str) -> str:
     what = f"caption file {_name(address)}"
     try:
         content = _read(address, what)
@@ -227,7 +255,7 @@ def _from_text_file(address: str, lines: Literal["alternatives", "whole"]) -> li
         ) from None
     if "\0" in text:  # UTF-16 without its mark, or no text at all; other control characters are taken out
         raise UnreadableCaption(_with_nul(what, address))
-    return [text] if lines == "whole" else _LINE_END.split(text)
+    return text
 
 
 def _with_nul(what: str, address: str) -> str:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sdxl_ray.cache.buckets import Geometry, Placement, Unfit, place_all
+from sdxl_ray.cache.caption_memo import CaptionMemo
 from sdxl_ray.cache.captions import (
     NO_CAPTION,
     CaptionRules,
@@ -161,17 +162,25 @@ def collect(
     Raises:
         DatasetError: no images; ambiguous or missing captions.
     """
-    collection = Collection()
-    pieces = (piece for section in datasets for piece in _collect_one(section, collection, memo, encoded_with, scan))
+    collection, texts = Collection(), CaptionMemo(memo.folder)
+    pieces = (
+        piece for section in datasets for piece in _collect_one(section, collection, memo, texts, encoded_with, scan)
+    )
     try:
         collection.table = gather(pieces, SCHEMA)
     finally:  # also what an interrupted scan has found
         memo.write()
+        texts.write()
     return collection
 
 
 def _collect_one(
-    section: DatasetSection, collection: Collection, memo: Memo, encoded_with: EncodedWith, scan: Scan
+    section: DatasetSection,
+    collection: Collection,
+    memo: Memo,
+    texts: CaptionMemo,
+    encoded_with: EncodedWith,
+    scan: Scan,
 ) -> Iterator[pa.Table]:
     """The rows of one dataset; counts and what is skipped go into `collection`."""
     rules, geometries = CaptionRules.of(section), Geometry.of(section)
@@ -187,7 +196,7 @@ def _collect_one(
         num_images += len(files)
         scanned = _scan(files, section, memo, scan)
         rows = _Rows(section, rules, encoded_with)
-        captions, reasons, given = read_captions(files, rules)
+        captions, reasons, given = read_captions(files, rules, texts)
         tally.captions.update(given)
         masks = _mask_hashes(files, section, memo, scan)
         for at, (file, image) in enumerate(zip(files, scanned, strict=True)):

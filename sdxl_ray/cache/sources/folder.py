@@ -187,6 +187,7 @@ def _listed(level: _Level, rules: _Rules) -> Iterator[Listed]:
             path=address(image),
             stamp=stamp,
             text_file=address(caption),
+            text_stamp=level.stamps.get(caption, ""),
             mask_file=address(mask if mask in level.masks else ""),
             mask_stamp=level.stamps.get(mask, "") if mask in level.masks else "",
             beside=() if caption else tuple(sorted(map(printable, others.get(stem, [])))),

@@ -162,6 +162,7 @@ def _images_of(section: DatasetSection, path: str, entry: FileEntry, sample: _Sa
             address=tar_address(path, offset, size),
             original_hw=original_hw,
             text_file=_address(path, sample, caption),
+            text_stamp=_stamp(entry, sample, caption) if caption and storage.is_uri(path) else "",
             texts=texts,
             mask_file=_address(path, sample, mask),
             mask_stamp=_stamp(entry, sample, mask) if mask else "",

@@ -1,0 +1,105 @@
+"""Caption files in buckets are read once. .venv/bin/pytest tests/unit/cache/test_caption_memo.py"""
+
+import dataclasses
+import sys
+import types
+
+import pytest
+
+from sdxl_ray.cache import caption_memo, tables
+from sdxl_ray.cache.caption_memo import CaptionMemo
+from sdxl_ray.cache.captions import CaptionRules, read_captions
+from sdxl_ray.records import Listed
+from sdxl_ray.storage import open_folder
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """address -> content, and which addresses were read."""
+    contents, read = {}, []
+    module = types.ModuleType("sdxl_ray.cache.sources")
+    module.read_start = lambda address, length: read.append(address) or contents[address][:length]
+    monkeypatch.setitem(sys.modules, "sdxl_ray.cache.sources", module)
+    return contents, read
+
+
+def images_in(contents, count, stamp="1"):
+    found = []
+    for number in range(count):
+        address = f"s3://bucket/{number}.txt"
+        contents[address] = f"caption {number}".encode()
+        found.append(Listed(f"s3://bucket/{number}.jpg", "1", text_file=address, text_stamp=stamp))
+    return found
+
+
+def run(folder, images):
+    memo = CaptionMemo(open_folder(str(folder)))
+    captions, reasons, _ = read_captions(images, CaptionRules(), memo)
+    assert reasons == {}
+    memo.write()
+    return captions
+
+
+def test_a_second_run_reads_what_has_changed_and_what_is_new(tmp_path, bucket):
+    contents, read = bucket
+    images = images_in(contents, 40)
+    first = run(tmp_path, images[:30])
+    assert first == [(f"caption {number}",) for number in range(30)]
+    assert len(read) == 30
+    read.clear()
+    contents["s3://bucket/7.txt"] = b"another one"
+    images[7] = dataclasses.replace(images[7], text_stamp="2")
+    assert run(tmp_path, images[::-1])[::-1] == [
+        ("another one",) if number == 7 else (f"caption {number}",) for number in range(40)
+    ]
+    assert sorted(read) == sorted(f"s3://bucket/{number}.txt" for number in [7, *range(30, 40)])
+    read.clear()
+    assert run(tmp_path, images)[7] == ("another one",)
+    assert read == []
+
+
+def test_files_of_this_machine_and_long_ones_are_read_each_time(tmp_path, bucket):
+    contents, read = bucket
+    (tmp_path / "cat.txt").write_text("a cat")
+    local = Listed("cat.jpg", "1", text_file=str(tmp_path / "cat.txt"))
+    (long,) = images_in(contents, 1)
+    contents["s3://bucket/0.txt"] = b"x" * 20_000
+    for _ in range(2):
+        assert run(tmp_path / "cache", [local, long]) == [("a cat",), ("x" * 20_000,)]
+    assert len(read) == 2
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_cannot_be_read_is_tried_again(tmp_path, bucket):
+    contents, _ = bucket
+    (image,) = images_in(contents, 1)
+    contents["s3://bucket/0.txt"] = b"\xe9"
+    memo = CaptionMemo(open_folder(str(tmp_path)))
+    assert 0 in read_captions([image], CaptionRules(), memo)[1]
+    memo.write()
+    contents["s3://bucket/0.txt"] = b"mended, with the same date"
+    assert run(tmp_path, [image]) == [("mended, with the same date",)]
+
+
+def test_a_damaged_memo_is_as_good_as_none(tmp_path, bucket):
+    contents, read = bucket
+    images = images_in(contents, 3)
+    run(tmp_path, images)
+    (tmp_path / caption_memo.FILE_NAME).write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match=r"captions\.parquet: .*; the captions are read again"):
+        assert run(tmp_path, images)[2] == ("caption 2",)
+    assert len(read) == 6
+    run(tmp_path, images)
+    assert len(read) == 6
+
+
+def test_a_large_memo_is_found_in_pieces(tmp_path, bucket, monkeypatch):
+    """Beyond some size it lies in a file, in pieces that are not in order."""
+    contents, read = bucket
+    monkeypatch.setattr(caption_memo, "PIECE", 7)
+    monkeypatch.setattr(tables, "ROWS_IN_MEMORY", 10)
+    images = images_in(contents, 50)
+    run(tmp_path, images)
+    read.clear()
+    assert run(tmp_path, images[::3]) == [(f"caption {number}",) for number in range(0, 50, 3)]
+    assert read == []
