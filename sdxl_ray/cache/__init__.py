@@ -2,7 +2,7 @@
 
 sources/         folder, tar files, tables, Hugging Face; local or in a bucket -> images, listed but not opened
 scan.py          images -> content hash and size; unreadable ones with their reason       memo.py: what is known already
-captions.py      images -> captions, never the wrong one; their variants           caption_memo.py: texts in buckets
+captions.py      images -> captions, never the wrong one; their variants           text_memo.py: those in buckets
 buckets.py       size -> bucket, resize, crops
 collection.py    all of these, in pieces -> columns                                       tables.py: large ones on disk
 planning.py      what the cache should hold, and what is still missing (no Ray, no torch)

@@ -29,11 +29,12 @@ from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import Listed
 
 if TYPE_CHECKING:
-    from sdxl_ray.cache.caption_memo import CaptionMemo
+    from sdxl_ray.cache.text_memo import TextMemo
     from sdxl_ray.config.schema import DatasetSection
 
 AS_IT_IS = -1  # in the place of a base caption's number: neither shuffled nor thinned
 _THREADS = 32
+_LONGEST_REMEMBERED = 10_000  # characters
 MAX_BYTES = 1_000_000  # of a caption file: the encoders read some 300 characters, so a larger one is something else
 
 # What no caption has and a model should not be told: control characters, among them NUL and the ends of lines, line
@@ -112,7 +113,7 @@ class CaptionRules:
 
 
 def read_captions(
-    listed: Sequence[Listed], rules: CaptionRules, memo: CaptionMemo | None = None
+    listed: Sequence[Listed], rules: CaptionRules, memo: TextMemo | None = None
 ) -> tuple[list[tuple[str, ...]], dict[int, str], Counter[str]]:
     """(base captions of each image; why images are skipped, by position in `listed`; how many captions each of
     `rules.sources` gave).
@@ -126,7 +127,8 @@ def read_captions(
     Raises:
         StorageError: a bucket does not let us read. That is no matter of single images.
     """
-    files = _CaptionFiles({} if memo is None else memo.find(listed))
+    stamped = {image.text_file: image.text_stamp for image in listed if image.text_stamp}
+    files = _CaptionFiles({} if memo is None else memo.find(list(stamped.items())))
     if "textfile" not in rules.sources or not any(image.text_file for image in listed):
         found = [_captions_or_problem(image, rules, files) for image in listed]
     else:
@@ -143,7 +145,8 @@ def read_captions(
         with ThreadPoolExecutor(num_threads) as threads:
             found = [item for piece in threads.map(read, pieces) for item in piece]
     if memo is not None:
-        memo.add(listed, files.new)
+        new = {address: text for address, text in files.new.items() if len(text) <= _LONGEST_REMEMBERED}
+        memo.add([(address, stamped[address]) for address in new], list(new.values()))
     captions = [() if isinstance(item, UnreadableCaption) else item.captions for item in found]
     given = Counter(dict.fromkeys(rules.sources, 0))
     for item in found:

@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sdxl_ray.cache.buckets import Geometry, Placement, Unfit, place_all
-from sdxl_ray.cache.caption_memo import CaptionMemo
 from sdxl_ray.cache.captions import (
     NO_CAPTION,
     CaptionRules,
@@ -40,6 +39,7 @@ from sdxl_ray.cache.skipped import Skipped
 from sdxl_ray.cache.sources import as_shares, list_dataset, shown_address
 from sdxl_ray.cache.store import KEY_DTYPE, hex_strings, keys_from_hex
 from sdxl_ray.cache.tables import PIECE, fixed_bytes, gather
+from sdxl_ray.cache.text_memo import TextMemo
 from sdxl_ray.records import ImageRecord, Listed, bucket_key, mirrored, parse_bucket_key
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def collect(
     Raises:
         DatasetError: no images; ambiguous or missing captions.
     """
-    collection, texts = Collection(), CaptionMemo(memo.folder)
+    collection, texts = Collection(), TextMemo(memo.folder)
     pieces = (
         piece for section in datasets for piece in _collect_one(section, collection, memo, texts, encoded_with, scan)
     )
@@ -178,7 +178,7 @@ def _collect_one(
     section: DatasetSection,
     collection: Collection,
     memo: Memo,
-    texts: CaptionMemo,
+    texts: TextMemo,
     encoded_with: EncodedWith,
     scan: Scan,
 ) -> Iterator[pa.Table]:
@@ -192,7 +192,7 @@ def _collect_one(
     without: list[Listed] = []
     num_without = num_images = 0
     tally = _Tally()
-    for files in _pieces(list_dataset(section)):
+    for files in _pieces(list_dataset(section, texts)):
         num_images += len(files)
         scanned = _scan(files, section, memo, scan)
         rows = _Rows(section, rules, encoded_with)

@@ -79,7 +79,7 @@ def test_a_run_from_a_bucket_with_its_cache_in_a_bucket_is_the_run_from_a_disk(i
     assert "encoded 24 images and 25 captions" in done.stdout
     stored = objects(bucket, f"{tmp_path.name}/cache")
     shards = {name: size for name, size in stored.items() if name.endswith(".safetensors")}
-    assert "scan.parquet" in stored
+    assert {"scan.parquet", "texts.parquet"} <= set(stored)
     assert sum(name.startswith("latents/") for name in shards) > 1
     run = tmp_path / "runs" / "cloud"
     (index,) = (name for name in stored if name.endswith("index.parquet"))

@@ -28,17 +28,21 @@ from sdxl_ray.cache.sources.webdataset import list_tars
 from sdxl_ray.errors import DatasetError
 
 if TYPE_CHECKING:
+    from sdxl_ray.cache.text_memo import TextMemo
     from sdxl_ray.config.schema import DatasetSection
     from sdxl_ray.records import Listed
 
 __all__ = ["IMAGE_SUFFIXES", "as_shares", "list_dataset", "read_bytes", "read_start", "shown_address"]
 
 
-def list_dataset(section: DatasetSection) -> Iterator[Listed]:
+def list_dataset(section: DatasetSection, memo: TextMemo | None = None) -> Iterator[Listed]:
     """Every image of a dataset, each time in the same order: folder by folder, file by file, each sorted by name.
 
     Nothing is opened but tables and the headers of tar files, and no more is held in memory than one folder, a few tar
     files or a piece of a table; with `max_samples`, as many images as that.
+
+    Args:
+        memo: what earlier runs have read of tar files in buckets.
 
     Raises:
         DatasetError: nothing is there, or what is there cannot be used.
@@ -46,17 +50,17 @@ def list_dataset(section: DatasetSection) -> Iterator[Listed]:
         StorageError: a store refuses or cannot be reached.
     """
     try:
-        yield from _list(section.model_copy(update={"path": storage.normalized(section.path)}))
+        yield from _list(section.model_copy(update={"path": storage.normalized(section.path)}), memo)
     except OSError as error:
         raise DatasetError(
             f"{setting_of(section)}: {error.filename or section.path} cannot be read: {error.strerror or error}."
         ) from error
 
 
-def _list(section: DatasetSection) -> Iterator[Listed]:
+def _list(section: DatasetSection, memo: TextMemo | None) -> Iterator[Listed]:
     layout = find_layout(section)
     if layout.kind == "webdataset":
-        listed = list_tars(section, layout.files)
+        listed = list_tars(section, layout.files, memo)
     elif layout.kind == "table":
         listed = list_tables(section, layout.files, layout.within)
         if layout.for_all:

@@ -19,13 +19,22 @@ from typing import TYPE_CHECKING, BinaryIO
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.address import tar_address
 from sdxl_ray.cache.sources.columns import AskedFor
-from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, PACKED_TARS, ahead, printable, setting_of, without_masks
+from sdxl_ray.cache.sources.files import (
+    IMAGE_SUFFIXES,
+    PACKED_TARS,
+    ahead,
+    printable,
+    setting_of,
+    stamp_of,
+    without_masks,
+)
 from sdxl_ray.cache.sources.values import focus_of, size_of, texts_of
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import Listed
 from sdxl_ray.storage import FileEntry
 
 if TYPE_CHECKING:
+    from sdxl_ray.cache.text_memo import TextMemo
     from sdxl_ray.config.schema import DatasetSection
 
 MAX_JSON_BYTES = 2**20
@@ -34,8 +43,13 @@ _BLOCK = 512
 _IMAGE_ENDINGS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
-def list_tars(section: DatasetSection, files: Sequence[tuple[str, FileEntry]]) -> Iterator[Listed]:
+def list_tars(
+    section: DatasetSection, files: Sequence[tuple[str, FileEntry]], memo: TextMemo | None = None
+) -> Iterator[Listed]:
     """Every image of these tar files, given as (path, entry): in their order, within each by name.
+
+    Args:
+        memo: headers of those in buckets that earlier runs have read.
 
     Raises:
         DatasetError: a file is compressed, damaged or cut short; or there is no image, or nowhere a mask or a name in
@@ -46,7 +60,7 @@ def list_tars(section: DatasetSection, files: Sequence[tuple[str, FileEntry]]) -
         refuse_packed(section, path)
     asked = AskedFor(section, mask_in_column=False)
     found = has_masks = False
-    for listed, names in ahead(lambda file: _list_tar(section, *file), files, _AHEAD):
+    for listed, names in ahead(lambda file: _list_tar(section, *file, memo), files, _AHEAD):
         asked.see(names)
         found = found or bool(listed)
         has_masks = has_masks or any(image.mask_file for image in listed)
@@ -80,9 +94,35 @@ class _Sample:
     notes: dict[str, dict[str, object]] = field(default_factory=dict)  # of the .json members, by their ending
 
 
-def _list_tar(section: DatasetSection, path: str, entry: FileEntry) -> tuple[list[Listed], dict[str, None]]:
+_Samples = dict[str, _Sample]  # by the part of the name that their members share
+
+
+def _list_tar(
+    section: DatasetSection, path: str, entry: FileEntry, memo: TextMemo | None
+) -> tuple[list[Listed], dict[str, None]]:
     """(its images by name, the names in its .json members)"""
-    samples: dict[str, _Sample] = {}
+    if memo is None or not storage.is_uri(path):
+        samples = _read_headers(section, path, entry)
+    else:
+        file = (path, stamp_of(entry))
+        text = memo.find([file]).get(path)
+        samples = _read_headers(section, path, entry) if text is None else _samples_from(text)
+        if text is None:
+            memo.add([file], [json.dumps({stem: [each.members, each.notes] for stem, each in samples.items()})])
+    found = [listed for sample in samples.values() for listed in _images_of(section, path, entry, sample)]
+    names = dict.fromkeys(name for sample in samples.values() for notes in sample.notes.values() for name in notes)
+    return sorted(found, key=lambda listed: listed.path), names
+
+
+def _samples_from(text: str) -> _Samples:
+    return {
+        stem: _Sample({ending: tuple(member) for ending, member in members.items()}, notes)
+        for stem, (members, notes) in json.loads(text).items()
+    }
+
+
+def _read_headers(section: DatasetSection, path: str, entry: FileEntry) -> _Samples:
+    samples: _Samples = {}
     try:
         with storage.open_buffered(path) as file:
             for member in _members(file, entry.size):
@@ -98,9 +138,7 @@ def _list_tar(section: DatasetSection, path: str, entry: FileEntry) -> tuple[lis
         raise DatasetError(
             f"{path}: {error}. Copy or download it again, or take it out of {setting_of(section)}."
         ) from None
-    found = [listed for sample in samples.values() for listed in _images_of(section, path, entry, sample)]
-    names = dict.fromkeys(name for sample in samples.values() for notes in sample.notes.values() for name in notes)
-    return sorted(found, key=lambda listed: listed.path), names
+    return samples
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:

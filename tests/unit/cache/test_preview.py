@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_ray.cache.captions import CaptionRules
 from sdxl_ray.cache.preview import SAMPLES_PER_BUCKET, SKIPPED_SHOWN, write_contact_sheet
 from sdxl_ray.errors import StorageError
 from sdxl_ray.records import EncodedSample
@@ -84,12 +85,18 @@ def stripes():
     return image
 
 
-def sheet(tmp_path, samples, *, count=None, skipped=(), num_skipped=None, title="Cats"):
+def sheet(tmp_path, samples, *, count=None, skipped=(), num_skipped=None, title="Cats", decorations=None):
     path = tmp_path / "sheets" / "contact.html"
     counts = {"256x256": len(samples) if count is None else count}
     num_skipped = len(skipped) if num_skipped is None else num_skipped
     write_contact_sheet(
-        path, title=title, counts=counts, shown={"256x256": samples}, skipped=skipped, num_skipped=num_skipped
+        path,
+        title=title,
+        counts=counts,
+        shown={"256x256": samples},
+        skipped=skipped,
+        num_skipped=num_skipped,
+        decorations=decorations or {},
     )
     return Page(path.read_text(encoding="utf-8"))
 
@@ -136,8 +143,9 @@ def test_what_is_said_of_a_sample(tmp_path):
         "256 x 256 1,234 samples, 1 of them shown",
         "1,234 samples in 1 bucket, 0 images skipped",
         "a cat",
-        "512 x 256, resized to 512 x 256",
-        "128 from the left, 0 from the top; the first of 2",
+        "Sizes are height x width.",
+        "256 x 512, resized to 256 x 512",
+        "0 from the top, 128 from the left; the first of 2, the others are outlined",
         "cats",
         str(tmp_path / "cat.png"),
     ):
@@ -183,6 +191,39 @@ def test_of_many_captions_the_first(tmp_path):
     assert "and 4 more" in page.text
 
 
+def test_of_a_long_caption_the_start(tmp_path):
+    long = "a cat, " * 1000
+    short = "b" * 400
+    page = sheet(tmp_path, [sample(tmp_path / "cat.png", stripes(), captions=(long, short))])
+    assert f"{long[:400].rstrip()}… (7,000 characters in all)" in page.text
+    assert page.text.count("a cat") == 57
+    assert short in page.text
+    assert "400 characters" not in page.text
+
+
+def test_captions_are_shown_as_training_reads_them(tmp_path):
+    """With cache.text = "online" the samples have what the files say."""
+    cat = sample(tmp_path / "cat.png", stripes())
+    dog = sample(tmp_path / "dog.png", stripes(), dataset="dogs", captions=("a dog",))
+    rules = CaptionRules(trigger_word="ohwx", prefix="photo of ", suffix=", outdoors")
+    page = sheet(tmp_path, [cat, dog], decorations={"cats": rules})
+    assert "photo of ohwx, a cat, outdoors" in page.text
+    assert ">a dog<" in (tmp_path / "sheets" / "contact.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_other_crops_are_outlined(tmp_path, flip):
+    """Crops are told as they lie in the mirrored image, and so they are drawn."""
+    crops = ((0, 0), (0, 128), (0, 256))
+    page = sheet(tmp_path, [sample(tmp_path / "cat.png", stripes(), crops=crops, flip=flip)])
+    _, whole = page.pictures()
+    ends = np.array(colours(whole, (0.7485, 0.9975)))  # of the second and the third crop
+    assert np.abs(ends - (255, 160, 0)).max() < 60
+    darkened = [(0, 60, 0), (60, 0, 0)] if flip else [(0, 0, 60), (60, 60, 60)]
+    assert near(colours(whole, (0.65, 0.9)), darkened)
+    assert page.all("img")[1]["title"] == "whole, crop bright, other crops outlined"
+
+
 def test_an_unreadable_image_is_said_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr("sdxl_ray.cache.reading.PAUSE_S", 0.0)
     damaged = sample(tmp_path / "cat.png", stripes())
@@ -192,7 +233,8 @@ def test_an_unreadable_image_is_said_in_words(tmp_path, monkeypatch):
     page = sheet(tmp_path, [damaged, missing])
     assert page.all("img") == []
     assert "changed while it was being cached" in page.text
-    assert "No such file" in page.text
+    assert "cannot be read: No such file or directory" in page.text
+    assert "Errno" not in page.text
     assert page.text.count("a cat") == 2
 
 
@@ -202,7 +244,7 @@ def test_an_image_that_its_store_does_not_give_is_said_in_words(tmp_path, monkey
 
     monkeypatch.setattr("sdxl_ray.cache.preview.load_image", fail)
     page = sheet(tmp_path, [sample(tmp_path / "cat.png", stripes())])
-    assert "s3://bucket/cat.png: access denied while reading." in page.text
+    assert "cannot be read: s3://bucket/cat.png: access denied while reading." in page.text
 
 
 def test_no_more_samples_than_fit_a_page(tmp_path):
@@ -225,10 +267,10 @@ def test_skipped_images_are_listed_and_the_rest_counted(tmp_path):
 def test_buckets_come_in_the_order_given(tmp_path):
     path = tmp_path / "contact.html"
     counts = {"512x768": 1, "256x256": 1, "768x512": 2}
-    write_contact_sheet(path, title="t", counts=counts, shown={}, skipped=[], num_skipped=0)
+    write_contact_sheet(path, title="t", counts=counts, shown={}, skipped=[], num_skipped=0, decorations={})
     found = Page(path.read_text(encoding="utf-8"))
     labels = [attrs["aria-label"] for attrs in found.all("section")]
-    assert labels == ["Bucket 768 x 512", "Bucket 256 x 256", "Bucket 512 x 768"]
+    assert labels == ["Bucket 512 x 768", "Bucket 256 x 256", "Bucket 768 x 512"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):

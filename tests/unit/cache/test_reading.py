@@ -75,7 +75,8 @@ def test_each_file_is_read_once(record_of, reads, monkeypatch, mask, files, colu
     opened, real = [], images.open_image
     monkeypatch.setattr(images, "open_image", lambda content: opened.append(1) or real(content))
     pixels, cells = load_image(record_of(mask))
-    assert pixels[0, :, 0].tolist() == [0] * 32 + [255] * 32  # white below what is transparent
+    # White below what is transparent, unless that is the mask.
+    assert pixels[0, :, 0].tolist() == [0] * 64 if mask == "alpha" else [0] * 32 + [255] * 32
     assert (reads.names, len(opened)) == (files, 1)
     assert (cells is None) == (columns is None)
     if columns:
@@ -116,6 +117,7 @@ def test_a_mask_is_tried_once_more_without_its_image(record_of, reads):
         (FileNotFoundError(2, "No such file or directory", "/cat.png"), True),
         (FileNotFoundError(2, "HTTP 404 Not Found", "https://example.org/cat.png"), True),
         (PermissionError(13, "HTTP 403 Forbidden", "https://example.org/cat.png"), True),
+        (OSError(22, "it is not a regular file, but a pipe, socket or device", "/cat.png"), True),
         (PermissionError(13, "Permission denied", "/cat.png"), False),
         (OSError(5, "HTTP 503 not found anywhere, 4 attempts", "https://example.org/cat.png"), False),
         (StorageError("s3://bucket/not found/HTTP 404/cat.png: access denied while reading."), False),

@@ -109,6 +109,25 @@ def test_what_was_left_out_by_choice_does_not_count(config, images):
         plan_of(config, dataset__min_size=30)
 
 
+@pytest.mark.parametrize(("num_damaged", "cure"), [(0, ""), (1, " Repair them.")])
+def test_images_that_are_too_large_are_not_to_be_repaired(config, images, num_damaged, cure):
+    spoil(images, num_damaged)
+    with pytest.raises(DatasetError) as error:
+        plan_of(config, dataset__max_pixels=9)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{images}: 20 of 20 images cannot be used, which leaves none:"
+    assert lines[20].endswith(" is more than dataset.max_pixels = 9")
+    assert lines[-1] == f"Raise dataset.max_pixels, or shrink what is larger.{cure}"
+
+
+def test_some_images_that_are_too_large(config, images):
+    for number in range(10):
+        add_image(images, f"large {number}.png", size=(200, 200), colour=700 + number)
+    with pytest.raises(DatasetError, match=r"10 of 30 images cannot be used, more than") as error:
+        plan_of(config, dataset__max_pixels=39_999)
+    assert str(error.value).endswith("\nRaise dataset.max_pixels, or shrink what is larger.")
+
+
 def test_settings_that_leave_nothing_are_named(config, images):
     with pytest.raises(DatasetError) as error:
         plan_of(config, dataset__min_size=500)

@@ -52,6 +52,8 @@ def test_images_with_captions_and_masks(bucket):
     ]
     assert [f"s3://pictures/{content.decode()}" for content in contents(found)] == [image.path for image in found]
     assert [image.text_file for image in found] == ["", f"{base}/b.jpg.txt", "", f"{base}/猫 😺/c.txt"]
+    size, mtime_ns = found[1].text_stamp.split("-")
+    assert (int(size), int(mtime_ns) > 10**18) == (len("cats/b.jpg.txt"), True)
     assert [image.mask_file for image in found] == ["", f"{base}/b-mask.png", "", ""]
     size, mtime_ns = found[1].stamp.split("-")
     assert (int(size), int(mtime_ns) > 10**18) == (len("cats/b.jpg"), True)
@@ -102,6 +104,7 @@ def test_tar_files(bucket):
         assert contents(found) == [b"image 0", b"z", b"image 1", b"z", b"image 2", b"z"]
     assert found[2].texts == ("note 1",)
     assert read_bytes(found[2].text_file) == b"text"
+    assert all(found[at].text_stamp for at in (0, 2, 4))
     assert found[2].path == "s3://pictures/tars/001.tar/a.jpg"
     with pytest.raises(DatasetError, match=r"dataset\.path: s3://pictures/tars/003\.tar does not exist\."):
         listed("s3://pictures/tars/{002..003}.tar")

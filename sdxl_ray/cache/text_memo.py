@@ -1,4 +1,4 @@
-"""Texts of caption files in buckets, so that a second run over unchanged ones only lists them.
+"""Caption files and headers of tar files in buckets, so that a second run over unchanged ones only lists them.
 
 Remembered by (address, stamp). As with memo.py, nothing depends on it: a damaged one is as good as none, and of two
 jobs that write one at once the later wins. Files of this machine are read again each time, which takes no longer.
@@ -7,8 +7,9 @@ jobs that write one at once the later wins. Files of this machine are read again
 from __future__ import annotations
 
 import hashlib
+import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -16,17 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdxl_ray.cache.tables import PIECE, fixed_column, gather
-from sdxl_ray.records import Listed
 from sdxl_ray.storage import Folder, open_arrow
 
-FILE_NAME = "captions.parquet"
-_LONGEST = 10_000  # characters; longer ones are rare, and read again
+FILE_NAME = "texts.parquet"
 _ID_BYTES = 16
 _SCHEMA = pa.schema([("identity", pa.binary(_ID_BYTES)), ("text", pa.string())])
 
 
-class CaptionMemo:
-    """The memo of a cache folder. It is read when the first caption file of a bucket is asked for."""
+class TextMemo:
+    """The memo of a cache folder. It is read when it is first asked. Safe to share between threads."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -34,32 +33,27 @@ class CaptionMemo:
         self._identities = np.empty(0, f"S{_ID_BYTES}")
         self._order = np.empty(0, np.int64)  # that sorts them
         self._new: list[pa.Table] = []
+        self._lock = threading.Lock()
 
-    def find(self, images: Sequence[Listed]) -> dict[str, str]:
-        """Address -> text of those images' caption files that are known and have not changed."""
-        stamped = [image for image in images if image.text_stamp]
-        if not stamped:
+    def find(self, files: Sequence[tuple[str, str]]) -> dict[str, str]:
+        """Address -> text of those files, given as (address, stamp), that are known and have not changed."""
+        if not files:
             return {}
         table = self._read()
         if not len(table):
             return {}
-        wanted = _identities(stamped)
+        wanted = _identities(files)
         places = np.minimum(np.searchsorted(self._identities, wanted, sorter=self._order), len(self._identities) - 1)
         rows = self._order[places]
         hits = np.flatnonzero(self._identities[rows] == wanted)
         texts = _take(table.column("text"), rows[hits])
-        return {stamped[at].text_file: text for at, text in zip(hits.tolist(), texts, strict=True)}
+        return {files[at][0]: text for at, text in zip(hits.tolist(), texts, strict=True)}
 
-    def add(self, images: Iterable[Listed], texts: Mapping[str, str]) -> None:
-        """Remember `texts`, by address, as far as they are of files with a stamp."""
-        new = [
-            image
-            for image in images
-            if image.text_stamp and len(texts.get(image.text_file, "x" * (_LONGEST + 1))) <= _LONGEST
-        ]
-        if new:
-            identities = pa.array(_identities(new).tolist(), pa.binary(_ID_BYTES))
-            self._new.append(pa.table([identities, [texts[image.text_file] for image in new]], schema=_SCHEMA))
+    def add(self, files: Sequence[tuple[str, str]], texts: Sequence[str]) -> None:
+        """Remember the texts of files, given as (address, stamp)."""
+        if files:
+            identities = pa.array(_identities(files).tolist(), pa.binary(_ID_BYTES))
+            self._new.append(pa.table([identities, pa.array(texts, pa.string())], schema=_SCHEMA))
 
     def write(self) -> None:
         """Replace the file in one move, if there is anything new.
@@ -77,15 +71,16 @@ class CaptionMemo:
                     writer.write_table(piece, row_group_size=PIECE)
 
         cure = "Free some space; nothing encoded is lost."
-        self.folder.write_by(FILE_NAME, write, doing="writing the list of captions", cure=cure)
+        self.folder.write_by(FILE_NAME, write, doing="writing the list of texts in buckets", cure=cure)
         self._new = []
 
     def _read(self) -> pa.Table:
-        if self._table is None:
-            self._table = _read_file(self.folder)
-            self._identities = fixed_column(self._table.column("identity"), _ID_BYTES)
-            self._order = np.argsort(self._identities, kind="stable")
-        return self._table
+        with self._lock:
+            if self._table is None:
+                self._table = _read_file(self.folder)
+                self._identities = fixed_column(self._table.column("identity"), _ID_BYTES)
+                self._order = np.argsort(self._identities, kind="stable")
+            return self._table
 
 
 def _read_file(folder: Folder) -> pa.Table:
@@ -97,12 +92,12 @@ def _read_file(folder: Folder) -> pa.Table:
             return gather((pa.Table.from_batches([batch]).cast(_SCHEMA) for batch in batches), _SCHEMA)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
-        warnings.warn(f"{folder.path}/{FILE_NAME}: {reason}; the captions are read again", stacklevel=2)
+        warnings.warn(f"{folder.path}/{FILE_NAME}: {reason}; what is in buckets is read again", stacklevel=2)
         return _SCHEMA.empty_table()
 
 
-def _identities(images: Sequence[Listed]) -> np.ndarray:
-    names = (f"{image.text_file}\0{image.text_stamp}" for image in images)
+def _identities(files: Sequence[tuple[str, str]]) -> np.ndarray:
+    names = (f"{address}\0{stamp}" for address, stamp in files)
     digests = (hashlib.blake2b(name.encode(), digest_size=_ID_BYTES).digest() for name in names)
     return np.frombuffer(b"".join(digests), f"S{_ID_BYTES}")
 

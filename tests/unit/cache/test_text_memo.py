@@ -1,16 +1,21 @@
-"""Caption files in buckets are read once. .venv/bin/pytest tests/unit/cache/test_caption_memo.py"""
+"""Caption files and tar headers in buckets are read once. .venv/bin/pytest tests/unit/cache/test_text_memo.py"""
 
 import dataclasses
+import json
 import sys
 import types
 
 import pytest
 
-from sdxl_ray.cache import caption_memo, tables
-from sdxl_ray.cache.caption_memo import CaptionMemo
+from sdxl_ray import storage
+from sdxl_ray.cache import tables, text_memo
 from sdxl_ray.cache.captions import CaptionRules, read_captions
+from sdxl_ray.cache.sources import webdataset
+from sdxl_ray.cache.text_memo import TextMemo
+from sdxl_ray.config.schema import DatasetSection
 from sdxl_ray.records import Listed
-from sdxl_ray.storage import open_folder
+from sdxl_ray.storage import FileEntry, open_folder
+from tests.unit.cache.sources.made import tar_bytes
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def images_in(contents, count, stamp="1"):
 
 
 def run(folder, images):
-    memo = CaptionMemo(open_folder(str(folder)))
+    memo = TextMemo(open_folder(str(folder)))
     captions, reasons, _ = read_captions(images, CaptionRules(), memo)
     assert reasons == {}
     memo.write()
@@ -74,7 +79,7 @@ def test_what_cannot_be_read_is_tried_again(tmp_path, bucket):
     contents, _ = bucket
     (image,) = images_in(contents, 1)
     contents["s3://bucket/0.txt"] = b"\xe9"
-    memo = CaptionMemo(open_folder(str(tmp_path)))
+    memo = TextMemo(open_folder(str(tmp_path)))
     assert 0 in read_captions([image], CaptionRules(), memo)[1]
     memo.write()
     contents["s3://bucket/0.txt"] = b"mended, with the same date"
@@ -85,8 +90,8 @@ def test_a_damaged_memo_is_as_good_as_none(tmp_path, bucket):
     contents, read = bucket
     images = images_in(contents, 3)
     run(tmp_path, images)
-    (tmp_path / caption_memo.FILE_NAME).write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match=r"captions\.parquet: .*; the captions are read again"):
+    (tmp_path / text_memo.FILE_NAME).write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match=r"texts\.parquet: .*; what is in buckets is read again"):
         assert run(tmp_path, images)[2] == ("caption 2",)
     assert len(read) == 6
     run(tmp_path, images)
@@ -96,10 +101,45 @@ def test_a_damaged_memo_is_as_good_as_none(tmp_path, bucket):
 def test_a_large_memo_is_found_in_pieces(tmp_path, bucket, monkeypatch):
     """Beyond some size it lies in a file, in pieces that are not in order."""
     contents, read = bucket
-    monkeypatch.setattr(caption_memo, "PIECE", 7)
+    monkeypatch.setattr(text_memo, "PIECE", 7)
     monkeypatch.setattr(tables, "ROWS_IN_MEMORY", 10)
     images = images_in(contents, 50)
     run(tmp_path, images)
     read.clear()
     assert run(tmp_path, images[::3]) == [(f"caption {number}",) for number in range(0, 50, 3)]
     assert read == []
+
+
+def test_of_tar_files_only_the_headers_of_new_ones_are_read(tmp_path, monkeypatch):
+    for number in range(3):
+        members = [("a.jpg", b"a"), ("a.txt", b"text"), ("a.json", json.dumps({"caption": f"note {number}"}).encode())]
+        (tmp_path / f"{number}.tar").write_bytes(tar_bytes(members))
+    opened = []
+
+    def open_buffered(path):
+        opened.append(path)
+        return (tmp_path / path.rpartition("/")[2]).open("rb")
+
+    monkeypatch.setattr(storage, "open_buffered", open_buffered)
+    monkeypatch.setattr(webdataset, "tar_address", lambda path, offset, size: f"{path}:{offset}+{size}")
+
+    def listing(*stamps):
+        memo = TextMemo(open_folder(str(tmp_path / "cache")))
+        files = [
+            (
+                f"s3://bucket/{number}.tar",
+                FileEntry(f"{number}.tar", (tmp_path / f"{number}.tar").stat().st_size, stamp),
+            )
+            for number, stamp in enumerate(stamps)
+        ]
+        found = list(webdataset.list_tars(DatasetSection(), files, memo))
+        memo.write()
+        return found
+
+    first = listing(1, 1)
+    assert [image.texts for image in first] == [("note 0",), ("note 1",)]
+    assert opened == ["s3://bucket/0.tar", "s3://bucket/1.tar"]
+    assert listing(1, 1) == first
+    assert len(opened) == 2
+    assert len(listing(1, 2, 1)) == 3
+    assert sorted(opened[2:]) == ["s3://bucket/1.tar", "s3://bucket/2.tar"]
