@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from sdxl_ray import storage
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import Listed
 
@@ -269,7 +270,7 @@ def _with_nul(what: str, address: str) -> str:
 def _read(address: str, what: str) -> bytes:
     """The file's bytes; of one that is too large, no more than needed to know."""
     if not _SCHEME.match(address):
-        with open(address, "rb") as file:  # noqa: PTH123  (for every image)
+        with storage.open_local(address) as file:
             content = file.read(MAX_BYTES + 1)
             if len(content) > MAX_BYTES:
                 raise UnreadableCaption(_too_large(what, os.fstat(file.fileno()).st_size))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,26 +128,51 @@ def test_versions_agree():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["cache", "train"])
-def test_sigterm_while_encoding_ends_it_cleanly_and_keeps_what_is_finished(settings, command):
-    """As Kubernetes, Slurm, systemd and Docker end a job."""
-    cache = settings.parent / "cache"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sdxl_ray", command, str(settings), f"cache.path={cache}", "dataset.resolution=256"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=settings.parent,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-    )
-    end = time.monotonic() + 90
-    while not list(cache.glob("text/*.safetensors")) and process.poll() is None and time.monotonic() < end:
+def terminated(settings: Path, *arguments: str, when: Callable[[str], bool]) -> tuple[int, str]:
+    """Exit code and standard error of a command that gets SIGTERM, as clusters end a job, once `when(its log)`."""
+    log = settings.with_suffix(".log")
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sdxl_ray", arguments[0], str(settings), *arguments[1:]],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=settings.parent,
+            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        )
+    end = time.monotonic() + 120
+    while process.poll() is None and not when(log.read_text()) and time.monotonic() < end:
         time.sleep(0.1)
     process.terminate()
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (143, "interrupted; what is finished is kept: run again to go on\n")
-    assert len(list(cache.glob("text/*.safetensors"))) == 1
+    return process.returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["cache", "train"])
+def test_sigterm_while_encoding_keeps_what_is_finished(settings, command):
+    cache = settings.parent / "cache"
+    shards = list[Path]()
+
+    def one_is_there(_: str) -> bool:
+        shards[:] = cache.glob("text/*.safetensors")
+        return bool(shards)
+
+    code, said = terminated(settings, command, f"cache.path={cache}", "dataset.resolution=256", when=one_is_there)
+    assert (code, said) == (143, "interrupted; what is finished is kept: run again to go on\n")
+    assert shards[0].exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_sigterm_has_stopped_is_not_called_done(settings):
+    """Also where no trial was waiting."""
+    with settings.open("a") as file:
+        file.write('[sweep]\nnum_trials = 1\n[sweep.parameters]\n"optimizer.learning_rate" = { choice = [1e-4] }\n')
+    changes = ("train.num_workers=1", "train.duration=500 steps", "eval.every=5 steps", "run.output=runs")
+    code, said = terminated(settings, "sweep", *changes, when=lambda log: "| step" in log)
+    assert code == 130
+    assert "the sweep was stopped; what its trials have done is in " in said
+    assert "Continue with --resume." in said
 
 
 @pytest.mark.slow

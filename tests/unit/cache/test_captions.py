@@ -1,3 +1,4 @@
+import os
 import random
 import sys
 import types
@@ -176,6 +177,12 @@ def test_a_caption_file_that_cannot_be_read_is_skipped(image, tmp_path):
         0: "caption file dog.txt cannot be read: Is a directory",
         1: "caption file cat.txt cannot be read: No such file or directory",
     }
+
+
+def test_a_named_pipe_is_no_caption_and_is_not_waited_for(image, tmp_path):
+    os.mkfifo(tmp_path / "cat.txt")
+    _, reasons, _ = read_captions([image(text_file=str(tmp_path / "cat.txt"))], CaptionRules())
+    assert reasons == {0: "caption file cat.txt cannot be read: it is not a regular file, but a pipe, socket or device"}
 
 
 def test_captions_in_buckets_and_tar_files(image, sources):
