@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sdxl_ray.cache.captions import CaptionRules
 from sdxl_ray.cache.foreseen import index_of
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.planning import CachePlan, plan_cache
@@ -116,6 +117,7 @@ def preview_crops(
         # Spread over the bucket: the first ones are often alike.
         chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(num_shown, len(rows))).round().astype(int))]
         shown[bucket] = [index[int(row)] for row in chosen]
+    is_online = config.cache.text == "online"
     write_contact_sheet(
         path,
         title=", ".join(dataset.name for dataset in config.datasets),
@@ -123,6 +125,8 @@ def preview_crops(
         shown=shown,
         skipped=[(item.path, item.reason) for item in plan.skipped],
         num_skipped=len(plan.skipped),
+        # Else what is encoded has it all.
+        decorations={dataset.name: CaptionRules.of(dataset) for dataset in config.datasets if is_online},
     )
     return path
 

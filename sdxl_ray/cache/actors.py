@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -94,13 +95,14 @@ def scanned_files(row: Mapping[str, Any], files: Sequence[Listed], max_pixels: i
     readable = [at for at, found in zip(chosen, again, strict=True) if found.kind != "unreadable"]
     if len(readable) * len(failed) > _READ_AGAIN * len(chosen):
         _, _, reason = scanned[readable[0]].problem.partition(": ")  # behind "cannot be read"
-        raise _unreadable_on_node(str(row["node"]), files[first + readable[0]].path, reason)
+        raise unreadable_on_node(str(row["node"]), files[first + readable[0]].path, reason)
     for at, found in zip(chosen, again, strict=True):
         scanned[at] = found
     return scanned
 
 
-def _unreadable_on_node(node: str, path: str, reason: str) -> CacheError:
+def unreadable_on_node(node: str, path: str, reason: str) -> CacheError:
+    """A node cannot read what the driver can."""
     return CacheError(
         f"node {node} cannot read {path}: {reason}. Is dataset.path the same folder on all machines, and allowed to "
         "the user that Ray runs as? For a cloud address: do all nodes have the keys?"
@@ -146,17 +148,21 @@ class WriteTextShard:
 def decode_shard(row: dict[str, Any]) -> dict[str, Any]:
     """Ray Data task: the pixels of one shard, (N, H, W, 3) uint8; N is smaller where images are damaged.
 
-    With masks, "masks" is (N, H/8, W/8) uint8, else it has no pixels. An image that is damaged is skipped. One that
-    this node cannot read is an error where the driver has read it; where the listing was trusted instead, it is skipped
-    if it is not there, or if its web server does not give it.
+    With masks, "masks" is (N, H/8, W/8) uint8, else it has no pixels. An image that is damaged is skipped, and so are
+    those that the work item is to be done without. At one that this node cannot read although the driver has, decoding
+    ends without any pixels, and it is for the driver to look; where the listing was trusted instead, it is skipped if
+    it is not there, or if its web server does not give it.
     """
     shard = json.loads(str(row["shard"]))
+    without = set(shard.get("without", ()))
     started = time.perf_counter()
     pixels: list[np.ndarray] = []
     masks: list[np.ndarray] = []
-    header: dict[str, Any] = {"name": shard["name"], "keys": [], "paths": [], "skipped": [], "error": ""}
+    header: dict[str, Any] = {"name": shard["name"], "keys": [], "paths": [], "skipped": [], "unreadable": None}
     for key, fields in zip(shard["keys"], shard["records"], strict=True):
-        record = _record(fields)
+        if key in without:
+            continue
+        record = record_from(fields)
         try:
             image, mask = _load(record)
         except UnreadableImage as error:
@@ -164,7 +170,7 @@ def decode_shard(row: dict[str, Any]) -> dict[str, Any]:
             header["skipped"].append({**item, "reason": str(error), "kind": error.kind})
             continue
         except (OSError, StorageError) as error:
-            header["error"] = error_text(_unreadable_on_node(socket.gethostname(), record.path, reason_of(error)))
+            header["unreadable"] = {"key": key, "node": socket.gethostname(), "reason": reason_of(error)}
             pixels.clear()
             masks.clear()
             break
@@ -215,8 +221,9 @@ class WriteLatentShard:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         header = json.loads(str(batch["header"][0]))
-        if header["error"]:
-            return _row(0, error=header["error"])
+        name = header["name"]
+        if header["unreadable"]:
+            return _row(0, name=name, unreadable=json.dumps(header["unreadable"]))
         started = time.perf_counter()
         pixels, masks = batch["pixels"][0], batch["masks"][0]
         tiled = 0
@@ -229,13 +236,12 @@ class WriteLatentShard:
                 encoder.tiled.clear()
                 if masks.shape[1]:
                     tensors["mask"] = torch_tensor(masks)
-                write_shard(
-                    open_folder(self.cache), header["name"], header["keys"], tensors, {"encoder": self.fingerprint}
-                )
-            except SdxlRayError as error:
-                return _row(0, error=error_text(error))
+                write_shard(open_folder(self.cache), name, header["keys"], tensors, {"encoder": self.fingerprint})
+            except Exception as error:  # raised here, it would be one of those that a job may lose (ray_jobs.py)
+                return _row(0, name=name, error=error_text(error))
         return _row(
             len(header["keys"]),
+            name=name,
             skipped=header["skipped"],
             encode_s=time.perf_counter() - started,
             decode_s=header["decode_s"],
@@ -264,7 +270,8 @@ def torch_tensor(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.copy())
 
 
-def _record(fields: dict[str, Any]) -> ImageRecord:
+def record_from(fields: dict[str, Any]) -> ImageRecord:
+    """What `asdict` and JSON made of a record."""
     pairs = {name: tuple(fields[name]) for name in ("original_hw", "bucket_hw", "resized_hw", "crop_top_left")}
     return ImageRecord(**{**fields, **pairs})
 
@@ -315,7 +322,9 @@ def torch_device(kind: str) -> torch.device:
 def _row(
     num: int,
     *,
+    name: str = "",
     skipped: Sequence[Any] = (),
+    unreadable: str = "",
     error: str = "",
     encode_s: float = 0.0,
     decode_s: float = 0.0,
@@ -324,6 +333,8 @@ def _row(
 ) -> dict[str, Any]:
     return {
         "num": np.array([num]),
+        "name": np.array([name]),  # of a shard of images
+        "unreadable": np.array([unreadable]),  # why it was not encoded: an image that the node cannot read
         "skipped": np.array([json.dumps(list(skipped))]),
         "error": np.array([error]),
         "encode_s": np.array([encode_s]),
@@ -333,15 +344,43 @@ def _row(
     }
 
 
-def error_text(error: SdxlRayError) -> str:
+def failure(failed: str, reason: str, kept: str, *, memory: bool) -> str:
+    """What a person is told of an error that nobody expected.
+
+    Args:
+        failed: "encoding failed".
+        kept: what is not lost.
+        memory: whether it was for want of memory.
+    """
+    cure = (
+        "A node has too little memory. Let fewer tasks run there at once: fewer encoders (cache.num_encoders, "
+        "cache.max_encoders), fewer CPUs for Ray, or nothing else beside them. "
+        if memory
+        else ""
+    )
+    return f"{failed}: {reason}. {cure}{kept}; run again to go on. With --traceback, the whole error is shown."
+
+
+def error_text(error: Exception) -> str:
     """An error as part of a row."""
-    return json.dumps([type(error).__name__, str(error), socket.gethostname()])
+    message, shown = str(error), ""
+    if not isinstance(error, SdxlRayError):
+        first = next(iter(message.splitlines()), "")
+        reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        memory = isinstance(error, MemoryError)
+        message = failure("encoding failed", reason.rstrip("."), "Finished shards are kept", memory=memory)
+        shown = "".join(traceback.format_exception(error))
+    return json.dumps([type(error).__name__, message, socket.gethostname(), shown])
 
 
 def raise_error(text: str) -> None:
-    """Nothing if there was none; else raise it as the kind it was, with its node where that is another machine."""
+    """Nothing if there was none; else raise it as the kind it was, with its node where that is another machine.
+
+    One that is none of ours becomes a CacheError, with its traceback as the cause.
+    """
     if not text:
         return
-    name, message, node = json.loads(text)
+    name, message, node, shown = json.loads(text)
     kind = getattr(errors, name, CacheError)
-    raise kind(message if node == socket.gethostname() or node in message else f"on node {node}: {message}")
+    told = kind(message if node == socket.gethostname() or node in message else f"on node {node}: {message}")
+    raise told from (RuntimeError(f"on node {node}:\n{shown}") if shown else None)

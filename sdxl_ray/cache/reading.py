@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -64,5 +65,7 @@ def _load_twice(load: Callable[[ImageRecord], Loaded], record: ImageRecord, *, i
 
 
 def _is_gone(error: OSError | StorageError) -> bool:
-    """Whether the image is not there, or its web server refuses it for good, whoever asks."""
-    return isinstance(error, FileNotFoundError) or (isinstance(error, PermissionError) and is_web(error))
+    """Whether the image is not there, or is a pipe or device, or its web server refuses it for good, whoever asks."""
+    if isinstance(error, PermissionError):
+        return is_web(error)
+    return isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == errno.EINVAL

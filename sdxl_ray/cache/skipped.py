@@ -57,10 +57,10 @@ def check_readable(plan: CachePlan, datasets: Sequence[DatasetSection], *, also:
         num_images = plan.collection.num_images[dataset.name]
         if len(skipped) >= num_images:
             limit = "which leaves none"
-            cure = "Repair them." if unreadable else "Change the settings named here, or add images."
+            cure = _cure("Repair them.", unreadable) if unreadable else "Change the settings named here, or add images."
             num, shown = len(skipped), unreadable or skipped
         elif len(unreadable) / num_images > dataset.max_unreadable:  # not a product: 0.29 * 100 is less than 29
-            limit, cure = _more_than(dataset.max_unreadable), _CURE
+            limit, cure = _more_than(dataset.max_unreadable), _cure(_CURE, unreadable)
             num, shown = len(unreadable), unreadable
         else:
             continue
@@ -110,6 +110,15 @@ class UnreadableLimit:
 
 
 _CURE = "Repair or remove them, or raise dataset.max_unreadable."
+
+
+def _cure(cure: str, unreadable: Sequence[Skipped]) -> str:
+    """What to do about these images, of which some may be sound, but too large."""
+    are_large = [item.kind == "too_large" for item in unreadable]
+    if not any(are_large):
+        return cure
+    large = "Raise dataset.max_pixels, or shrink what is larger."
+    return large if all(are_large) else f"{large} {cure}"
 
 
 def _more_than(max_unreadable: float) -> str:

@@ -117,7 +117,7 @@ def _is_there_unescaped(path: str) -> bool:
 
 
 def _no_regular_file(path: str) -> OSError:
-    return OSError(errno.EINVAL, "is not a regular file, but a pipe, socket or device", path)
+    return OSError(errno.EINVAL, "it is not a regular file, but a pipe, socket or device", path)
 
 
 @contextlib.contextmanager

@@ -8,17 +8,19 @@ import errno
 import functools
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from sdxl_ray.errors import ConfigError, StorageError
 from sdxl_ray.storage.addresses import CREDENTIALS, Place, place_of, shown
-from sdxl_ray.storage.outages import Outages
+from sdxl_ray.storage.outages import LongWaits, Outages
 
 CONNECT_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 60.0
-MAX_ATTEMPTS = 8  # with back-off between them; a server that never answers is given up after about 8 minutes
+MAX_ATTEMPTS = 8  # with back-off between them
+SILENCE_S = 20.0  # before a word is said of a server that has not answered
 # What a connection depends on besides its address.
 _ENVIRONMENT = (
     *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"),
@@ -67,7 +69,7 @@ def _connect(
         connect_timeout_s = float(given.pop("connect_timeout", limits[0]))
         attempts = int(given.pop("max_attempts", limits[2]))
         if scheme == "s3":
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            endpoint = _endpoint()
             if endpoint and "endpoint_override" not in given:
                 given["scheme"], _, host = endpoint.rpartition("://")
                 given["scheme"] = given["scheme"] or "https"
@@ -93,10 +95,21 @@ def _connect(
                     "or set AZURE_STORAGE_ACCOUNT."
                 )
             key, token = os.environ.get("AZURE_STORAGE_KEY"), os.environ.get("AZURE_STORAGE_SAS_TOKEN")
-            return fs.AzureFileSystem(account, account_key=key, sas_token=None if key else token, **given)
+            if shutil.which("az") is None:  # Azure's library would run it, and the shell complain
+                os.environ.setdefault("AZURE_TOKEN_CREDENTIALS", "prod")
+            system = fs.AzureFileSystem(account, account_key=key, sas_token=None if key else token, **given)
+            if not (key or token):  # where there is no login, the library's first read ends the process; this raises
+                nothing = f"{bucket.partition('@')[0]}/.sdxl-ray"
+                system.get_file_info(fs.FileSelector(nothing, allow_not_found=True))
+            return system
     except (TypeError, ValueError) as error:  # an option of another kind of store, or no number
         raise ConfigError(f"{scheme}://{bucket}: {error}. Correct the options in the address.") from None
     return fs.PyFileSystem(fs.FSSpecHandler(_hub_filesystem()))
+
+
+def _endpoint() -> str:
+    """Of S3, from the environment; empty: Amazon's."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 def _region(bucket: str, options: dict[str, str]) -> str | None:
@@ -130,7 +143,7 @@ _REASONS = (  # what an error's text holds -> the reason, and what to do
     (
         r"NO_SUCH_BUCKET|bucket does not exist|ContainerNotFound|RepositoryNotFound",
         "no such bucket",
-        "Check its name, and the region and endpoint (AWS_REGION, AWS_ENDPOINT_URL).",
+        "Check its name{bucket_in}.",
     ),
     (
         r"SLOW_DOWN|THROTTL|SERVICE_UNAVAILABLE|REQUEST_LIMIT|TOO_MANY|(?:HTTP status|code) (?:429|503)|ServerBusy|"
@@ -146,15 +159,24 @@ _REASONS = (  # what an error's text holds -> the reason, and what to do
     (
         r"NETWORK_CONNECTION|curlCode|[Oo]ffline|[Cc]onnection|UNAVAILABLE|resolve host",
         "cannot be reached",
-        "Check the address, the endpoint (AWS_ENDPOINT_URL) and the network, then run again: what is done is kept.",
+        "Check the address, {reached_by} and the network, then run again: what is done is kept.",
     ),
 )
+_REACHED_BY = {  # by scheme: what else decides where a request goes
+    "s3": "the endpoint (AWS_ENDPOINT_URL)",
+    "gs": "the key (GOOGLE_APPLICATION_CREDENTIALS; without one, only machines of Google's cloud are let in)",
+    "abfs": "the account (its name stands in the address, or in AZURE_STORAGE_ACCOUNT)",
+    "hf": "the endpoint (HF_ENDPOINT), whether HF_HUB_OFFLINE is set,",
+}
+_BUCKET_IN = {"s3": ", and the region and endpoint (AWS_REGION, AWS_ENDPOINT_URL)", "abfs": ", and the account"}
+_SAME_AS = {"gcs": "gs", "abfss": "abfs"}
 _SECRETS = (
     *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     *("AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN", "HF_TOKEN"),
 )
 _NO_ANSWER = ("timed out", "cannot be reached")  # of the reasons
 _outages = Outages()
+_long_waits = LongWaits(SILENCE_S)
 _HUB_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
 
 
@@ -172,7 +194,8 @@ def cloud_errors(uri: str, doing: str) -> Iterator[None]:
     if silent:
         raise StorageError(f"{shown(uri)}: {silent}. {_CHECK_NETWORK}")
     try:
-        yield
+        with _long_waits.watched(store, _still_waiting(place, doing)):
+            yield
     except Exception as error:
         if _is_not_found(error):
             _outages.answered(store)
@@ -185,6 +208,16 @@ def cloud_errors(uri: str, doing: str) -> Iterator[None]:
         raise
     else:
         _outages.answered(store)
+
+
+def _still_waiting(place: Place, doing: str) -> str:
+    """What is said of a server after SILENCE_S."""
+    endpoint = dict(place.options).get("endpoint_override") or _endpoint() if place.scheme == "s3" else ""
+    host = endpoint.rpartition("@")[2].rpartition("://")[2]
+    return (
+        f"no answer from {host or f'{place.scheme}://{place.bucket}'} yet while {doing}, for {SILENCE_S:.0f} s; trying "
+        f"for up to {REQUEST_TIMEOUT_S * MAX_ATTEMPTS / 60:.0f} minutes"
+    )
 
 
 def _is_not_found(error: Exception) -> bool:
@@ -202,7 +235,13 @@ def _named(error: Exception, place: Place, doing: str) -> tuple[str, str]:
     for pattern, reason, cure in _REASONS:
         if re.search(pattern, told):
             # The store's own words are left out: with a wrong key they may quote it.
-            return reason, f"{reason} while {doing}. {cure.format(credentials=CREDENTIALS[place.scheme])}"
+            scheme = _SAME_AS.get(place.scheme, place.scheme)
+            cure = cure.format(
+                credentials=CREDENTIALS[scheme],
+                reached_by=_REACHED_BY[scheme],
+                bucket_in=_BUCKET_IN.get(scheme, ""),
+            )
+            return reason, f"{reason} while {doing}. {cure}"
     for secret in filter(None, map(os.environ.get, _SECRETS)):
         told = told.replace(secret, "***")
     told = re.sub(r"\?[\w.%-]+=[^\s'\"]*", "?***", told)  # of an address that it quotes

@@ -1,11 +1,12 @@
 """What `sdxl-ray check` says, on the tiny data set. .venv/bin/pytest tests/unit/test_check.py"""
 
 import json
+import re
 import shutil
 
 import pytest
 
-from sdxl_ray.check import ACTIVATIONS_GIB, estimate_memory_gib, explain
+from sdxl_ray.check import ACTIVATIONS_GIB, estimate_memory_gib, explain, preview_crops
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.errors import ConfigError
 from sdxl_ray.sdxl import fingerprint
@@ -30,6 +31,15 @@ def test_evaluation_that_takes_much_of_the_run_is_named(config):
     assert "forward passes" not in seldom.text()
     none = explain(with_overrides(config, {"eval.holdout": 0.0}))
     assert none.eval_share == 0
+
+
+@pytest.mark.parametrize("text", ["cached", "online"])
+def test_the_preview_shows_captions_as_training_reads_them(config, tmp_path, text):
+    settings = {"cache.text": text, "dataset.trigger_word": "ohwx", "dataset.caption_suffix": ", drawn"}
+    page = preview_crops(with_overrides(config, settings), tmp_path / "sheet.html", num_shown=1)
+    found = re.findall(r'<ul class="captions"><li>([^<]*)</li>', page.read_text(encoding="utf-8"))
+    assert found
+    assert all(re.fullmatch(r"ohwx, [^,]+, drawn", caption) for caption in found), found
 
 
 def test_the_limit_of_held_out_images_counts(config):

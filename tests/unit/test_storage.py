@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from sdxl_ray import storage
 from sdxl_ray.errors import ConfigError, StorageError
 from sdxl_ray.storage import clouds, join, open_arrow, open_buffered, open_folder, read_bytes
+from sdxl_ray.storage.outages import LongWaits
 from tests import s3
 
 
@@ -402,6 +404,72 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch):
         "s3://bucket/cat.jpg: timed out while opening. Check the network between this machine and the store, then run "
         "again: what is done is kept."
     )
+
+
+def test_a_server_that_takes_its_time_is_told_of_once(monkeypatch):
+    """The library tries again in silence, for minutes."""
+    monkeypatch.setattr(clouds, "REQUEST_TIMEOUT_S", 1)
+    monkeypatch.setattr(clouds, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(clouds, "_long_waits", LongWaits(0.2))
+    with s3.answering(lambda number, method, path: None) as (endpoint, _), pytest.warns(UserWarning) as told:
+        s3.use(monkeypatch, endpoint)
+        with ThreadPoolExecutor(4) as threads:
+            calls = [threads.submit(read_bytes, f"s3://bucket/{number}.jpg") for number in range(4)]
+        assert all(isinstance(call.exception(), StorageError) for call in calls)
+    host = endpoint.removeprefix("http://")
+    expected = f"no answer from {host} yet while opening, for 20 s; trying for up to 0 minutes"
+    assert [str(warning.message) for warning in told] == [expected]
+
+
+def test_a_server_that_answers_is_not_told_of():
+    waits = LongWaits(0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            with waits.watched("s3://bucket", "slow"):
+                time.sleep(0.02)
+    assert waits._told == set()
+
+
+def test_each_slow_server_is_told_of_once():
+    waits = LongWaits(0.05)
+    with pytest.warns(UserWarning) as told:
+        for server in ("a", "b", "a"):
+            with waits.watched(server, f"{server} is slow"):
+                time.sleep(0.15)
+    assert [str(warning.message) for warning in told] == ["a is slow", "b is slow"]
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "cure"),
+    [
+        ("s3://bucket/a", "curlCode: 7, Couldn't connect", "the endpoint (AWS_ENDPOINT_URL) and the network"),
+        ("gs://bucket/a", "UNAVAILABLE: metadata server", "the key (GOOGLE_APPLICATION_CREDENTIALS; without one, "),
+        ("gcs://bucket/a", "Could not resolve host", "the key (GOOGLE_APPLICATION_CREDENTIALS; without one, "),
+        ("abfss://box@account/a", "Couldn't resolve host name", "the account (its name stands in the address, "),
+        ("hf://datasets/org/name", "Connection refused", "the endpoint (HF_ENDPOINT), whether HF_HUB_OFFLINE is set, "),
+        ("gs://bucket/a", "bucket does not exist", "Check its name."),
+        ("s3://bucket/a", "NO_SUCH_BUCKET", "Check its name, and the region and endpoint (AWS_REGION, AWS_ENDPOINT"),
+    ],
+)
+def test_the_cure_fits_the_store(monkeypatch, address, error, cure):
+    monkeypatch.setattr(clouds, "_outages", storage.Outages())
+    with pytest.raises(StorageError) as raised, clouds.cloud_errors(address, "listing"):
+        raise OSError(error)
+    assert cure in str(raised.value)
+    assert address.startswith("s3") or "AWS" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("az", "sources"), [(None, "prod"), ("/usr/bin/az", None)])
+def test_azures_program_is_not_run_where_it_is_not_installed(monkeypatch, az, sources):
+    """Its library would have the shell say so, on the terminal."""
+    monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "")  # so that it is put back
+    monkeypatch.delenv("AZURE_TOKEN_CREDENTIALS")
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+    monkeypatch.setattr(clouds.shutil, "which", lambda name: az)
+    clouds._connect.cache_clear()
+    clouds.filesystem(clouds.place_of("abfs://box@account.dfs.core.windows.net/a"))
+    assert os.environ.get("AZURE_TOKEN_CREDENTIALS") == sources
 
 
 def test_no_server_at_all(monkeypatch):
