@@ -1,6 +1,7 @@
 """manifest.json beside an index: what the index was made with, and where the embeddings of prompts are.
 
 Runs that differ only in their validation prompts share an index, so each adds its prompts to those that are there.
+While what an index names is still being encoded, its manifest has no "prompts", or is missing: nobody trains with it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from sdxl_ray.errors import storage_errors
 from sdxl_ray.storage import Folder
 
 FILE_NAME = "manifest.json"
@@ -36,10 +38,23 @@ def write_manifest(
         folder.write(FILE_NAME, text.encode())
 
 
+def mark_unfinished(folder: Folder) -> None:
+    """Take a manifest back, before the index beside it names shards that are still to come.
+
+    Raises:
+        StorageError: the disk is full or read-only, or the bucket refuses.
+    """
+    with _one_at_a_time(folder):
+        if folder.exists(FILE_NAME):
+            text = json.dumps({"known_prompts": _known_prompts(folder)}, indent=2, ensure_ascii=False)
+            folder.write(FILE_NAME, text.encode())
+
+
 def _known_prompts(folder: Folder) -> list[str]:
     """What earlier runs needed. Nothing is lost for good: a run adds its own prompts each time it starts."""
     try:
-        return list(json.loads(folder.read(FILE_NAME))["prompts"])
+        found = json.loads(folder.read(FILE_NAME))
+        return list(found["prompts"] if "prompts" in found else found["known_prompts"])
     except (OSError, ValueError, LookupError, TypeError):
         return []
 
@@ -50,8 +65,11 @@ def _one_at_a_time(folder: Folder) -> Iterator[None]:
     if folder.local is None:
         yield
         return
-    folder.local.mkdir(parents=True, exist_ok=True)
-    with (folder.local / ".lock").open("w") as lock:
+    path = folder.local / ".lock"
+    with storage_errors("locking the manifest", path, "Free some space and run again: finished shards are kept."):
+        folder.local.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    with lock:
         with contextlib.suppress(ImportError, OSError):  # Windows; a network drive without locks
             import fcntl
 

@@ -13,7 +13,7 @@ import importlib.util
 import io
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import PIL
@@ -79,23 +79,16 @@ class Memo:
             self.write()
 
     def write(self) -> None:
-        """Replace the file in one move.
+        """Replace the file in one move, unless it says the same already: the cache may lie where nobody can write.
 
         Raises:
             StorageError: the disk is full or read-only.
         """
         started = time.monotonic()
-        if self._new:
+        if not all(self._has(table) for table in self._new):
             table = pa.concat_tables([*reversed(self._new), self._table]).unify_dictionaries()  # the later first
-            self._table, self._new = _sorted(table), []
-            self.folder.write_by(
-                FILE_NAME,
-                lambda file: pq.write_table(
-                    self._table.replace_schema_metadata({_READERS: _readers()}), file, compression="zstd"
-                ),
-                doing="writing the list of scanned images",
-                cure="Free some space; nothing encoded is lost.",
-            )
+            self._replace(_sorted(table))
+        self._new = []
         self._written = time.monotonic()
         # That of ten million images takes half a minute to write.
         self._write_every_s = max(_WRITE_EVERY_S, 10 * (self._written - started))
@@ -110,6 +103,38 @@ class Memo:
         marked = [dataclasses.replace(file, problem=problems[file.image_hash], kind="damaged") for file in found]
         self._new.append(_table(_column(taken), marked))
         self.write()
+
+    def forget(self, hashes: Iterable[str]) -> None:
+        """Look again at the images with these hashes: they have changed, although size and date may be the same.
+
+        Raises:
+            StorageError: the disk is full or read-only.
+        """
+        self.write()
+        gone = np.array([bytes.fromhex(image_hash) for image_hash in hashes], "S32")
+        stays = ~np.isin(_column(self._table, "image_hash", 32), gone)
+        if not stays.all():
+            self._replace(self._table.filter(pa.array(stays)).combine_chunks())
+
+    def _has(self, table: pa.Table) -> bool:
+        """Whether all that a table says is known already."""
+        known, identities = _column(self._table), _column(table)
+        places = np.searchsorted(known, identities)
+        if (places == len(known)).any() or (known[places] != identities).any():
+            return False
+        same: bool = self._table.take(pa.array(places)).to_pylist() == table.to_pylist()
+        return same
+
+    def _replace(self, table: pa.Table) -> None:
+        self._table = table
+        self.folder.write_by(
+            FILE_NAME,
+            lambda file: pq.write_table(
+                table.replace_schema_metadata({_READERS: _readers()}), file, compression="zstd"
+            ),
+            doing="writing the list of scanned images",
+            cure="Free some space; nothing encoded is lost.",
+        )
 
 
 def _readers() -> bytes:

@@ -10,6 +10,7 @@ decode the next ones, as many as Ray's memory budget allows.
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,21 +18,26 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from sdxl_ray import connection
 from sdxl_ray.cache.foreseen import index_of, index_tables, place_of_prompt
 from sdxl_ray.cache.index import Index, write_index
-from sdxl_ray.cache.manifest import write_manifest
+from sdxl_ray.cache.manifest import FILE_NAME as MANIFEST
+from sdxl_ray.cache.manifest import mark_unfinished, write_manifest
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.planning import CachePlan, drop_undecodable, find_missing, plan_cache
 from sdxl_ray.cache.ray_jobs import Clock, Progress, Reserved, Undecodable, encode_latents, encode_text, scan_on_ray
-from sdxl_ray.cache.skipped import Skipped, check_readable, unreadable_of, write_skipped
-from sdxl_ray.errors import CacheError, SdxlRayError
+from sdxl_ray.cache.skipped import Skipped, check_readable, skipped_csv, unreadable_of, write_skipped
+from sdxl_ray.errors import CacheError, SdxlRayError, StorageError
 from sdxl_ray.sdxl.components import resolve_model
-from sdxl_ray.storage import open_folder
+from sdxl_ray.storage import open_folder, read_bytes
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config
+
+
+_STOP_WITHIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class CacheResult:
     stage_seconds: dict[str, float] = field(default_factory=dict)  # "scan", "text", "images"
     worker_seconds: dict[str, float] = field(default_factory=dict)  # "decode", "encode", summed over tasks and actors
     num_tiled: int = 0  # images for which the accelerator had too little memory to encode them whole
+    num_tried: int = 0  # latents and captions that were missing; of images that turned out damaged, none was encoded
+    notes: tuple[str, ...] = ()  # what a person may want to know about the datasets
     background: Background | None = None  # with cache.mode = "ondemand": what is still missing, to be started
 
 
@@ -83,13 +91,18 @@ def build_cache(
         scan=lambda *args, **kwargs: scan_on_ray(connect, progress, *args, **kwargs),
     )
     clock.stage("scan")
-    plan.store.remove_stale_temporaries()
-    background = None
+    with contextlib.suppress(OSError):  # where nobody can write, nobody has left any
+        plan.store.remove_stale_temporaries()
+    background, num_tried = None, 0
     if config.cache.mode == "ondemand" and order_of is not None:
         find_missing(plan, in_order=order_of(index_of(plan)))
         if plan.missing_text or plan.missing_latents:
             background = Background(config, plan)
     elif plan.missing_text or plan.missing_latents:
+        num_tried = plan.num_missing_latents + plan.num_missing_text
+        # Now, so that `--prune` of another process sees what this one counts on.
+        mark_unfinished(plan.folder)
+        write_index(plan.index_path, index_tables(plan))
         connect()
         encode_missing(config, plan, progress, clock)
         check_readable(plan, config.datasets)
@@ -108,32 +121,56 @@ def build_cache(
         stage_seconds=clock.stages,
         worker_seconds=dict(clock.workers),
         num_tiled=clock.counts["tiled"],
+        num_tried=num_tried,
+        notes=tuple(plan.collection.notes),
         background=background,
     )
 
 
 def encode_missing(config: Config, plan: CachePlan, progress: Progress, clock: Clock | None = None) -> None:
-    """Everything that the plan lacks; images that cannot be decoded leave the plan.
+    """Everything that the plan lacks, and what was there at first but is not any more; images that cannot be decoded
+    leave the plan.
 
     Raises:
         CacheError, StorageError: finished shards are kept.
     """
     clock = clock or Clock()
-    clock.counts["captions"] = encode_text(config, plan, progress, clock)
+    tried = _missing_keys(plan)
+    _encode(config, plan, progress, clock)
+    lost = _missing_keys(plan)
+    if len(lost) and not np.isin(lost, tried).any():
+        _encode(config, plan, progress, clock)
+        lost = _missing_keys(plan)
+    if len(lost):
+        raise CacheError(
+            f"{plan.num_missing_latents} latents and {plan.num_missing_text} captions are still missing after "
+            f"encoding. Is {config.cache.path} the same folder on all machines? Run `sdxl-ray doctor`."
+        )
+
+
+def _encode(config: Config, plan: CachePlan, progress: Progress, clock: Clock) -> None:
+    clock.counts["captions"] += encode_text(config, plan, progress, clock)
     clock.stage("text")
     undecodable: list[Undecodable] = []
-    clock.counts["images"] = encode_latents(config, plan, progress, clock, undecodable)
+    clock.counts["images"] += encode_latents(config, plan, progress, clock, undecodable)
     clock.stage("images")
     if undecodable:
         _remember(config, undecodable)
         drop_undecodable(plan, {item.key: item.skipped for item in undecodable})
     plan.store.refresh()
     find_missing(plan)
-    if plan.missing_text or plan.missing_latents:
-        raise CacheError(
-            f"{plan.num_missing_latents} latents and {plan.num_missing_text} captions are still missing after "
-            f"encoding. Is {config.cache.path} the same folder on all machines? Run `sdxl-ray doctor`."
-        )
+
+
+def _missing_keys(plan: CachePlan) -> np.ndarray:
+    """'S16', of latents and captions."""
+    latents, captions = plan.latent_keys()[0], plan.text_keys()[0]
+    return np.concatenate(
+        [
+            *(latents[entries] for entries in plan.missing_latents),
+            *(captions[entries] for entries in plan.missing_text),
+            captions[:0],
+        ]
+    )
 
 
 class Background:
@@ -166,11 +203,18 @@ class Background:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Finish the shards that are being encoded, and no more."""
+    def stop(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Finish the shards that are being encoded, and no more; for a minute at most.
+
+        Args:
+            say: told in one line that this takes a while, if it does.
+        """
         self._stop.set()
+        if self.running:
+            say(f"waiting for the shards that are being encoded, {_STOP_WITHIN_S:.0f} s at most")
+        deadline = time.monotonic() + _STOP_WITHIN_S
         for thread in self._threads:
-            thread.join(60)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     @property
     def running(self) -> bool:
@@ -217,13 +261,19 @@ class _Stopped(Exception):
 def _remember(config: Config, undecodable: Sequence[Undecodable]) -> None:
     """Damaged images are not tried again until they change. What was wrong only with a mask, or now, is."""
     problems = {item.image_hash: item.skipped.reason for item in undecodable if item.skipped.kind == "damaged"}
-    if problems:
-        Memo(open_folder(config.cache.path)).mark(problems)
+    changed = {item.image_hash for item in undecodable if item.skipped.kind == "changed"}
+    if problems or changed:
+        memo = Memo(open_folder(config.cache.path))
+        memo.mark(problems)
+        memo.forget(changed)
 
 
 def _write_index(config: Config, plan: CachePlan) -> None:
-    write_index(plan.index_path, index_tables(plan))
-    write_skipped(plan)
+    """Also where it says the same already: its date tells `--prune` that it is in use.
+
+    Raises:
+        StorageError: the disk is full or read-only, or the bucket refuses; what is there is not the same.
+    """
     made_with = {
         "datasets": [dataset.model_dump(mode="json") for dataset in config.datasets],
         "model": config.model.path,
@@ -233,4 +283,36 @@ def _write_index(config: Config, plan: CachePlan) -> None:
         "caption_chunks": plan.num_chunks,
         "num_samples": plan.num_samples,
     }
-    write_manifest(plan.folder, made_with, plan.prompts, lambda prompt: place_of_prompt(plan, prompt))
+    try:
+        write_index(plan.index_path, index_tables(plan))
+        write_skipped(plan)
+        write_manifest(plan.folder, made_with, plan.prompts, lambda prompt: place_of_prompt(plan, prompt))
+    except StorageError:
+        if not _is_written(plan):
+            raise
+
+
+def _is_written(plan: CachePlan) -> bool:
+    """Whether index, list of skipped images and manifest are there as this plan needs them."""
+    try:
+        prompts = json.loads(plan.folder.read(MANIFEST))["prompts"]
+        if any(prompts[prompt] != place_of_prompt(plan, prompt) for prompt in plan.prompts):
+            return False
+        if read_bytes(plan.skipped_path) != skipped_csv(plan):
+            return False
+        written = Index.read(plan.index_path).table
+    except (SdxlRayError, OSError, ValueError, LookupError, TypeError):
+        return False
+    first = 0
+    for piece in index_tables(plan):
+        # As text: the numbers of the same names may be others.
+        plain = pa.schema(
+            [
+                (column.name, pa.string() if pa.types.is_dictionary(column.type) else column.type)
+                for column in piece.schema
+            ]
+        )
+        if not written.slice(first, len(piece)).cast(plain).equals(piece.cast(plain)):
+            return False
+        first += len(piece)
+    return first == len(written)

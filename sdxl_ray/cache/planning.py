@@ -249,7 +249,7 @@ def max_tokens(num_chunks: int) -> int:
 
 
 # Settings that decide how samples are used in training, not what is encoded.
-_OF_TRAINING = {"role", "repeats", "weight", "start", "end", "crop_epochs", "max_unreadable", "prior_prediction"}
+_OF_TRAINING = {"repeats", "weight", "start", "end", "crop_epochs", "max_unreadable", "prior_prediction"}
 
 
 def _collection_name(datasets: Sequence[DatasetSection], cache: CacheSection, vae: str, text: str) -> str:

@@ -1,6 +1,9 @@
 """The Ray Data jobs of stage 1: scan, captions, images. Each hands its results back as they come.
 
 from_items(missing shards) ─▶ decode (CPU tasks) ─▶ encode and write (one actor per accelerator) ─▶ rows
+
+A decode task may die of an image (too little memory, a fault in a decoder's C code), and an image may be gone since it
+was scanned. So a shard of which no row came back is looked into, and then encoded without the images at fault.
 """
 
 from __future__ import annotations
@@ -9,14 +12,17 @@ import itertools
 import json
 import logging
 import time
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import ray
 import ray.data
 from ray.data import ExecutionResources
+from ray.util.annotations import RayDeprecationWarning
 
 from sdxl_ray import connection
 from sdxl_ray.cache.actors import (
@@ -24,16 +30,21 @@ from sdxl_ray.cache.actors import (
     WriteLatentShard,
     WriteTextShard,
     decode_shard,
+    failure,
     files_as_row,
     raise_error,
+    record_from,
     scanned_files,
+    unreadable_on_node,
 )
 from sdxl_ray.cache.planning import CachePlan
 from sdxl_ray.cache.pools import Node, Share, share_cluster
+from sdxl_ray.cache.reading import reason_of as why_unreadable
 from sdxl_ray.cache.scan import ScannedFile, scan_each
 from sdxl_ray.cache.skipped import Skipped
-from sdxl_ray.errors import CacheError, ClusterError
-from sdxl_ray.records import Listed
+from sdxl_ray.cache.sources import read_bytes, read_start, shown_address
+from sdxl_ray.errors import CacheError, ClusterError, StorageError
+from sdxl_ray.records import ImageRecord, Listed
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config
@@ -44,8 +55,15 @@ SCAN_ON_RAY_FROM = 5_000
 _SHARDS_AT_ONCE = 2_048
 # What encoders of captions and images and their decode tasks take at least (`share_cluster`).
 _SPARE_CPUS = 0.5
+# Of one Ray Data job, shards whose decode task may die before the job ends. More of them are no accident.
+_LOST_AT_MOST = 100
+# How often Ray tries again what has died: for ever, if it is not told. Nodes that were preempted do not count.
+_TASK_RETRIES = 3
+_ACTOR_RETRIES = 10
+_DEADLY = "its decoder ended the process that read it (too little memory, or a fault in the decoder)"
 
 Progress = Callable[[str, int, int], None]  # stage ("scan", "text", "images"), done, total
+Item = TypeVar("Item")
 
 
 class Reserved(NamedTuple):
@@ -74,7 +92,7 @@ class Clock:
 
     def stage(self, name: str) -> None:
         now = time.monotonic()
-        self.stages[name] = now - self._last
+        self.stages[name] = self.stages.get(name, 0.0) + now - self._last
         self._last = now
 
 
@@ -102,10 +120,11 @@ def scan_on_ray(
     quiet()
     starts = range(0, len(files), 500)
     items = [files_as_row(start, files[start : start + 500], by_listing[start : start + 500]) for start in starts]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    listed = ray.data.from_items(items, override_num_blocks=len(items))
+    dataset = listed.map(ScanChunk(max_pixels), num_cpus=1, max_retries=_TASK_RETRIES)
     come: dict[int, list[ScannedFile]] = {}  # rows come in any order
     done = first = 0
-    for row in _rows(dataset.map(ScanChunk(max_pixels), num_cpus=1), "scanning failed", "What was found is kept"):
+    for row in _rows(dataset, "scanning failed", "What was found is kept"):
         come[int(row["first"])] = scanned_files(row, files, max_pixels)
         done += len(come[int(row["first"])])
         progress("scan", done, len(files))
@@ -171,24 +190,136 @@ def encode_latents(
         "write_empty": reserved is not None,
         **encoder_arguments(config, plan, share),
     }
-    for items in _waves({"shard": json.dumps(asdict(shard))} for shard in plan.latent_shards()):
-        dataset = (
-            _from_items(items, reserved)
-            .map(decode_shard, num_cpus=share.cpus_per_decode)
-            .map_batches(WriteLatentShard, fn_constructor_kwargs=arguments, batch_size=1, **_pool(config, share))
-        )
-        for row in _results(dataset):
-            found = json.loads(str(row["skipped"]))
-            undecodable += [
-                Undecodable(item["key"], item["image_hash"], Skipped(item["path"], item["reason"], kind=item["kind"]))
-                for item in found
-            ]
-            done += int(row["num"])
-            clock.workers["encode"] += float(row["encode_s"])
-            clock.workers["decode"] += float(row["decode_s"])
-            clock.counts["tiled"] += int(row["tiled"])
-            progress("images", done, total - len(undecodable))
+    for wave in _waves((shard.name, json.dumps(asdict(shard))) for shard in plan.latent_shards()):
+        left, may_lose = dict(wave), _LOST_AT_MOST
+        while left:
+            dataset = _from_items([{"shard": shard} for shard in left.values()], reserved)
+            dataset.context.max_errored_blocks = may_lose
+            dataset = dataset.map(decode_shard, num_cpus=share.cpus_per_decode, max_retries=_TASK_RETRIES)
+            dataset = dataset.map_batches(
+                WriteLatentShard, fn_constructor_kwargs=arguments, batch_size=1, **_pool(config, share)
+            )
+            told: dict[str, dict[str, str]] = {}
+            for row in _results(dataset):
+                if row["unreadable"]:
+                    told[str(row["name"])] = json.loads(str(row["unreadable"]))
+                    continue
+                left.pop(str(row["name"]))
+                found = json.loads(str(row["skipped"]))
+                undecodable += [
+                    Undecodable(
+                        item["key"], item["image_hash"], Skipped(item["path"], item["reason"], kind=item["kind"])
+                    )
+                    for item in found
+                ]
+                done += int(row["num"])
+                clock.workers["encode"] += float(row["encode_s"])
+                clock.workers["decode"] += float(row["decode_s"])
+                clock.counts["tiled"] += int(row["tiled"])
+                progress("images", done, total - len(undecodable))
+            lost = left if may_lose else {name: left[name] for name in told}
+            left, may_lose = look_into(lost, told, undecodable, share.cpus_per_decode), 0
     return done
+
+
+# ---- (4) shards that did not come back: which images are at fault? ---------------------------------------------------
+
+
+def look_into(
+    shards: Mapping[str, str], told: Mapping[str, Mapping[str, str]], undecodable: list[Undecodable], num_cpus: float
+) -> dict[str, str]:
+    """Find the images that kept these shards from being encoded, and add them to `undecodable`.
+
+    Args:
+        shards: name -> work item, as JSON.
+        told: of the shards with an image that a node could not read: its "key", the "node" and the "reason". The decode
+            tasks of all others have died.
+        num_cpus: of a decode task.
+
+    Returns:
+        the same work, without these images.
+
+    Raises:
+        CacheError: a node cannot read an image that the driver can.
+    """
+    again = {}
+    for name, text in shards.items():
+        shard = json.loads(text)
+        records = {
+            key: record_from(fields)
+            for key, fields in zip(shard["keys"], shard["records"], strict=True)
+            if key not in shard.get("without", ())
+        }
+        reasons = (
+            _gone(records, **told[name]) if name in told else dict.fromkeys(_deadly(shard, records, num_cpus), _DEADLY)
+        )
+        undecodable += [
+            Undecodable(key, records[key].image_hash, Skipped(records[key].path, reason, kind="unreadable"))
+            for key, reason in reasons.items()
+        ]
+        again[name] = json.dumps({**shard, "without": [*shard.get("without", ()), *reasons]})
+    return again
+
+
+def _gone(records: Mapping[str, ImageRecord], *, key: str, node: str, reason: str) -> dict[str, str]:
+    """Key -> why the driver cannot read the image either: of the one that `node` could not read, and of the others.
+
+    Raises:
+        CacheError: it can.
+    """
+    found = {key: _unreadable(records[key])}
+    if not found[key]:
+        raise unreadable_on_node(node, records[key].path, reason)
+    others = [other for other in records if other != key]
+    with ThreadPoolExecutor(16) as threads:  # their first byte will do
+        found |= zip(others, threads.map(lambda other: _unreadable(records[other], 1), others), strict=True)
+    return {key: reason for key, reason in found.items() if reason}
+
+
+def _unreadable(record: ImageRecord, length: int = -1) -> str:
+    """Why an image or its mask cannot be read from here; "" if it can."""
+    of_mask = "" if record.mask in ("", "alpha") else record.mask
+    for address, what in ((record.address or record.path, ""), (of_mask, f"its mask {shown_address(of_mask)} ")):
+        if not address:
+            continue
+        try:
+            if length < 0:
+                read_bytes(address)
+            else:
+                read_start(address, length)
+        except FileNotFoundError:
+            return f"{what}is not there any more"
+        except (OSError, StorageError, ValueError) as error:
+            return f"{what}cannot be read: {why_unreadable(error) if not isinstance(error, ValueError) else error}"
+    return ""
+
+
+def _deadly(shard: Mapping[str, Any], keys: Iterable[str], num_cpus: float) -> list[str]:
+    """Of these keys those whose images end the process that decodes them.
+
+    All are tried at once, and those that died, of whatever their neighbours took, once more one at a time.
+    """
+    suspects = _dying(shard, keys, num_cpus, max_retries=0)
+    return [key for suspect in suspects for key in _dying(shard, [suspect], num_cpus, max_retries=1)]
+
+
+def _dying(shard: Mapping[str, Any], keys: Iterable[str], num_cpus: float, *, max_retries: int) -> list[str]:
+    # What it raises is of no interest: it will be raised again when the shard is encoded.
+    task: Any = ray.remote(num_cpus=num_cpus, max_retries=max_retries)(lambda row: bool(decode_shard(row)))
+    fields = dict(zip(shard["keys"], shard["records"], strict=True))
+    tasks = {
+        key: task.remote({"shard": json.dumps({"name": shard["name"], "keys": [key], "records": [fields[key]]})})
+        for key in keys
+    }
+    died = []
+    for key, result in tasks.items():
+        try:
+            ray.get(result)
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+            died.append(key)
+        except ray.exceptions.RayError:
+            continue
+    return died
 
 
 # ---- shared by text and images ---------------------------------------------------------------------------------------
@@ -205,7 +336,7 @@ def encoder_arguments(config: Config, plan: CachePlan, share: Share | None = Non
     }
 
 
-def _waves(items: Iterable[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
+def _waves(items: Iterable[Item]) -> Iterator[list[Item]]:
     iterator = iter(items)
     while wave := list(itertools.islice(iterator, _SHARDS_AT_ONCE)):
         yield wave
@@ -220,7 +351,11 @@ def _from_items(items: Sequence[dict[str, str]], reserved: Reserved | None) -> r
 
 
 def _pool(config: Config, share: Share) -> dict[str, Any]:
-    needs: dict[str, Any] = {"num_cpus": share.cpus_per_actor}
+    needs: dict[str, Any] = {
+        "num_cpus": share.cpus_per_actor,
+        "max_restarts": _ACTOR_RETRIES,
+        "max_task_retries": _ACTOR_RETRIES,
+    }
     if share.device == "cpu":
         # Threads of torch that wait for each other by spinning would take the cores from decoding.
         needs["runtime_env"] = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
@@ -300,15 +435,7 @@ def _rows(dataset: ray.data.Dataset, failed: str, kept: str) -> Iterator[dict[st
     except ray.exceptions.RayError as error:
         reason = reason_of(error)
         memory = reason.startswith("MemoryError") or isinstance(error, ray.exceptions.OutOfMemoryError)
-        cure = (
-            "A node has too little memory. Let fewer tasks run there at once: fewer encoders (cache.num_encoders, "
-            "cache.max_encoders), fewer CPUs for Ray, or nothing else beside them. "
-            if memory
-            else ""
-        )
-        raise CacheError(
-            f"{failed}: {reason}. {cure}{kept}; run again to go on. With --traceback, the whole error is shown."
-        ) from error
+        raise CacheError(failure(failed, reason, kept, memory=memory)) from error
 
 
 def reason_of(error: ray.exceptions.RayError) -> str:
@@ -327,6 +454,10 @@ def reason_of(error: ray.exceptions.RayError) -> str:
 
 def quiet() -> None:
     """Progress is ours to show, and so are errors: those of Ray Data are raised with all that it would log."""
+    # Of `max_retries` and `max_restarts` ("Use the named remote parameters instead", of which none is for these), and
+    # of `ExecutionOptions.exclude_resources` ("Use `ExecutionOptions.label_selector`", which cannot keep cores of one
+    # machine free). They go with Ray 2.64 and after January 2027; Ray is pinned.
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning, module=r"sdxl_ray\.")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -140,8 +140,13 @@ def _cannot_be_used(dataset: str, num: int, of: str, limit: str, shown: Sequence
 
 def write_skipped(plan: CachePlan, *, also: Sequence[Skipped] = ()) -> None:
     """skipped.csv beside the index: every image left out, with its reason."""
+    plan.folder.write("skipped.csv", skipped_csv(plan, also=also))
+
+
+def skipped_csv(plan: CachePlan, *, also: Sequence[Skipped] = ()) -> bytes:
+    """Its content."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(("dataset", "path", "reason"))
     writer.writerows((item.dataset, item.path, item.reason) for item in (*plan.skipped, *also))
-    plan.folder.write("skipped.csv", text.getvalue().encode())
+    return text.getvalue().encode()

@@ -1,4 +1,4 @@
-"""Killed encoders and several jobs at once: every entry is there once, whole, and is not encoded again."""
+"""Killed encoders, dying decoders, several jobs at once: every entry is there once, whole, not encoded again."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_ray.cache import ray_jobs
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.config.load import dump_config
+from sdxl_ray.errors import CacheError
 from tests.s3 import answering
 
 from .conftest import actor_processes, must_not_connect, read_all, small_config
@@ -65,6 +67,64 @@ def test_a_killed_encoder_is_replaced_and_loses_nothing(tmp_path, tiny_model):
 def assert_each_once(cache: str) -> None:
     keys = Counter(ShardStore(cache).keys.tolist())
     assert max(keys.values()) == 1
+
+
+def decoder_that_dies_of(name: str):
+    """Of an image of that name its process dies, as by a segmentation fault. Made here, so that it travels by value."""
+
+    def decode(row):
+        import os
+        import signal
+
+        from sdxl_ray.cache import actors
+
+        load = actors.load_image
+
+        def load_or_die(record):
+            if record.path.endswith(name):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return load(record)
+
+        actors.load_image = load_or_die
+        try:
+            return actors.decode_shard(row)
+        finally:
+            actors.load_image = load
+
+    return decode
+
+
+def test_an_image_that_kills_its_decoder_is_named_and_the_others_are_encoded(tmp_path, tiny_model, monkeypatch):
+    images = write_folder(tmp_path / "images", range(12))
+    dataset = {"path": str(images), "resolution": 64, "bucket_step": 16}
+    config = small_config(tmp_path / "runs", tmp_path / "cache", "deadly", tiny_model, dataset=[dataset])
+    deadly = sorted(path.name for path in images.glob("*.png"))[5]
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_jobs, "decode_shard", decoder_that_dies_of(deadly))
+        result = build_cache(config)
+    assert [(Path(item.path).name, item.reason, item.kind) for item in result.skipped] == [
+        (
+            deadly,
+            "its decoder ended the process that read it (too little memory, or a fault in the decoder)",
+            "unreadable",
+        )
+    ]
+    assert result.num_latents_encoded == result.num_samples == 11
+    assert read_all(config.cache.path, result.index_path)[0] == 11
+    assert_each_once(config.cache.path)
+    assert build_cache(config).num_latents_encoded == 1  # with another decoder it can be read
+
+
+def test_a_decoder_that_dies_of_whatever_it_is_given_ends_the_job(tmp_path, tiny_model, monkeypatch):
+    """Where more shards are lost than a job may lose: the node is at fault."""
+    images = write_folder(tmp_path / "images", range(3))
+    dataset = {"path": str(images), "resolution": 64, "bucket_step": 16}
+    config = small_config(tmp_path / "runs", tmp_path / "cache", "dying", tiny_model, dataset=[dataset])
+    monkeypatch.setattr(ray_jobs, "decode_shard", decoder_that_dies_of(""))
+    monkeypatch.setattr(ray_jobs, "_LOST_AT_MOST", 0)
+    monkeypatch.setattr(ray_jobs, "_TASK_RETRIES", 0)
+    with pytest.raises(CacheError, match=r"^encoding failed: .* died unexpectedly.*Finished shards are kept"):
+        build_cache(config)
 
 
 def test_two_jobs_may_fill_one_cache_at_the_same_time(tmp_path, tiny_model):

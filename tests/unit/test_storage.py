@@ -460,6 +460,39 @@ def test_the_cure_fits_the_store(monkeypatch, address, error, cure):
     assert address.startswith("s3") or "AWS" not in str(raised.value)
 
 
+@pytest.mark.parametrize("key", ["", "a2V5"])
+def test_azure_without_a_login_is_an_error_and_no_crash(monkeypatch, key):
+    """What opens a file ends the process then ("terminate called"); what lists a folder raises."""
+    from pyarrow import fs
+
+    class Azure:
+        def __init__(self, account, **_):
+            assert account == "account"
+
+        def get_file_info(self, what):
+            assert isinstance(what, fs.FileSelector)
+            raise OSError("GetToken(): error response: 403 Forbidden")
+
+        def open_input_file(self, path):
+            if not key:
+                pytest.fail("the process would have ended")
+            raise FileNotFoundError
+
+    monkeypatch.setattr(fs, "AzureFileSystem", Azure)
+    for name, value in (
+        ("AZURE_STORAGE_KEY", key),
+        ("AZURE_STORAGE_SAS_TOKEN", ""),
+        ("AZURE_TOKEN_CREDENTIALS", "prod"),
+    ):
+        monkeypatch.setenv(name, value)
+    clouds._connect.cache_clear()
+    with pytest.raises(FileNotFoundError if key else StorageError) as error:
+        read_bytes("abfs://box@account.dfs.core.windows.net/a")
+    assert key or "access denied while opening. Check the key and what it is allowed: AZURE_STORAGE_" in str(
+        error.value
+    )
+
+
 @pytest.mark.parametrize(("az", "sources"), [(None, "prod"), ("/usr/bin/az", None)])
 def test_azures_program_is_not_run_where_it_is_not_installed(monkeypatch, az, sources):
     """Its library would have the shell say so, on the terminal."""

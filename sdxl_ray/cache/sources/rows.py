@@ -97,6 +97,8 @@ class ArrowTable:
 
         local = storage.local_path(path)
         self._mapped = local is not None
+        if local is not None:
+            storage.open_local(local).close()  # refuses a pipe, for whose writer a mapping would wait
         self._file = pa.memory_map(os.fspath(local)) if local is not None else storage.open_arrow(path)
         self._size = self._file.size()
         start = self._file.read_at(min(8, self._size), 0)

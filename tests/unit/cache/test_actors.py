@@ -271,26 +271,41 @@ def test_the_encoder_is_loaded_once(tmp_path, tiny_model, monkeypatch):
 # ---- images that a node cannot read ----------------------------------------------------------------------------------
 
 
-def test_an_image_that_this_node_cannot_read_is_an_error_not_a_skip(images, tmp_path, tiny_model):
-    _, row = work_item(images, tiny_model)
+def told(row, cache, model):
+    """Of the image that a node could not read; nothing of its shard is written then."""
+    result = encoded(decode_shard(row), cache, model)
+    assert (result["error"].tolist(), result["skipped"].tolist(), result["num"].tolist()) == ([""], ["[]"], [0])
+    assert result["name"].tolist() == [json.loads(row["shard"])["name"]]
+    assert len(ShardStore(cache)) == 0
+    found = json.loads(result["unreadable"][0])
+    assert found["node"] == socket.gethostname()
+    return found["key"], found["reason"]
+
+
+def test_an_image_that_this_node_cannot_read_is_for_the_driver_to_look_at(images, tmp_path, tiny_model):
+    shard, row = work_item(images, tiny_model)
     (images / "1.png").unlink()
-    error = raised(encoded(decode_shard(row), tmp_path / "cache", tiny_model))
-    assert type(error) is CacheError
-    assert str(error).startswith(
-        f"node {socket.gethostname()} cannot read {images / '1.png'}: No such file or directory. "
-        "Is dataset.path the same folder on all machines"
-    )
-    assert len(ShardStore(tmp_path / "cache")) == 0
+    assert told(row, tmp_path / "cache", tiny_model) == (shard.keys[1], "No such file or directory")
+
+
+def test_images_that_the_work_item_is_to_be_done_without_are_not_looked_at(images, tmp_path, tiny_model):
+    shard, row = work_item(images, tiny_model)
+    (images / "1.png").unlink()
+    row = {"shard": json.dumps({**json.loads(row["shard"]), "without": [shard.keys[1]]})}
+    result = encoded(decode_shard(row), tmp_path / "cache", tiny_model)
+    assert (result["num"].tolist(), result["skipped"].tolist(), result["unreadable"].tolist()) == ([2], ["[]"], [""])
+    store = ShardStore(tmp_path / "cache")
+    assert [store.shard_of(key) for key in shard.keys] == [shard.name, None, shard.name]
 
 
 @pytest.mark.parametrize(
     ("problem", "text"),
     [
-        (OSError(5, "Input/output error"), "Input/output error."),
+        (OSError(5, "Input/output error"), "Input/output error"),
         (StorageError("s3://bucket/0.png: access denied while reading."), "s3://bucket/0.png: access denied"),
     ],
 )
-def test_any_failure_to_read_is_an_error(images, tmp_path, tiny_model, monkeypatch, problem, text):
+def test_any_failure_to_read_is_told_the_driver(images, tmp_path, tiny_model, monkeypatch, problem, text):
     def fail(record):
         raise problem
 
@@ -300,8 +315,7 @@ def test_any_failure_to_read_is_an_error(images, tmp_path, tiny_model, monkeypat
         _, row = work_item(images, tiny_model, mask=mask)
         with monkeypatch.context() as patch:
             patch.setattr(reading, name, fail)
-            error = raised(encoded(decode_shard(row), tmp_path, tiny_model))
-        assert f"0.png: {text}" in str(error)
+            assert told(row, tmp_path / "cache", tiny_model)[1].startswith(text)
 
 
 def trusted_item(images, model, **dataset):
@@ -356,7 +370,7 @@ def test_a_file_that_is_gone_since_it_was_listed_is_skipped(images, tmp_path, ti
         StorageError("s3://bucket/not found/HTTP 404/0.png: access denied while reading."),
     ],
 )
-def test_other_failures_are_errors_also_where_the_listing_was_trusted(
+def test_other_failures_are_told_the_driver_also_where_the_listing_was_trusted(
     images, tmp_path, tiny_model, monkeypatch, problem
 ):
     _, row = trusted_item(images, tiny_model)
@@ -365,7 +379,7 @@ def test_other_failures_are_errors_also_where_the_listing_was_trusted(
         raise problem
 
     monkeypatch.setattr(reading, "load_pixels", fail)
-    assert "cannot read" in str(raised(encoded(decode_shard(row), tmp_path, tiny_model)))
+    assert told(row, tmp_path / "cache", tiny_model)
 
 
 def test_a_mask_file_has_always_been_read_before(images, tmp_path, tiny_model):
@@ -373,7 +387,7 @@ def test_a_mask_file_has_always_been_read_before(images, tmp_path, tiny_model):
         Image.new("L", (64, 64), 9).save(images / f"{number}-mask.png")
     _, row = trusted_item(images, tiny_model, mask="file")
     (images / "1-mask.png").unlink()
-    assert "No such file" in str(raised(encoded(decode_shard(row), tmp_path, tiny_model)))
+    assert told(row, tmp_path / "cache", tiny_model)[1] == "No such file or directory"
 
 
 def test_an_image_that_is_damaged_or_changed_is_a_skip(images, tmp_path, tiny_model):

@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sdxl_ray.cache.manifest import write_manifest
+from sdxl_ray.cache.manifest import mark_unfinished, write_manifest
 from sdxl_ray.errors import StorageError
 from sdxl_ray.storage import open_folder
 from tests.remote import RemoteFolder
@@ -86,3 +86,24 @@ def test_a_full_disk_leaves_the_old_manifest(tmp_path, monkeypatch):
         write(tmp_path, {}, ["a dog"])
     assert prompts(tmp_path).keys() == {"a cat"}
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_manifest_that_is_taken_back_has_no_prompts_and_its_successor_has_them_again(tmp_path):
+    folder = open_folder(tmp_path)
+    mark_unfinished(folder)  # there is none
+    assert not (tmp_path / "manifest.json").exists()
+    write(tmp_path, ["a cat"])
+    for _ in range(2):
+        mark_unfinished(folder)
+        assert "prompts" not in read(tmp_path)
+    write(tmp_path, ["a dog"])
+    assert read(tmp_path)["prompts"].keys() == {"a cat", "a dog"}
+
+
+def test_where_nobody_can_write_it_is_told_in_our_words(tmp_path, monkeypatch):
+    def refuse(path, *args):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StorageError, match=r"\.lock: the file system is read-only while locking the manifest\. Make it"):
+        write_manifest(open_folder(tmp_path), {}, [], lambda prompt: None)

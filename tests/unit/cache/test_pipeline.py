@@ -1,9 +1,13 @@
 """Stage 1 from the plan to the index, with the Ray Data jobs played by a few lines; with Ray: tests/integration."""
 
 import csv
+import errno
+import hashlib
 import inspect
 import json
+import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from sdxl_ray.cache.shards import ShardReader, write_shard
 from sdxl_ray.cache.skipped import Skipped
 from sdxl_ray.errors import CacheError, DatasetError, StorageError
 from sdxl_ray.records import Listed
+from sdxl_ray.train.data import load_data
 from tests.unit.cache.planned import add_image, add_images, changed, config_of, fill, plan_of
 
 
@@ -178,7 +183,7 @@ def test_too_many_that_cannot_be_decoded_stop_the_run_but_keep_what_is_encoded(c
     jobs.bad = {f"{number:02d}.png": "cannot be decoded: truncated" for number in range(4)}
     with pytest.raises(DatasetError, match=r": 4 of 9 images cannot be used, more than dataset\.max_unreadable"):
         build(config, jobs)
-    assert not list(Path(config.cache.path).glob("datasets/*/index.parquet"))
+    assert_unfinished(config)
     before = len(jobs.encoded)
     result = build(changed(config, dataset__max_unreadable=0.5), jobs)
     assert (result.num_samples, len(jobs.encoded)) == (5, before)
@@ -194,11 +199,169 @@ def test_a_cache_that_the_machines_do_not_share_is_found_out(config, jobs):
     )
 
 
-def test_an_error_while_encoding_is_raised_and_no_index_written(config, jobs):
+def assert_unfinished(config):
+    """The one index is there, and nobody can train with it."""
+    (path,) = Path(config.cache.path).glob("datasets/*/index.parquet")
+    with pytest.raises(CacheError, match=r"manifest\.json: cannot be read .*Run `sdxl-ray cache`"):
+        load_data(config, path)
+    return Index.read(path)
+
+
+def test_an_error_while_encoding_is_raised_and_the_index_stays_unfinished(config, jobs):
     jobs.text_error = StorageError("no space")
     with pytest.raises(StorageError, match="no space"):
         build(config, jobs)
-    assert not list(Path(config.cache.path).glob("datasets/*"))
+    assert_unfinished(config)
+    jobs.text_error = None
+    assert len(load_data(config, build(config, jobs).index_path).train.rows) > 0
+
+
+def test_the_index_names_what_a_job_counts_on_before_it_encodes(config, jobs, images):
+    """So that `--prune` of another process leaves it alone; of an earlier, finished one the manifest is taken back."""
+    first = build(config, jobs)
+    prompts = manifest_of(first)["prompts"].keys()
+    known = {key for sample in index_of(first) for key in sample.latent_keys}
+    add_image(images, "new.png", colour=500)
+    seen = []
+
+    def look(stage, done, total):
+        if not seen:
+            index = assert_unfinished(config)
+            seen.extend(key for row in range(len(index)) for key in index[row].latent_keys)
+
+    result = build(changed(config, validation__prompts=["a blue house"]), jobs, progress=look)
+    assert len(set(seen)) == result.num_samples == 10
+    assert known < set(seen)
+    assert manifest_of(result)["prompts"].keys() == {*prompts, "a blue house"}
+
+
+def test_what_disappears_while_encoding_is_encoded_in_a_second_pass(config, jobs, images, monkeypatch):
+    first = build(config, jobs)
+    kept = {sample.latent_shards[0] for sample in index_of(first)}
+    add_image(images, "new.png", colour=500)
+    encode_text = jobs.text
+
+    def prune(config, plan, *rest):
+        for shard in kept:
+            (Path(config.cache.path) / shard).unlink(missing_ok=True)
+        return encode_text(config, plan, *rest)
+
+    monkeypatch.setattr(pipeline, "encode_text", prune)
+    result = build(config, jobs)
+    assert (result.num_latents_encoded, result.num_captions_encoded) == (10, 1)
+    reader = ShardReader(config.cache.path)
+    for sample in index_of(result):
+        reader.read(sample.latent_shards[0], sample.latent_keys[0])
+
+
+def test_what_is_encoded_and_is_not_there_is_an_error_at_once(config, jobs, images, monkeypatch):
+    build(config, jobs)
+    add_image(images, "new.png", colour=500)
+    encode_latents, tries = jobs.latents, []
+
+    def prune(config, plan, *rest):
+        num = encode_latents(config, plan, *rest)
+        tries.append(num)
+        for shard in Path(config.cache.path).glob("latents/**/*.safetensors"):
+            shard.unlink()
+        return num
+
+    monkeypatch.setattr(pipeline, "encode_latents", prune)
+    with pytest.raises(CacheError, match=r"10 latents and 0 captions are still missing after encoding"):
+        build(config, jobs)
+    assert tries == [1]  # what has just been encoded is not there: no second pass finds it
+
+
+def test_how_much_was_tried_is_told_also_where_nothing_came_of_it(config, jobs):
+    first = build(config, jobs)
+    assert first.num_tried == 20
+    assert build(config, jobs).num_tried == 0
+    for shard in Path(config.cache.path).glob("latents/**/*.safetensors"):
+        shard.unlink()
+    jobs.bad, jobs.kind = {"03.png": "is not there any more"}, "unreadable"
+    result = build(config, jobs)
+    assert (result.num_tried, result.num_latents_encoded) == (9, 8)
+    again = build(config, jobs)
+    assert (again.num_tried, again.num_latents_encoded, len(again.skipped)) == (1, 0, 1)
+
+
+def test_an_image_that_changed_without_a_new_date_is_read_again_by_the_next_run(config, jobs, images):
+    """As `cp -p`, `rsync -t` and tools that write into an image leave it."""
+    build(config, jobs)
+    image = images / "03.png"
+    status, content = image.stat(), image.read_bytes()
+    (Path(config.cache.path) / index_of(build(config, jobs))[3].latent_shards[0]).unlink()
+    image.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    jobs.bad, jobs.kind = {"03.png": "changed while it was being cached: run again"}, "changed"
+    assert build(config, jobs).num_samples == 8
+    jobs.bad = {}
+    result = build(config, jobs)
+    assert result.num_samples == 9
+    (sample,) = [sample for sample in index_of(result) if sample.path == str(image)]
+    assert sample.image_hash == hashlib.sha256(image.read_bytes()).hexdigest()
+
+
+def test_what_the_datasets_have_to_say_is_handed_on(config, jobs, images):
+    add_image(images, "03-mask.png", colour=1)
+    assert build(config, jobs).notes == ()
+    (note,) = build(changed(config, dataset__mask="file"), jobs).notes
+    assert note == 'dataset "images": 1 of 9 images have a mask; the others count whole'
+
+
+# ---- where nobody can write ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """A function: from then on, writing below this folder fails."""
+
+    def make(folder):
+        write, replace, unlink, open_file = Path.write_bytes, Path.replace, Path.unlink, Path.open
+
+        def refuse(function, path, *args, **kwargs):
+            if path.is_relative_to(folder):
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return function(path, *args, **kwargs)
+
+        def refuse_writing(path, mode="r", *args, **kwargs):
+            return refuse(open_file, path, mode, *args, **kwargs) if mode[0] in "wax" else open_file(path, mode)
+
+        monkeypatch.setattr(Path, "write_bytes", lambda path, *args: refuse(write, path, *args))
+        monkeypatch.setattr(Path, "replace", lambda path, *args: refuse(replace, path, *args))
+        monkeypatch.setattr(Path, "unlink", lambda path, **how: refuse(unlink, path, **how))
+        monkeypatch.setattr(Path, "open", refuse_writing)
+
+    return make
+
+
+def test_a_complete_cache_may_lie_where_nobody_can_write(config, jobs, images, read_only):
+    (images / "bad.png").write_bytes(b"no image")  # and so is the list of what is skipped
+    first = build(config, jobs)
+    left_behind = Path(first.index_path).with_name(".tmp-old")
+    left_behind.touch()
+    os.utime(left_behind, (0, 0))
+    read_only(config.cache.path)
+    result = build_cache(config, connect=lambda: pytest.fail("nothing is missing"))
+    assert index_of(result) == index_of(first)
+    assert load_data(config, result.index_path)
+
+
+@pytest.mark.parametrize("change", ["a caption", "another prompt", "a skipped image", "a missing shard"])
+def test_what_would_have_to_be_written_there_is_an_error(config, jobs, images, read_only, change):
+    first = build(changed(config, validation__prompts=["trees", "a red house"]), jobs)
+    (images / "08.txt").write_text("caption of 07.png" if change == "a caption" else "caption of 08.png")
+    if change == "another prompt":
+        manifest = Path(first.index_path).with_name("manifest.json")
+        manifest.write_text(manifest.read_text(encoding="utf-8").replace("a red house", "a house"))
+    if change == "a skipped image":
+        with Path(first.skipped_path).open("a") as file:
+            file.write("another one\n")
+    if change == "a missing shard":
+        (Path(config.cache.path) / index_of(first)[0].latent_shards[0]).unlink()
+    read_only(config.cache.path)
+    with pytest.raises(StorageError, match="the file system is read-only"):
+        build(config, jobs)
 
 
 def test_modes_that_encode_while_training_leave_that_out(config, jobs):
@@ -393,9 +556,24 @@ def test_on_demand_it_stops_after_the_shards_at_hand(config, jobs):
 
 
 def test_a_background_can_be_stopped_before_it_begins(config):
-    background = Background(config, plan_of(config))
-    background.stop()
+    background, said = Background(config, plan_of(config)), []
+    background.stop(said.append)
     assert not background.running
+    assert said == []
+
+
+def test_stopping_waits_for_both_threads_together_and_says_so(config, jobs, monkeypatch):
+    monkeypatch.setattr(pipeline, "_STOP_WITHIN_S", 0.2)
+    blocked, said = threading.Event(), []
+    monkeypatch.setattr(pipeline, "encode_text", lambda *args, **kwargs: blocked.wait(10))
+    monkeypatch.setattr(pipeline, "encode_latents", lambda *args, **kwargs: blocked.wait(10))
+    background = on_demand(config, jobs).background
+    background.start()
+    started = time.monotonic()
+    background.stop(said.append)
+    assert time.monotonic() - started < 0.35
+    assert said == ["waiting for the shards that are being encoded, 0 s at most"]
+    blocked.set()
 
 
 # ---- the scan --------------------------------------------------------------------------------------------------------

@@ -507,7 +507,8 @@ def test_a_name_that_is_not_utf_8_is_reported_and_does_no_harm(config, images):
     plan = plan_of(config)
     assert plan.num_samples == 20
     (item,) = plan.skipped
-    assert (item.path, item.reason) == (str(images / r"caf\xe9.png"), "cannot be read: No such file or directory")
+    reason = "cannot be read: its name is not UTF-8; rename it"
+    assert (item.path, item.reason) == (str(images / r"caf\xe9.png"), reason)
     write_skipped(plan)
     write_index(plan.index_path, index_tables(plan))
 

@@ -672,3 +672,10 @@ def test_a_table_without_rows(tmp_path, name):
     with pytest.raises(DatasetError) as error:
         listed(tmp_path)
     assert str(error.value) == f"dataset.path: no rows in {tmp_path}/{name}."
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "list.parquet", "list.arrow"])
+def test_a_pipe_called_like_a_table_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DatasetError, match="it is not a regular file, but a pipe, socket or device"):
+        listed(tmp_path / name)
