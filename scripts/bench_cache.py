@@ -32,7 +32,7 @@ from typing import Any
 
 BACKGROUNDS = Path("/usr/share/backgrounds")
 PHOTOGRAPHS = Path(__file__).parents[1] / "sdxl_ray" / "demo" / "photographs"
-SMALLEST_MP = 2.0
+SMALLEST_MP = 2.0  # of photographs elsewhere than in the package, whose own are small
 MIB = 2**20
 
 Table = list[tuple[str, str]]
@@ -88,7 +88,7 @@ def _one_megapixel(folder: Path) -> list[Path]:
     from PIL import Image
 
     files = []
-    sources = _photographs(PHOTOGRAPHS, smallest_mp=0.0)
+    sources = _photographs(PHOTOGRAPHS)
     for number in range(200):
         path = folder / f"{number}.jpg"
         image = Image.open(sources[number % len(sources)]).convert("RGB").resize((1152, 896))
@@ -331,7 +331,7 @@ def bench_rows(options: argparse.Namespace) -> Table:
     for rows in (options.rows // 2, options.rows):
         script = f"from scripts.bench_cache import plan_rows; plan_rows({rows})"
         found = subprocess.run(
-            [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+            [sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
         )
         peaks[rows] = json.loads(found.stdout.splitlines()[-1])
     (few, small), (many, large) = peaks.items()
@@ -354,7 +354,7 @@ def plan_rows(num_rows: int) -> None:
     from sdxl_ray.cache.scan import ScannedFile
     from sdxl_ray.records import Listed
 
-    def listing(section: Any) -> Iterator[Listed]:
+    def listing(section: Any, memo: Any) -> Iterator[Listed]:
         for number in range(num_rows):
             yield Listed(
                 path=f"/data/collection/part-{number // 1000:05d}/photograph-{number:08d}.jpg",
@@ -408,9 +408,10 @@ class _AnonymousMemory(threading.Thread):
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _photographs(folder: Path, smallest_mp: float = SMALLEST_MP) -> list[Path]:
+def _photographs(folder: Path) -> list[Path]:
     from PIL import Image, UnidentifiedImageError
 
+    smallest_mp = 0.0 if folder.resolve() == PHOTOGRAPHS.resolve() else SMALLEST_MP
     found = []
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.is_symlink() or path.suffix.lower() not in (".jpg", ".jpeg", ".png", ".webp"):

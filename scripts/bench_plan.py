@@ -76,6 +76,7 @@ def from_the_index(given: dict[str, Any], measured: Callable[[str], Any]) -> Non
     writer = multiprocessing.get_context("spawn").Process(target=write_samples, args=(path, given))
     writer.start()
     writer.join()
+    assert writer.exitcode == 0
     config = config_from_dict({"dataset": {"path": "images", "name": "images"}})
     with measured("index"):
         index = Index.read(path)
@@ -94,7 +95,7 @@ def write_samples(path: Path, given: dict[str, Any]) -> None:
     """An index.parquet with plausible rows, by columns."""
     import pyarrow as pa
 
-    from sdxl_ray.cache.index import write_index
+    from sdxl_ray.cache.index import SCHEMA, write_index
 
     draw = np.random.default_rng(0)
     buckets = [f"{64 * number}x1024" for number in range(1, given["buckets"] + 1)]
@@ -120,13 +121,15 @@ def write_samples(path: Path, given: dict[str, Any]) -> None:
                     **{name: pa.array([[0]] * len(rows), pa.list_(pa.int32())) for name in ("crop_tops", "crop_lefts")},
                     "flip": [False] * len(rows),
                     "mask": [""] * len(rows),
+                    "scaled_jpeg": [False] * len(rows),
+                    "caption_bases": pa.array([[0]] * len(rows), pa.list_(pa.int32())),
                     "captions": [[f"a photograph of the thing with number {row}, in daylight"] for row in rows],
                     "latent_keys": [[digest[32:]] for digest in hashes],
                     "latent_shards": [[shard] for shard in shards],
                     "text_keys": [[digest[16:48]] for digest in hashes],
                     "text_shards": [[shard.replace("latents/1024x1024", "text")] for shard in shards],
                 }
-            )
+            ).select(SCHEMA.names)
         )
     write_index(str(path), tables)
 
@@ -142,6 +145,8 @@ def in_a_fresh_process(measure: Callable[..., None], given: dict[str, Any]) -> l
     process.start()
     rows: list[Row] = results.get(timeout=900)
     process.join()
+    if process.exitcode:
+        sys.exit(f"{measure.__name__} failed: see above")
     return rows
 
 

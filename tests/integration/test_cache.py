@@ -95,16 +95,44 @@ def test_a_scan_on_ray_is_the_scan_of_threads_and_shows_itself(config, monkeypat
 
 
 @pytest.mark.slow
-def test_an_image_that_is_gone_when_it_is_decoded_is_an_error(config, photographs, monkeypatch):
-    """As on a node that does not see the folder: not a skip, which would train on fewer images without a word."""
+def test_an_image_that_is_gone_when_it_is_decoded_is_skipped(config, photographs):
+    """It is told, counts in max_unreadable, and leaves nothing behind; the other images of its shard are encoded."""
 
     def gone():
         (photographs / "coffee_cup.jpg").unlink()
 
-    with pytest.raises(
-        CacheError, match=r"cannot read .*coffee_cup\.jpg: No such file or directory\. Is dataset\.path"
-    ):
-        build_cache(config, connect=gone)
+    result = build_cache(config, connect=gone)
+    assert [(Path(item.path).name, item.reason) for item in result.skipped] == [
+        ("coffee_cup.jpg", "is not there any more")
+    ]
+    assert result.num_samples == result.num_latents_encoded == read_all(config.cache.path, result.index_path)[0] == 20
+    again = build_cache(config, connect=must_not_connect)
+    assert (again.num_latents_encoded, again.skipped) == (0, ())
+
+
+@pytest.mark.slow
+def test_an_image_that_only_a_node_cannot_read_is_an_error(config, monkeypatch):
+    """As on a node that does not see the folder: not a skip, which would train on fewer images without a word."""
+
+    def decode(row):  # made here, so that it travels by value
+        from sdxl_ray.cache import actors
+
+        load = actors.load_image
+
+        def load_some(record):
+            if record.path.endswith("coffee_cup.jpg"):
+                raise PermissionError(13, "Permission denied", record.path)
+            return load(record)
+
+        actors.load_image = load_some
+        try:
+            return actors.decode_shard(row)
+        finally:
+            actors.load_image = load
+
+    monkeypatch.setattr(ray_jobs, "decode_shard", decode)
+    with pytest.raises(CacheError, match=r"cannot read .*coffee_cup\.jpg: Permission denied\. Is dataset\.path"):
+        build_cache(config)
 
 
 def test_a_model_that_the_encoders_cannot_load_is_the_users_model_error(config, tmp_path, tiny_model):

@@ -12,8 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import ray
 
-from sdxl_ray.cache import ray_jobs
+from sdxl_ray.cache import actors, ray_jobs
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.config.load import dump_config
@@ -125,6 +126,26 @@ def test_a_decoder_that_dies_of_whatever_it_is_given_ends_the_job(tmp_path, tiny
     monkeypatch.setattr(ray_jobs, "_TASK_RETRIES", 0)
     with pytest.raises(CacheError, match=r"^encoding failed: .* died unexpectedly.*Finished shards are kept"):
         build_cache(config)
+
+
+def test_an_encoder_that_dies_each_time_is_not_started_for_ever(tmp_path, tiny_model, monkeypatch):
+    """It is no fault of an image: nothing is skipped."""
+
+    class Dying(actors.WriteLatentShard):
+        def __call__(self, batch):
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    images = write_folder(tmp_path / "images", range(3))
+    dataset = {"path": str(images), "resolution": 64, "bucket_step": 16}
+    config = small_config(tmp_path / "runs", tmp_path / "cache", "dying", tiny_model, dataset=[dataset])
+    monkeypatch.setattr(ray_jobs, "WriteLatentShard", Dying)
+    monkeypatch.setattr(ray_jobs, "_ACTOR_RETRIES", 1)
+    with pytest.raises(CacheError, match=r"^encoding failed: .*Finished shards are kept"):
+        build_cache(config)
+    assert ray.data.DataContext.get_current().max_errored_blocks == 0  # of other jobs, such as those of captions
 
 
 def test_two_jobs_may_fill_one_cache_at_the_same_time(tmp_path, tiny_model):

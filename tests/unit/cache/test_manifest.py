@@ -1,5 +1,7 @@
+import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -92,12 +94,12 @@ def test_a_manifest_that_is_taken_back_has_no_prompts_and_its_successor_has_them
     folder = open_folder(tmp_path)
     mark_unfinished(folder)  # there is none
     assert not (tmp_path / "manifest.json").exists()
-    write(tmp_path, ["a cat"])
+    write(tmp_path, {}, ["a cat"])
     for _ in range(2):
         mark_unfinished(folder)
         assert "prompts" not in read(tmp_path)
-    write(tmp_path, ["a dog"])
-    assert read(tmp_path)["prompts"].keys() == {"a cat", "a dog"}
+    write(tmp_path, {}, ["a dog"])
+    assert prompts(tmp_path).keys() == {"a cat", "a dog"}
 
 
 def test_where_nobody_can_write_it_is_told_in_our_words(tmp_path, monkeypatch):
@@ -105,5 +107,7 @@ def test_where_nobody_can_write_it_is_told_in_our_words(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(StorageError, match=r"\.lock: the file system is read-only while locking the manifest\. Make it"):
+    with pytest.raises(
+        StorageError, match=r"\.lock: the file system is read-only while locking the manifest\. Make it"
+    ):
         write_manifest(open_folder(tmp_path), {}, [], lambda prompt: None)

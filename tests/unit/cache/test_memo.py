@@ -165,6 +165,38 @@ def test_nothing_to_mark(tmp_path):
     assert find(memo_of(tmp_path), FILES) == FOUND
 
 
+def test_what_has_changed_without_a_new_date_is_looked_at_again_wherever_it_lies(tmp_path):
+    files, found = [*FILES, listed(9)], [*FOUND, scanned(3)]  # a copy of image 3
+    remember(tmp_path, files, found)
+    memo = memo_of(tmp_path)
+    memo.forget([scanned(3).image_hash, "ff" * 32])
+    expected = [*FOUND[:3], None, *FOUND[4:], None]
+    assert find(memo, files) == expected
+    assert find(memo_of(tmp_path), files) == expected
+
+
+def test_nothing_new_is_not_written(tmp_path, monkeypatch):
+    """The cache may lie where nobody can write, and some images are looked at in each run."""
+    remember(tmp_path, FILES, FOUND)
+
+    def fail(self, *args, **kwargs):
+        raise StorageError("the file system is read-only")
+
+    memo = memo_of(tmp_path)
+    monkeypatch.setattr(type(memo.folder), "write_by", fail)
+    memo.add(FILES[2:4], [False] * 2, FOUND[2:4])
+    memo.add(FILES[5:], [False], FOUND[5:])
+    memo.write()
+    memo.mark({"ff" * 32: "not ours"})
+    memo.forget(["ff" * 32])
+    for file, found in ((FILES[2], scanned(7)), (FILES[5], scanned(5)), (listed(9), scanned(2))):
+        memo = memo_of(tmp_path)
+        memo.add(FILES[:1], [False], FOUND[:1])
+        memo.add([file], [False], [found])
+        with pytest.raises(StorageError):
+            memo.write()
+
+
 def test_a_killed_scan_has_not_been_for_nothing(tmp_path, monkeypatch):
     memo = memo_of(tmp_path)
     memo.add(FILES[:2], [False] * 2, FOUND[:2])

@@ -286,7 +286,6 @@ OF_TRAINING = [
     {"dataset__max_unreadable": 0.5},
     {"dataset__weight": 0.5},
     {"dataset__end": "3 epochs"},
-    {"dataset__role": "regularization", "dataset__prior_prediction": True},
 ]
 
 
@@ -296,6 +295,20 @@ def test_settings_that_change_no_tensor_cost_nothing_and_share_an_index(config):
         other = plan_of(config, **changes)
         assert missing(other) == (0, 0)
         assert other.index_path == plan_of(config).index_path
+    regularization = {"dataset__role": "regularization"}
+    with_prior = plan_of(config, **regularization, dataset__prior_prediction=True)
+    assert with_prior.index_path == plan_of(config, **regularization).index_path
+
+
+@pytest.mark.parametrize("role", ["eval", "regularization"])
+def test_another_role_has_an_index_of_its_own(tmp_path, images, tiny_model, role):
+    """What is only evaluated has no mirror images and one crop, so its index says something else."""
+    others = add_images(tmp_path / "others", 3, colour=700)
+    config = config_of(tmp_path, tiny_model, images, others, flip=True)
+    fill(plan_of(config))
+    other = plan_of(config, dataset__others__role=role)
+    assert missing(other) == (0, 0)
+    assert other.index_path != plan_of(config).index_path
 
 
 def test_each_collection_has_an_index_of_its_own(config, images, tmp_path):
