@@ -199,12 +199,13 @@ def encode_latents(
             dataset = dataset.map_batches(
                 WriteLatentShard, fn_constructor_kwargs=arguments, batch_size=1, **_pool(config, share)
             )
-            told: dict[str, dict[str, str]] = {}
+            again: dict[str, str] = {}
             for row in _results(dataset):
-                if row["unreadable"]:
-                    told[str(row["name"])] = json.loads(str(row["unreadable"]))
+                name = str(row["name"])
+                shard = left.pop(name)
+                if row["unreadable"]:  # looked into now: where a node does not see the folder, all others wait in vain
+                    again[name] = look_into(shard, undecodable, told=json.loads(str(row["unreadable"])))
                     continue
-                left.pop(str(row["name"]))
                 found = json.loads(str(row["skipped"]))
                 undecodable += [
                     Undecodable(
@@ -217,8 +218,10 @@ def encode_latents(
                 clock.workers["decode"] += float(row["decode_s"])
                 clock.counts["tiled"] += int(row["tiled"])
                 progress("images", done, total - len(undecodable))
-            lost = left if may_lose else {name: left[name] for name in told}
-            left, may_lose = look_into(lost, told, undecodable, share.cpus_per_decode), 0
+            if may_lose:
+                num_cpus = share.cpus_per_decode
+                again |= {name: look_into(shard, undecodable, num_cpus=num_cpus) for name, shard in left.items()}
+            left, may_lose = again, 0
     return done
 
 
@@ -226,39 +229,34 @@ def encode_latents(
 
 
 def look_into(
-    shards: Mapping[str, str], told: Mapping[str, Mapping[str, str]], undecodable: list[Undecodable], num_cpus: float
-) -> dict[str, str]:
-    """Find the images that kept these shards from being encoded, and add them to `undecodable`.
+    text: str, undecodable: list[Undecodable], *, told: Mapping[str, str] | None = None, num_cpus: float = 1.0
+) -> str:
+    """Find the images that kept a shard from being encoded, and add them to `undecodable`.
 
     Args:
-        shards: name -> work item, as JSON.
-        told: of the shards with an image that a node could not read: its "key", the "node" and the "reason". The decode
-            tasks of all others have died.
+        text: the work item.
+        told: of an image that a node could not read, its "key", the "node" and the "reason". None: the decode task has
+            died.
         num_cpus: of a decode task.
 
     Returns:
-        the same work, without these images.
+        the work item without these images.
 
     Raises:
         CacheError: a node cannot read an image that the driver can.
     """
-    again = {}
-    for name, text in shards.items():
-        shard = json.loads(text)
-        records = {
-            key: record_from(fields)
-            for key, fields in zip(shard["keys"], shard["records"], strict=True)
-            if key not in shard.get("without", ())
-        }
-        reasons = (
-            _gone(records, **told[name]) if name in told else dict.fromkeys(_deadly(shard, records, num_cpus), _DEADLY)
-        )
-        undecodable += [
-            Undecodable(key, records[key].image_hash, Skipped(records[key].path, reason, kind="unreadable"))
-            for key, reason in reasons.items()
-        ]
-        again[name] = json.dumps({**shard, "without": [*shard.get("without", ()), *reasons]})
-    return again
+    shard = json.loads(text)
+    records = {
+        key: record_from(fields)
+        for key, fields in zip(shard["keys"], shard["records"], strict=True)
+        if key not in shard.get("without", ())
+    }
+    reasons = _gone(records, **told) if told else dict.fromkeys(_deadly(shard, records, num_cpus), _DEADLY)
+    undecodable += [
+        Undecodable(key, records[key].image_hash, Skipped(records[key].path, reason, kind="unreadable"))
+        for key, reason in reasons.items()
+    ]
+    return json.dumps({**shard, "without": [*shard.get("without", ()), *reasons]})
 
 
 def _gone(records: Mapping[str, ImageRecord], *, key: str, node: str, reason: str) -> dict[str, str]:

@@ -36,12 +36,16 @@ class RunDisplay:
             self.console.line(f"       stages: {stages}; work of all tasks together: {worked}")
         elif result.background is not None:
             self.console.line("       what is missing is encoded while training")
+        elif result.num_tried:
+            self.console.line("       nothing was encoded: what was missing cannot be used")
         else:
             self.console.line("       nothing to encode: all of it was there")
         if result.skipped:
             self.console.line(
                 f"       skipped {len(result.skipped)} images, reasons in {result.skipped_path}", style="yellow"
             )
+        for note in result.notes:
+            self.console.line(f"       {note}", style="yellow")
         if result.num_tiled:
             self.console.line(
                 f"       {result.num_tiled} images were encoded in tiles, for want of memory: a little less exact "

@@ -191,7 +191,7 @@ def fit(
         returned = _run_and_watch(trainer, monitor, on_event, background)
     finally:
         if background is not None:
-            background.stop()
+            background.stop(lambda text: on_event({"event": "line", "text": text}))
     if not keep_best:
         prune_checkpoints(run_folder, config.checkpoint.keep)
     if not returned["finished"]:

@@ -248,10 +248,10 @@ def test_an_image_dies_of_its_neighbours_only_once(config, monkeypatch):
 
     monkeypatch.setattr(ray_jobs, "_dying", dying)
     undecodable = []
-    again = look_into({shard.name: json.dumps(asdict(shard))}, {}, undecodable, 0.5)
+    again = look_into(json.dumps(asdict(shard)), undecodable, num_cpus=0.5)
     assert asked == [(list(shard.keys), 0), ([shard.keys[1]], 1), ([shard.keys[2]], 1)]
     assert [item.key for item in undecodable] == [shard.keys[1]]
-    assert json.loads(again[shard.name])["without"] == [shard.keys[1]]
+    assert json.loads(again)["without"] == [shard.keys[1]]
 
 
 def test_images_that_are_gone_are_skipped_and_their_neighbours_encoded(config, images, work):
@@ -296,6 +296,23 @@ def test_what_only_a_node_cannot_read_is_an_error(config, images, work):
     assert str(error.value).startswith(
         f"node node-7 cannot read {images / '1.png'}: Permission denied. Is dataset.path the same folder on all machi"
     )
+
+
+def test_a_folder_that_a_node_does_not_see_is_an_error_with_the_first_shard(tmp_path, tiny_model, work):
+    """Not after the others, of which each image takes the node seconds."""
+    plan = plan_of(config := config_of(tmp_path, tiny_model, add_images(tmp_path / "three", 9)))
+    work.told = {key: "No such file or directory" for shard in plan.latent_shards() for key in shard.keys}
+    rows, all_rows = [], work.iter_rows
+
+    def watched():
+        for row in all_rows():
+            rows.append(row)
+            yield row
+
+    work.iter_rows = watched
+    with pytest.raises(CacheError, match="node node-7 cannot read"):
+        encode(config, plan)
+    assert len(rows) == 1
 
 
 def test_a_mask_that_is_gone_is_told_as_that(tmp_path, images, tiny_model, work):
