@@ -15,6 +15,7 @@ import pyarrow as pa
 from sdxl_ray.errors import storage_errors
 
 ROWS_IN_MEMORY = 500_000
+BYTES_IN_MEMORY = 256 * 2**20
 PIECE = 100_000  # rows at a time, where each is a Python object for a while
 
 
@@ -25,12 +26,13 @@ def gather(pieces: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
         StorageError: the folder for temporary files is full.
     """
     held: list[pa.Table] = []
-    num_rows = 0
+    num_rows = num_bytes = 0
     pieces = iter(pieces)
     for piece in pieces:
         held.append(piece)
         num_rows += len(piece)
-        if num_rows > ROWS_IN_MEMORY:
+        num_bytes += piece.nbytes
+        if num_rows > ROWS_IN_MEMORY or num_bytes > BYTES_IN_MEMORY:
             break
     else:
         return pa.concat_tables([schema.empty_table(), *held]).unify_dictionaries()

@@ -5,6 +5,7 @@ import json
 import sys
 import types
 
+import pyarrow.parquet as pq
 import pytest
 
 from sdxl_ray import storage
@@ -101,13 +102,49 @@ def test_a_damaged_memo_is_as_good_as_none(tmp_path, bucket):
 def test_a_large_memo_is_found_in_pieces(tmp_path, bucket, monkeypatch):
     """Beyond some size it lies in a file, in pieces that are not in order."""
     contents, read = bucket
-    monkeypatch.setattr(text_memo, "PIECE", 7)
+    monkeypatch.setattr(text_memo, "_ROWS_AT_ONCE", 7)
     monkeypatch.setattr(tables, "ROWS_IN_MEMORY", 10)
     images = images_in(contents, 50)
     run(tmp_path, images)
     read.clear()
     assert run(tmp_path, images[::3]) == [(f"caption {number}",) for number in range(0, 50, 3)]
     assert read == []
+
+
+def test_every_one_of_many_is_found_and_those_of_changed_files_go(tmp_path):
+    """Digests that end in zeros are among them."""
+    folder = open_folder(str(tmp_path))
+    files = [(f"s3://bucket/{number}.txt", "1") for number in range(3000)]
+    texts = [f"caption {number}" for number in range(3000)]
+    memo = TextMemo(folder)
+    memo.add(files, texts)
+    assert memo.find(files[:2]) == dict(
+        zip([file[0] for file in files[:2]], texts, strict=False)
+    )  # before it is written
+    memo.write()
+    assert list(TextMemo(folder).find(files).values()) == texts
+    again = TextMemo(folder)
+    again.add([(address, "2") for address, _ in files[:1000]], ["changed"] * 1000)
+    again.write()
+    assert len(pq.read_table(tmp_path / text_memo.FILE_NAME)) == 3000
+    assert list(TextMemo(folder).find(files).values()) == texts[1000:]
+
+
+def test_many_texts_are_written_before_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_memo, "_NEW_BYTES", 10_000)
+    memo = TextMemo(open_folder(str(tmp_path)))
+    files = [(f"s3://bucket/{number}.txt", "1") for number in range(500)]
+    memo.add(files, ["text"] * 500)
+    assert (tmp_path / text_memo.FILE_NAME).exists()
+    assert len(memo.find(files)) == 500
+
+
+def test_of_another_version_nothing_is_used(tmp_path, monkeypatch):
+    memo = TextMemo(open_folder(str(tmp_path)))
+    memo.add([("s3://bucket/0.txt", "1")], ["text"])
+    memo.write()
+    monkeypatch.setattr(text_memo, "_VERSION", {b"sdxl_ray.texts": b"2"})
+    assert TextMemo(open_folder(str(tmp_path))).find([("s3://bucket/0.txt", "1")]) == {}
 
 
 def test_of_tar_files_only_the_headers_of_new_ones_are_read(tmp_path, monkeypatch):
