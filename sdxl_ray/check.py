@@ -161,9 +161,8 @@ def _explain_images(config: Config, plan: CachePlan, index: Index, found: Explan
             found.lines.append(f"            and {len(skipped) - 5} more")
     for bucket, count in sorted(plan.buckets.items(), key=lambda item: -item[1]):
         found.lines.append(f"bucket      {bucket:>9}  {count} samples")
-    captions = sum(len(captions) for captions in index.table.column("captions"))
     sources = ", ".join(f"{count} from {name}" for name, count in plan.collection.captions_from.items() if count)
-    found.lines.append(f"captions    {captions} to choose from ({sources})")
+    found.lines.append(f"captions    {sources}")
     found.warnings += plan.collection.notes
     num_enlarged, most = _enlargements(index)
     if num_enlarged:
@@ -187,7 +186,7 @@ def _explain_steps(config: Config, parts: Split, found: Explanation) -> None:
         f"split       {len(train)} to train on, {len(held_out)} held out for the eval loss",
         f"batch       {config.global_batch_size} images a step = {config.train.micro_batch_size} x "
         f"{config.train.accumulation} accumulated x {config.train.num_workers} workers",
-        f"length      {found.num_steps} steps, {found.num_epochs:.1f} epochs of {order.samples_per_epoch} images",
+        f"length      {found.num_steps} steps, {found.num_epochs:.1f} epochs of {order.samples_per_epoch} samples",
     ]
     _explain_shares(config, parts, order.num_seen(num_micro_batches), found)
     if parts.num_left_out:
@@ -235,7 +234,7 @@ def _explain_shares(config: Config, parts: Split, num_seen: list[int], found: Ex
         count = counts.get(section.name, 0)
         when = [f"from {section.start}"] if section.start.value else []
         when += [f"to {section.end}"] if section.end.value else []
-        how = [f"{count} images"]
+        how = [f"{count} samples"]
         how += [f"each {section.repeats} times an epoch"] if section.repeats > 1 else []
         how += [f"weight {section.weight:g}"] if section.weight != 1 else []
         how += [" ".join(when)] if when else []
@@ -243,8 +242,9 @@ def _explain_shares(config: Config, parts: Split, num_seen: list[int], found: Ex
             found.lines.append(f"dataset     {section.name}: {', '.join(how)}; {seen.get(section.name, 0)} seen in all")
         if count and seen[section.name] < count * section.repeats:
             found.warnings.append(
-                f'dataset "{section.name}" is not seen whole: {seen[section.name]} of {count * section.repeats} images '
-                "of one epoch. Train longer, or set dataset.start and dataset.end differently."
+                f'dataset "{section.name}" is not seen whole: {seen[section.name]} of the '
+                f"{count * section.repeats} samples of one epoch. Train longer, or set dataset.start and dataset.end "
+                "differently."
             )
 
 

@@ -238,7 +238,7 @@ def _too_much(
     """Whether it would be enlarged or cut beyond recognition, in words; empty: no."""
     scale = max(bucket / original for bucket, original in zip(bucket_hw, original_hw, strict=True))
     if geometry.max_upscale and scale > geometry.max_upscale:
-        return f"it would be enlarged {scale:.1f} times, dataset.max_upscale is {geometry.max_upscale:g}"
+        return f"it would be enlarged {scale:.4g} times, dataset.max_upscale is {geometry.max_upscale:g}"
     cut = 1 - math.prod(bucket_hw) / math.prod(resized_hw)
     if cut > geometry.max_cut:
         text = f"{bucket_key(bucket_hw)} would leave {1 - cut:.1%} of it, dataset.max_cut is {geometry.max_cut:g}"

@@ -31,6 +31,7 @@ from sdxl_ray.cache.captions import (
     no_captions_error,
     read_captions,
 )
+from sdxl_ray.cache.images import jpeg_reduction
 from sdxl_ray.cache.index import PLACED
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.scan import ScannedFile, scan_each
@@ -337,7 +338,7 @@ class _Rows:
     """A piece of the table under construction."""
 
     def __init__(self, section: DatasetSection, rules: CaptionRules, encoded_with: EncodedWith) -> None:
-        self.dataset, self.scaled_jpeg = section.name, section.jpeg_scaling
+        self.section = section
         self.rules, self.encoded_with = rules, encoded_with
         self.columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names if name != "dataset"}
 
@@ -345,6 +346,8 @@ class _Rows:
         """One sample: the image in one of its sizes, mirrored or not."""
         file, image, encoded_with = found.file, found.image, self.encoded_with
         bucket_hw, resized_hw = placement.bucket_hw, placement.resized_hw
+        # So that the others are encoded with the setting as they are without it.
+        scaled_jpeg = self.section.jpeg_scaling and jpeg_reduction((image.height, image.width), resized_hw) > 1
         latents = [
             latent_key(
                 image.image_hash,
@@ -354,14 +357,17 @@ class _Rows:
                 encoded_with.vae,
                 flip=flip,
                 mask_hash=found.mask_hash,
-                scaled_jpeg=self.scaled_jpeg,
+                scaled_jpeg=scaled_jpeg,
             )
             for crop in placement.crops
         ]
         told = [mirrored(crop, resized_hw[1], bucket_hw[1]) if flip else crop for crop in placement.crops]
-        captions, bases, texts = found.captions, tuple(range(len(found.captions))), list[str]()
+        captions = found.captions[:1] if self.section.role == "eval" else found.captions  # the first is evaluated with
+        bases, texts = tuple(range(len(captions))), list[str]()
         if not encoded_with.text_online:
             captions, bases = expand_variants(captions, self.rules, image.image_hash)
+            if self.section.role == "eval":
+                captions, bases = captions[:1], (0,)
             texts = [text_key(caption, encoded_with.text, encoded_with.num_chunks) for caption in captions]
         seen = [decorate(caption, self.rules) for caption in found.captions]
         values = {
@@ -379,7 +385,7 @@ class _Rows:
             "crop_lefts": [left for _, left in told],
             "flip": flip,
             "mask": found.mask,
-            "scaled_jpeg": self.scaled_jpeg,
+            "scaled_jpeg": scaled_jpeg,
             "captions": list(captions),
             "caption_bases": list(bases),
             "latent_keys": [bytes.fromhex(key) for key in latents],
@@ -390,5 +396,5 @@ class _Rows:
 
     def table(self) -> pa.Table:
         num_rows = len(self.columns["path"])
-        columns = {"dataset": [self.dataset] * num_rows, **self.columns}
+        columns = {"dataset": [self.section.name] * num_rows, **self.columns}
         return pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)

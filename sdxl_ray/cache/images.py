@@ -107,6 +107,7 @@ def load_pixels_and_alpha(record: ImageRecord) -> tuple[np.ndarray, Image.Image 
     with reasons("cannot be decoded"):
         image, turn, stored_hw = _decode(content, record)
         alpha = None
+        image = _in_8_bits(image)
         if image.has_transparency_data:
             alpha = Image.fromarray(_turn(np.asarray(image.convert("RGBA").getchannel("A")), turn))
         return _pixels_of(image, turn, stored_hw, record), alpha
@@ -148,7 +149,7 @@ def _decode(content: bytes, record: ImageRecord) -> tuple[Image.Image, _Turn, tu
         if image.format in ("JPEG", "MPO"):
             turn = _TURNS.get(image.getexif().get(ORIENTATION_TAG, 1), _TURNS[1])
             resized_hw = record.resized_hw[::-1] if turn.swap else record.resized_hw
-            reduction = _reduction((height, width), resized_hw) if record.scaled_jpeg else 1
+            reduction = jpeg_reduction((height, width), resized_hw) if record.scaled_jpeg else 1
             if reduction > 1:
                 image.draft(None, (width // reduction, height // reduction))
             image.load()
@@ -180,6 +181,7 @@ def _pixels_of(image: Image.Image, turn: _Turn, stored_hw: tuple[float, float], 
     profile = image.info.get("icc_profile")
     window = _Window(*record.crop_top_left, *record.bucket_hw)
     resized_hw, window = _before_turning(turn, record.resized_hw, window)
+    image = _in_8_bits(image)
     if record.mask == "alpha" and image.has_transparency_data:
         image = image.convert("RGBA").convert("RGB")  # the colours behind the transparency, as the file has them
     image = averageable(image)
@@ -188,7 +190,7 @@ def _pixels_of(image: Image.Image, turn: _Turn, stored_hw: tuple[float, float], 
     return np.ascontiguousarray(_turn(pixels, turn._replace(mirror=turn.mirror != record.flip)))
 
 
-def _reduction(stored_hw: tuple[int, int], resized_hw: tuple[int, int]) -> int:
+def jpeg_reduction(stored_hw: tuple[int, int], resized_hw: tuple[int, int]) -> int:
     """1, 2, 4 or 8: how much smaller a JPEG can be decoded without a difference that matters in photographs."""
     ratio = min(stored / resized for stored, resized in zip(stored_hw, resized_hw, strict=True))
     return next((reduction for reduction, margin in _REDUCTIONS if ratio >= reduction * margin), 1)
@@ -221,8 +223,7 @@ def _turn(pixels: np.ndarray, turn: _Turn) -> np.ndarray:
 
 def averageable(image: Image.Image) -> Image.Image:
     """The image as L, RGB, CMYK or RGBa, which is colour times transparency: the modes whose pixels can be averaged."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = _scaled_to_8_bits(image)
+    image = _in_8_bits(image)
     if image.has_transparency_data:
         return image if image.mode == "RGBa" else image.convert("RGBA").convert("RGBa")
     if image.mode == "1":
@@ -230,16 +231,24 @@ def averageable(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
 
 
-def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit greys by division, not by clipping, which is what Pillow's own conversion does."""
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 and 32 bits as L, or LA where one of them is transparent; other images as they are.
+
+    By division, not by clipping, which is what Pillow's own conversions do.
+    """
+    if not image.mode.startswith("I;16") and image.mode not in ("I", "F"):
+        return image
     values = np.asarray(image)
+    transparent = image.info.get("transparency")  # of a PNG: a grey of 16 bits
+    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
     if image.mode == "F":
         values = np.nan_to_num(values)
         if values.size and values.max() <= 1.0:
             values = values * 65535.0
         values = np.round(values)
     values = np.clip(values, 0, 65535).astype(np.uint32)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return grey if alpha is None else Image.merge("LA", (grey, alpha))
 
 
 def _resize_and_crop(

@@ -117,10 +117,11 @@ def _card(sample: EncodedSample, rules: CaptionRules | None) -> str:
     except (UnreadableImage, OSError, StorageError) as error:
         problem = error if isinstance(error, UnreadableImage) else not_given(error)
         pictures = f'<p class="problem">{html.escape(str(problem))}</p>'
-    seen = [decorate(caption, rules) if rules else caption for caption in sample.captions[:_CAPTIONS_SHOWN]]
+    trained = [text for text, base in zip(sample.captions, sample.caption_bases, strict=True) if base >= 0]
+    seen = [decorate(caption, rules) if rules else caption for caption in trained[:_CAPTIONS_SHOWN]]
     captions = "".join(f"<li>{_caption(caption)}</li>" for caption in seen)
-    if len(sample.captions) > _CAPTIONS_SHOWN:
-        captions += f'<li class="note">and {len(sample.captions) - _CAPTIONS_SHOWN} more</li>'
+    if len(trained) > _CAPTIONS_SHOWN:
+        captions += f'<li class="note">and {len(trained) - _CAPTIONS_SHOWN} more</li>'
     rows = "".join(f"<dt>{term}</dt><dd>{html.escape(value)}</dd>" for term, value in _facts(sample).items())
     return f'<li>\n{pictures}<ul class="captions">{captions}</ul>\n<dl>{rows}</dl>\n</li>\n'
 

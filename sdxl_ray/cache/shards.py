@@ -33,7 +33,7 @@ from sdxl_ray.storage import Folder, open_folder
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = "2"  # in every key: a new format never reads an old shard by mistake
+FORMAT_VERSION = "3"  # in every key: a new format never reads an old shard by mistake
 KEY_BYTES = 16
 DAMAGED_SUFFIX = ".damaged"
 _POLL_S = 0.2

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 20
 _TRIED_AT_LEAST = 20
+_ACCIDENT = 1e-6  # the probability below which it is none
 _TRIED_AT_MOST = 100_000  # they tell what the others are like; more would take memory
 
 
@@ -56,7 +57,7 @@ def check_readable(plan: CachePlan, datasets: Sequence[DatasetSection], *, also:
         unreadable = [item for item in skipped if not item.by_choice]
         num_images = plan.collection.num_images[dataset.name]
         if len(skipped) >= num_images:
-            limit = "which leaves none"
+            limit = _NOTHING_LEFT
             cure = _cure("Repair them.", unreadable) if unreadable else "Change the settings named here, or add images."
             num, shown = len(skipped), unreadable or skipped
         elif len(unreadable) / num_images > dataset.max_unreadable:  # not a product: 0.29 * 100 is less than 29
@@ -87,7 +88,8 @@ class UnreadableLimit:
         """An image was tried; `problem`: why it cannot be used, or "".
 
         Raises:
-            DatasetError: too many of all images cannot be used; or of those tried, so many that it is no accident.
+            DatasetError: too many of all images cannot be used, or none can; or of those tried, so many cannot that it
+                is no accident.
         """
         image = int(image_hash[:16], 16)
         if image in self._tried or len(self._tried) >= _TRIED_AT_MOST:
@@ -97,18 +99,43 @@ class UnreadableLimit:
             self._num_unreadable += 1
             self._shown += [Skipped(path, problem)] if len(self._shown) < _SHOWN else []
         num, tried, limit = self._num_unreadable, len(self._tried), self.max_unreadable
-        # Three standard deviations of what so many would have by accident.
-        accident = 3 * math.sqrt(limit * (1 - limit) / tried)
-        if num / self.num_images > limit:
-            of = f"{self.num_images} images"
-        elif tried >= _TRIED_AT_LEAST and num / tried > limit + accident:
+        of, what, cure = f"{self.num_images} images", _more_than(limit), _CURE
+        if num >= self.num_images:
+            what, cure = _NOTHING_LEFT, "Repair them."
+        elif num / self.num_images > limit:
+            pass
+        elif _is_time_to_ask(tried) and _at_least(num, tried, limit) < _ACCIDENT:
             of = f"the first {tried} images"
         else:
             return
-        text = _cannot_be_used(self.dataset, num, of, _more_than(limit), self._shown)
-        raise DatasetError(f"{text}\n{_CURE}")
+        text = _cannot_be_used(self.dataset, num, of, what, self._shown)
+        raise DatasetError(f"{text}\n{cure}")
 
 
+def _is_time_to_ask(tried: int) -> bool:
+    """At 20, 40, 80 and so on: asked after each image, an accident would have thousands of occasions."""
+    times, rest = divmod(tried, _TRIED_AT_LEAST)
+    return rest == 0 and times.bit_count() == 1
+
+
+def _at_least(num: int, tried: int, share: float) -> float:
+    """The probability of `num` or more among `tried`, each with the probability `share`: a binomial tail."""
+    if num <= share * tried:
+        return 1.0
+    if share == 0.0:
+        return 0.0
+    log_share, log_other = math.log(share), math.log1p(-share)  # share < 1, or the first line has returned
+    total = 0.0
+    for count in range(num, tried + 1):
+        log_ways = math.lgamma(tried + 1) - math.lgamma(count + 1) - math.lgamma(tried - count + 1)
+        term = math.exp(log_ways + count * log_share + (tried - count) * log_other)
+        total += term
+        if term <= 1e-9 * total:  # they only get smaller
+            break
+    return total
+
+
+_NOTHING_LEFT = "which leaves none"
 _CURE = "Repair or remove them, or raise dataset.max_unreadable."
 
 

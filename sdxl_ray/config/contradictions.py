@@ -53,6 +53,8 @@ def _in_captions(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
     for source in dataset.captions:
         if source not in CAPTION_SOURCES:
             yield "captions", f'"{source}" is not a source; known: {", ".join(CAPTION_SOURCES)}'
+    for source in _repeated(dataset.captions):
+        yield "captions", f'"{source}" is there twice'
     for source in dataset.captions[:-1]:
         if source in ("empty", "skip"):
             yield "captions", f'"{source}" decides about images without a caption: nothing can come after it'
@@ -65,6 +67,9 @@ def _in_captions(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
             "instance_prompt",
             'is set, but dataset.captions never uses it. Add "instance_prompt" to dataset.captions.',
         )
+    for name, source in (("caption_columns", "column"), ("caption_lists", "column"), ("caption_lines", "textfile")):
+        if source not in dataset.captions and getattr(dataset, name) != DatasetSection.model_fields[name].default:
+            yield name, f'is set, but dataset.captions never uses it. Add "{source}" to dataset.captions.'
     for pattern, replacement in dataset.caption_replace:
         if "\b" in pattern:
             yield (
@@ -126,6 +131,17 @@ def _in_sizes(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
         low, high = getattr(dataset, smallest), getattr(dataset, largest)
         if high and low > high:
             yield smallest, f"is {low}, above dataset.{largest} = {high}: no image is left"
+    if not dataset.upscale and dataset.max_upscale != DatasetSection.model_fields["max_upscale"].default:
+        yield (
+            "max_upscale",
+            f"is {dataset.max_upscale:g}, but dataset.upscale = false enlarges no image. Remove dataset.max_upscale.",
+        )
+    elif 0 < dataset.max_upscale < 1:
+        yield (
+            "max_upscale",
+            f"is {dataset.max_upscale:g}, below 1: images that need no enlarging would be skipped too. Set 1 or more; "
+            "dataset.min_size skips small images.",
+        )
 
 
 def _in_resolution(dataset: DatasetSection) -> Iterator[tuple[str, str]]:

@@ -343,7 +343,8 @@ class _CloudFolder(Folder):
             copy.seek(0)
             address = join(self.path, name)
             place = place_of(address)
-            with cloud_errors(address, doing), filesystem(place).open_output_stream(place.key) as file:
+            errors = cloud_errors(address, doing, many_requests=True)  # most of them while it is closed
+            with errors, filesystem(place).open_output_stream(place.key) as file:
                 shutil.copyfileobj(copy, file, 8 * 2**20)
 
     def delete(self, name: str) -> None:

@@ -181,10 +181,13 @@ _HUB_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2",
 
 
 @contextlib.contextmanager
-def cloud_errors(uri: str, doing: str) -> Iterator[None]:
+def cloud_errors(uri: str, doing: str, *, many_requests: bool = False) -> Iterator[None]:
     """Turn what pyarrow and the Hub raise into a StorageError with reason and cure; not found is a FileNotFoundError.
 
     A store that has failed to answer many times in a row is not asked at all for a while.
+
+    Args:
+        many_requests: it may take long although the store answers, so nothing is said of how long it takes.
     """
     from pyarrow import ArrowException
 
@@ -194,7 +197,7 @@ def cloud_errors(uri: str, doing: str) -> Iterator[None]:
     if silent:
         raise StorageError(f"{shown(uri)}: {silent}. {_CHECK_NETWORK}")
     try:
-        with _long_waits.watched(store, _still_waiting(place, doing)):
+        with contextlib.nullcontext() if many_requests else _long_waits.watched(store, _still_waiting(place, doing)):
             yield
     except Exception as error:
         if _is_not_found(error):
@@ -271,7 +274,7 @@ def listing(path: str, *, recursive: bool) -> tuple[list[str], list[FileEntry]]:
     from pyarrow import fs
 
     place = place_of(path)
-    with cloud_errors(path, "listing"):
+    with cloud_errors(path, "listing", many_requests=True):  # one for a thousand files, and for each folder
         system = filesystem(place)
         if place.scheme == "hf":
             return _hub_listing(system.handler.fs, place.key, recursive=recursive)

@@ -47,7 +47,7 @@ class Console:
         self._tasks: dict[str, Any] = {}
         self._last_shown: dict[str, float] = {}
         self._first: dict[str, tuple[int, float]] = {}  # the first that was done of each stage: how many, when
-        self._last: dict[str, tuple[int, float]] = {}
+        self._last: dict[str, tuple[int, float, int]] = {}  # and of how many
 
     def log_to(self, path: Path) -> None:
         """Append lines to this file too, those printed so far included."""
@@ -67,8 +67,10 @@ class Console:
         """How far a stage is: a bar on a terminal; elsewhere a line when it ends and every ten seconds."""
         now = time.monotonic()
         if done:
-            self._first.setdefault(stage, (done, now))
-            self._last[stage] = (done, now)
+            last, _, last_total = self._last.get(stage, (0, 0.0, 0))
+            if done < last or last >= last_total:  # the first, or the same stage of another dataset
+                self._first[stage] = (done, now)
+            self._last[stage] = (done, now, total)
         if self.live:
             self._bar(stage, done, total)
         elif done >= total or now - self._last_shown.setdefault(stage, now) > 10:
@@ -80,7 +82,7 @@ class Console:
     def per_second(self, stage: str) -> float | None:
         """Speed of a stage from the first that was done to the last: what came before was getting ready. None: too
         short to tell, since what is done comes in bursts."""
-        (first, since), (last, until) = self._first.get(stage, (0, 0.0)), self._last.get(stage, (0, 0.0))
+        (first, since), (last, until, _) = self._first.get(stage, (0, 0.0)), self._last.get(stage, (0, 0.0, 0))
         return (last - first) / (until - since) if until - since >= _TELLING_S else None
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from sdxl_ray.cache.sources.address import shown as shown_address
 from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, is_image, setting_of
 from sdxl_ray.cache.sources.folder import list_entries, list_folder
 from sdxl_ray.cache.sources.layouts import Layout, find_layout, names_below
-from sdxl_ray.cache.sources.tables import list_tables
+from sdxl_ray.cache.sources.tables import addresses_in, list_tables
 from sdxl_ray.cache.sources.values import as_shares
 from sdxl_ray.cache.sources.webdataset import list_tars
 from sdxl_ray.errors import DatasetError
@@ -64,7 +65,7 @@ def _list(section: DatasetSection, memo: TextMemo | None) -> Iterator[Listed]:
     elif layout.kind == "table":
         listed = list_tables(section, layout.files, layout.within)
         if layout.for_all:
-            listed = _with_note_of_others(listed, layout)
+            listed = _with_note_of_others(listed, section, layout)
     elif layout.entries is not None:
         listed = list_entries(section, layout.root, layout.entries)
     else:
@@ -74,14 +75,18 @@ def _list(section: DatasetSection, memo: TextMemo | None) -> Iterator[Listed]:
     yield from listed
 
 
-def _with_note_of_others(listed: Iterator[Listed], layout: Layout) -> Iterator[Listed]:
-    """The same; and a warning at the end, where images of the folder are not in its table."""
+def _with_note_of_others(listed: Iterator[Listed], section: DatasetSection, layout: Layout) -> Iterator[Listed]:
+    """The same; and a warning at the end, where images of the folder are not in its table, not even as masks."""
     named: set[int] = set()  # hashes: of a million names 60 MB
     for image in listed:
         named.update(hash(os.path.normpath(path)) for path in (image.path, image.mask_file) if path)
         yield image
     paths = (storage.join(layout.root, name) for name in names_below(layout.root) if is_image(name))
-    num_others = sum(hash(os.path.normpath(path)) not in named for path in paths)
+    others = Counter(of for path in paths if (of := hash(os.path.normpath(path))) not in named)
+    if others and section.mask != "file":  # so far nobody has looked for masks
+        for address in addresses_in(section.mask_column, section, layout.files, layout.within):
+            others.pop(hash(os.path.normpath(address)), None)
+    num_others = others.total()
     if num_others:
         warnings.warn(
             f"{num_others} images in {layout.root} are not in {layout.files[0][0]} and are left out", stacklevel=2

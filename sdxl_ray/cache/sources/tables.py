@@ -97,6 +97,22 @@ def _list_table(section: DatasetSection, path: str, entry: FileEntry, within: st
             )
 
 
+def addresses_in(
+    column: str, section: DatasetSection, files: Sequence[tuple[str, FileEntry]], within: str = ""
+) -> Iterator[str]:
+    """What these tables name in one column, whatever the settings say of it; of a table without it nothing that counts.
+
+    Raises what `list_tables` raises, but for columns.
+    """
+    no_others: dict[str, Any] = dict.fromkeys(("caption_columns", "size_columns", "focus_columns"), ())
+    alone = section.model_copy(update={"image_column": column, "mask": "none", **no_others})
+    for path, _ in files:
+        with contextlib.suppress(DatasetError):  # a column of that name that holds something else
+            for columns, start, rows in _read(alone, path):
+                cells = _Cells(path, columns, within)
+                yield from (cells.address(number, columns.image, row) for number, row in enumerate(rows, start))
+
+
 def _check_columns(section: DatasetSection, paths: Sequence[str]) -> None:
     """Before a long listing, and as a rule by the first file alone.
 
@@ -152,7 +168,17 @@ def _read(section: DatasetSection, path: str) -> Iterator[_Piece]:
         yield from _in_pieces(section, path, _json_rows(path))
     else:
         with _arrow_errors(path):
-            yield from _parquet(section, path) if kind == ".parquet" else _arrow(section, path)
+            yield from _each_read(path, _parquet(section, path) if kind == ".parquet" else _arrow(section, path))
+
+
+def _each_read(path: str, pieces: Iterator[_Piece]) -> Iterator[_Piece]:
+    """The same, with `storage.reading_errors` around each piece alone: what is done with it in between takes long."""
+    while True:
+        with storage.reading_errors(path):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
 
 
 def _names(section: DatasetSection, path: str) -> Iterator[Iterable[str]]:
@@ -194,7 +220,7 @@ def _schema(path: str) -> Any:
 def _parquet(section: DatasetSection, path: str) -> Iterator[_Piece]:
     import pyarrow.parquet as pq
 
-    with storage.reading_errors(path), storage.open_arrow(path) as source:
+    with storage.open_arrow(path) as source:
         file = pq.ParquetFile(source)
         columns = _columns_of_schema(section, path, file.schema_arrow)
         for name in columns.bytes_in:
@@ -243,24 +269,22 @@ def _note_masks(rows: list[dict[str, Any]], column: str, has_bytes: Iterable[boo
 
 
 def _arrow(section: DatasetSection, path: str) -> Iterator[_Piece]:
-    with storage.reading_errors(path):
-        table = ArrowTable(path)
-        columns = _columns_of_schema(section, path, table.schema)
-        names = [name for name in _leaves(columns, table.schema) if "." not in name or name in table.names]
-        paths = [name for name in columns.bytes_in if f"{name}.path" in _leaves(columns, table.schema)]
-        for number, start in enumerate(table.starts[:-1]):
-            batch = table.batch(number)
-            rows = batch.select(names).to_pylist()
-            for name in paths:  # without the bytes beside them
-                column = batch.column(name)
-                shown = zip(column.is_valid().to_pylist(), column.field("path").to_pylist(), strict=True)
-                rows = [
-                    row | {name: {"path": text} if valid else None}
-                    for row, (valid, text) in zip(rows, shown, strict=True)
-                ]
-            if columns.mask in columns.bytes_in:
-                _note_masks(rows, columns.mask, _with_bytes(batch.column(columns.mask)))
-            yield columns, start, rows
+    table = ArrowTable(path)
+    columns = _columns_of_schema(section, path, table.schema)
+    names = [name for name in _leaves(columns, table.schema) if "." not in name or name in table.names]
+    paths = [name for name in columns.bytes_in if f"{name}.path" in _leaves(columns, table.schema)]
+    for number, start in enumerate(table.starts[:-1]):
+        batch = table.batch(number)
+        rows = batch.select(names).to_pylist()
+        for name in paths:  # without the bytes beside them
+            column = batch.column(name)
+            shown = zip(column.is_valid().to_pylist(), column.field("path").to_pylist(), strict=True)
+            rows = [
+                row | {name: {"path": text} if valid else None} for row, (valid, text) in zip(rows, shown, strict=True)
+            ]
+        if columns.mask in columns.bytes_in:
+            _note_masks(rows, columns.mask, _with_bytes(batch.column(columns.mask)))
+        yield columns, start, rows
 
 
 def _columns_of_schema(section: DatasetSection, path: str, schema: Any) -> _Columns:
@@ -392,7 +416,7 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
                 row = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
                 raise DatasetError(_not_utf8(path, number, error)) from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DatasetError(f"{path}: line {number} is no JSON: {error}. Correct it, or take it out.") from None
             if not isinstance(row, dict):
                 raise DatasetError(f'{path}: line {number} is no JSON object, expected {{"image": ..., "text": ...}}.')

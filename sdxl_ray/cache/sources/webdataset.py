@@ -165,7 +165,7 @@ def _read_json(file: BinaryIO, path: str, member: tarfile.TarInfo) -> dict[str, 
     file.seek(member.offset_data)
     try:
         notes = json.loads(file.read(member.size))
-    except ValueError as error:  # also what is no UTF-8
+    except (ValueError, RecursionError) as error:  # also what is no UTF-8, or lists in lists without end
         raise DatasetError(f"{where} is no JSON: {error}. Correct it, or leave it out.") from None
     return notes if isinstance(notes, dict) else {}
 

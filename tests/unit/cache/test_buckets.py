@@ -134,8 +134,8 @@ def test_own_buckets_need_no_room_for_automatic_ones():
 @pytest.mark.parametrize(
     ("original_hw", "reason"),
     [
-        ((1, 1), "it would be enlarged 1024.0 times, dataset.max_upscale is 8"),
-        ((127, 127), "it would be enlarged 8.1 times, dataset.max_upscale is 8"),
+        ((1, 1), "it would be enlarged 1024 times, dataset.max_upscale is 8"),
+        ((127, 127), "it would be enlarged 8.063 times, dataset.max_upscale is 8"),
         ((128, 128), ""),
         ((1000, 30000), "512x2048 would leave 13.3% of it, dataset.max_cut is 0.8 (20% are left)"),
         ((1000, 20000), ""),

@@ -115,10 +115,13 @@ def test_every_image_at_every_resolution_straight_and_mirrored(config):
     assert len({key for row in rows(collection) for key in row["text_keys"]}) == 9
 
 
-def test_how_jpegs_are_decoded_is_part_of_the_key(config):
+def test_how_jpegs_are_decoded_is_part_of_the_key(config, images):
+    """Of those that it concerns: 600x800 in a bucket of about 64²."""
+    Image.new("RGB", (800, 600), "red").save(images / "00.png")
     plain, shrunk = collected(config), collected(config, dataset__jpeg_scaling=True)
     assert [plain.records([0], [0])[0].scaled_jpeg, shrunk.records([0], [0])[0].scaled_jpeg] == [False, True]
     assert rows(plain)[0]["latent_keys"] != rows(shrunk)[0]["latent_keys"]
+    assert [row["latent_keys"] for row in rows(plain)[1:]] == [row["latent_keys"] for row in rows(shrunk)[1:]]
 
 
 def test_what_is_only_evaluated_is_there_once(config):
@@ -129,6 +132,16 @@ def test_what_is_only_evaluated_is_there_once(config):
     assert len(evaluated) == 9
     trained = {row["latent_keys"][0] for row in rows(collected(config, **changes)) if not row["flip"]}
     assert {key for row in rows(evaluated) for key in row["latent_keys"]} == trained
+
+
+def test_what_is_only_evaluated_has_one_caption(config, images):
+    (images / "00.txt").write_text("red, round, small\nanother one")
+    section = changed(config, dataset__shuffle_tags=True, dataset__caption_variants=4).datasets[0]
+    section = section.model_copy(update={"role": "eval"})
+    for online in (False, True):
+        encoded_with = dataclasses.replace(ENCODED_WITH, text_online=online)
+        row = by_name(collect([section], Memo(open_folder(config.cache.path)), encoded_with=encoded_with))["00.png"]
+        assert (row["captions"], row["caption_bases"]) == (["red, round, small"], [0])
 
 
 def test_crop_variants_are_one_row_with_several_latents(config):

@@ -213,7 +213,7 @@ def test_a_fine_grating_of_full_size_comes_out_grey(tmp_path, mode):
     ],
 )
 def test_how_much_smaller_a_jpeg_is_decoded(stored_hw, resized_hw, expected):
-    assert images._reduction(stored_hw, resized_hw) == expected
+    assert images.jpeg_reduction(stored_hw, resized_hw) == expected
 
 
 @functools.cache
@@ -245,7 +245,7 @@ def test_every_reduction_is_within_45_db(tmp_path, edge, reduction):
     record = record_of(
         tmp_path / "cat.jpg", large_jpeg((edge, edge + 1), 1, "RGB"), buckets=["32x32"], scaled_jpeg=True
     )
-    assert images._reduction(record.original_hw, record.resized_hw) == reduction
+    assert images.jpeg_reduction(record.original_hw, record.resized_hw) == reduction
     assert 45 < psnr(load_pixels(record), load_pixels(dataclasses.replace(record, scaled_jpeg=False))) < 80
 
 

@@ -74,6 +74,8 @@ def sample(path, image, **fields):
         text_keys=("t",),
         text_shards=("",),
     )
+    if "captions" in fields:
+        fields.setdefault("caption_bases", tuple(range(len(fields["captions"]))))
     return dataclasses.replace(made, **fields)
 
 
@@ -182,6 +184,12 @@ def test_captions_and_paths_are_text_not_html(tmp_path):
     for text in (evil, "(empty)", "<b>.png", "<i>", "<u>.png", "is </table>", "<h1>"):
         assert text in page.text
     assert {tag for tag, _ in page.tags} & {"script", "b", "i", "u"} == set()
+
+
+def test_the_caption_that_is_only_evaluated_with_is_not_shown(tmp_path):
+    shuffled = sample(tmp_path / "cat.png", stripes(), captions=("a, b", "b, a"), caption_bases=(-1, 0))
+    page = sheet(tmp_path, [shuffled])
+    assert "<li>b, a</li>" in page and "<li>a, b</li>" not in page
 
 
 def test_of_many_captions_the_first(tmp_path):

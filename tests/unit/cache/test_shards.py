@@ -573,7 +573,7 @@ def test_a_text_key_depends_on_caption_encoders_and_length():
 def test_keys_are_of_the_length_that_the_store_keeps(monkeypatch):
     before = latent_key(**LATENT), text_key("a cat", "1")
     assert [len(bytes.fromhex(key)) for key in before] == [shards.KEY_BYTES] * 2
-    monkeypatch.setattr(shards, "FORMAT_VERSION", "3")
+    monkeypatch.setattr(shards, "FORMAT_VERSION", "4")
     assert not {latent_key(**LATENT), text_key("a cat", "1")} & set(before)
 
 
