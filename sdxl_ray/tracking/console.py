@@ -66,10 +66,12 @@ class Console:
     def progress(self, stage: str, done: int, total: int) -> None:
         """How far a stage is: a bar on a terminal; elsewhere a line when it ends and every ten seconds."""
         now = time.monotonic()
+        last, _, last_total = self._last.get(stage, (0, 0.0, 0))
+        if done < last or last >= last_total:  # the first, or the same stage of another dataset
+            self._first.pop(stage, None)
+            self._last.pop(stage, None)
         if done:
-            last, _, last_total = self._last.get(stage, (0, 0.0, 0))
-            if done < last or last >= last_total:  # the first, or the same stage of another dataset
-                self._first[stage] = (done, now)
+            self._first.setdefault(stage, (done, now))
             self._last[stage] = (done, now, total)
         if self.live:
             self._bar(stage, done, total)

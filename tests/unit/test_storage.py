@@ -431,6 +431,36 @@ def test_a_server_that_answers_is_not_told_of():
     assert waits._told == set()
 
 
+def test_what_takes_long_by_its_size_is_no_silence(bucket, monkeypatch):
+    """A recursive listing is one call of pyarrow's, and an upload is made while its file is closed."""
+    folder = open_folder(bucket)
+    folder.write("a.bin", b"a")
+    real = clouds.filesystem
+    monkeypatch.setattr(clouds, "_long_waits", LongWaits(0.05))
+
+    class Slow:
+        def __init__(self, place):
+            self.system = real(place)
+
+        def get_file_info(self, asked):
+            time.sleep(0.12)
+            return self.system.get_file_info(asked)
+
+        def open_output_stream(self, key):
+            time.sleep(0.12)
+            return self.system.open_output_stream(key)
+
+    monkeypatch.setattr(clouds, "filesystem", Slow)
+    monkeypatch.setattr(storage, "filesystem", Slow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder.write_by("b.bin", lambda file: file.write(b"b"), doing="writing", cure="")
+        assert [file.name for file in folder.list()] == ["a.bin", "b.bin"]
+    assert clouds._long_waits._told == set()
+    with pytest.warns(UserWarning, match="yet while looking for it"):
+        assert folder.exists("b.bin")
+
+
 def test_each_slow_server_is_told_of_once():
     waits = LongWaits(0.05)
     with pytest.warns(UserWarning) as told:

@@ -100,9 +100,10 @@ def _list_table(section: DatasetSection, path: str, entry: FileEntry, within: st
 def addresses_in(
     column: str, section: DatasetSection, files: Sequence[tuple[str, FileEntry]], within: str = ""
 ) -> Iterator[str]:
-    """What these tables name in one column, whatever the settings say of it; of a table without it nothing that counts.
+    """What these tables name in one column, whatever the settings use it for; of a table without it the images.
 
-    Raises what `list_tables` raises, but for columns.
+    Raises:
+        StorageError: a store refuses.
     """
     no_others: dict[str, Any] = dict.fromkeys(("caption_columns", "size_columns", "focus_columns"), ())
     alone = section.model_copy(update={"image_column": column, "mask": "none", **no_others})

@@ -401,6 +401,21 @@ def test_16_bit_greys_are_scaled_not_clipped(rgb, format, dtype):
     assert rgb(content)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
 
 
+def test_a_transparent_16_bit_grey_is_white_and_the_others_are_scaled(rgb):
+    values = np.array([[0, 257, 258, 65535]], "<u2")
+    content = encode(Image.fromarray(values), "PNG", transparency=257)
+    assert decode(content).mode == "I;16"
+    assert rgb(content)[0, :, 0].tolist() == [0, 255, 1, 255]
+
+
+def test_transparency_of_16_bit_greys_that_is_the_mask(tmp_path):
+    values = np.repeat(np.array([[257, 258, 25700, 65535]], "<u2"), 16, axis=1).repeat(64, axis=0)
+    content = encode(Image.fromarray(values), "PNG", transparency=258)
+    pixels, alpha = load_pixels_and_alpha(record_of(tmp_path / "cat.png", content, buckets=["64x64"], mask="alpha"))
+    assert pixels[0, ::16, 0].tolist() == [1, 1, 100, 255]
+    assert np.asarray(alpha)[0, ::16].tolist() == [255, 0, 255, 255]
+
+
 def test_big_endian_tiff_is_what_the_test_above_says():
     content = encode(Image.fromarray(np.zeros((2, 2), ">u2")), "TIFF")
     assert (content[:2], decode(content).mode) == (b"MM", "I;16B")

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import math
 import random
 import shutil
 from pathlib import Path
@@ -276,8 +277,10 @@ def test_of_a_large_dataset_the_share_of_those_tried_decides():
     problems = ["bad"] * 8 + [""] * 2
     limit = UnreadableLimit("/data/cats", 0.1, 1_000_000)
     assert num_tried(limit, problems * 10) == 20
-    with pytest.raises(DatasetError, match=r"^/data/cats: 17 of the first 21 images cannot be used, more than"):
-        limit.note(image_hash("another"), "another.png", "bad")
+    again = UnreadableLimit("/data/cats", 0.1, 1_000_000)
+    with pytest.raises(DatasetError, match=r"^/data/cats: 16 of the first 20 images cannot be used, more than"):
+        for number, problem in enumerate(problems * 2):
+            again.note(image_hash(number), f"{number}.png", problem)
     assert num_tried(UnreadableLimit("/data/cats", 0.0, 1_000_000), [""] * 50 + ["bad"]) == 51
 
 
@@ -287,7 +290,40 @@ def test_a_random_part_that_has_a_few_too_many_by_accident_is_no_reason_to_stop(
     for _ in range(50):
         problems = ["bad" if draw.random() < 0.15 else "" for _ in range(300)]
         assert num_tried(UnreadableLimit("/data/cats", 0.2, 1_000_000), problems) is None
-    assert num_tried(UnreadableLimit("/data/cats", 0.2, 1_000_000), (["bad"] * 3 + [""] * 7) * 50) < 200
+    assert num_tried(UnreadableLimit("/data/cats", 0.2, 1_000_000), (["bad"] * 3 + [""] * 7) * 100) == 640
+
+
+def test_a_dataset_with_as_many_as_allowed_is_never_stopped_before_its_end():
+    """Whatever part of it a worker sees, and however often it asks."""
+    for seed in range(40):
+        problems = ["bad"] * 100 + [""] * 1900
+        random.Random(seed).shuffle(problems)
+        assert num_tried(UnreadableLimit("/data/cats", 0.05, 2000), problems) is None
+    assert num_tried(UnreadableLimit("/data/cats", 0.0101, 10_000), ["bad"] * 5 + [""] * 995) is None
+
+
+def test_the_probability_of_so_many_unreadable_images():
+    def exact(num, tried, share):
+        return sum(math.comb(tried, at) * share**at * (1 - share) ** (tried - at) for at in range(num, tried + 1))
+
+    for num, tried, share in ((3, 20, 0.05), (12, 20, 0.1), (20, 20, 0.3), (40, 160, 0.1), (1, 40, 0.001)):
+        assert skipped._at_least(num, tried, share) == pytest.approx(exact(num, tried, share))
+    assert skipped._at_least(1, 20, 0.0) == 0.0
+    assert (skipped._at_least(20, 20, 1.0), skipped._at_least(0, 20, 0.0)) == (1.0, 1.0)
+    assert skipped._at_least(9000, 81_920, 0.1) == pytest.approx(8.4e-21, rel=0.1)
+    assert [tried for tried in range(1, 400) if skipped._is_time_to_ask(tried)] == [20, 40, 80, 160, 320]
+
+
+@pytest.mark.parametrize("max_unreadable", [0.2, 1.0])
+def test_a_worker_that_has_found_no_readable_image_stops_whatever_is_allowed(max_unreadable):
+    limit = UnreadableLimit("/data/cats", max_unreadable, 1)
+    with pytest.raises(DatasetError) as error:
+        limit.note(image_hash(0), "0.png", "cannot be decoded: cut")
+    assert str(error.value) == (
+        "/data/cats: 1 of 1 images cannot be used, which leaves none:\n  0.png: cannot be decoded: cut\nRepair them."
+    )
+    assert num_tried(UnreadableLimit("/data/cats", 1.0, 30), ["bad"] * 30) == 30
+    assert num_tried(UnreadableLimit("/data/cats", 1.0, 30), ["bad"] * 29 + [""]) is None
 
 
 def test_only_so_many_are_remembered(monkeypatch):

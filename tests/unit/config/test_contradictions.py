@@ -58,6 +58,19 @@ def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
             "captions",
             '"skip" decides about images without a caption: nothing can come after it',
         ),
+        ({"captions": ["column", "textfile", "column"]}, "captions", '"column" is there twice'),
+        *(
+            (
+                {"captions": [other], name: value},
+                name,
+                f'is set, but dataset.captions never uses it. Add "{needs}" to dataset.captions.',
+            )
+            for name, value, needs, other in (
+                ("caption_columns", ["words"], "column", "textfile"),
+                ("caption_lists", "tags", "column", "textfile"),
+                ("caption_lines", "whole", "textfile", "column"),
+            )
+        ),
         ({"captions": ["skip"]}, "captions", 'is only "skip", which leaves out every image. Put a source before it.'),
         (
             {"path": "s3:/bucket/dogs"},
@@ -158,6 +171,20 @@ def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
             {"min_size": 900, "max_size": 800},
             "min_size",
             "is 900, above dataset.max_size = 800: no image is left",
+        ),
+        *(
+            (
+                {"upscale": False, "max_upscale": value},
+                "max_upscale",
+                f"is {value:g}, but dataset.upscale = false enlarges no image. Remove dataset.max_upscale.",
+            )
+            for value in (0.0, 0.5, 4.0)
+        ),
+        (
+            {"max_upscale": 0.5},
+            "max_upscale",
+            "is 0.5, below 1: images that need no enlarging would be skipped too. Set 1 or more; dataset.min_size "
+            "skips small images.",
         ),
         (
             {"min_aspect": 2.0, "max_aspect": 0.5},
@@ -315,6 +342,11 @@ def test_a_key_in_an_address_is_refused_and_not_shown(section):
         {"dataset": {"buckets": ["96x192"], "bucket_step": 96}},
         {"dataset": {"buckets": ["1024x1024", "832x1216"]}},
         {"dataset": {"min_size": 512, "max_size": 0}},
+        {"dataset": {"upscale": False, "max_upscale": 8.0}},
+        {"dataset": {"max_upscale": 0.0}},
+        {"dataset": {"max_upscale": 1.0}},
+        {"dataset": {"captions": ["column"], "caption_columns": ["words"], "caption_lists": "tags"}},
+        {"dataset": {"captions": ["textfile"], "caption_lines": "whole"}},
         {"dataset": {"crop": "random", "crop_variants": 2, "crop_epochs": 2}},
         {"dataset": {"tag_dropout": 0.1, "caption_variants": 2, "keep_tags": 1}},
         {"dataset": {"mask": "file", "mask_suffix": "_m.png"}},

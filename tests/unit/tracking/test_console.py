@@ -94,6 +94,30 @@ def test_what_is_left_is_told_from_the_first_that_was_done_on(clock, capsys):
     assert console.per_second("text") is None
 
 
+def test_a_stage_of_the_next_dataset_has_its_own_speed(clock, capsys):
+    """The scan of each dataset, of each 100,000 of its images and of their masks is the stage "scan"."""
+    console = Console(live=False)
+    for seconds, done, total in (
+        *((0, 4096, 100_000), (20, 84_096, 100_000), (25, 100_000, 100_000)),
+        *((40, 128, 100_000), (60, 2128, 100_000), (80, 100_000, 100_000)),
+        *((120, 200_000, 300_000), (140, 240_000, 300_000)),  # more than the last had
+        *((160, 0, 400), (180, 0, 400)),
+    ):
+        clock["s"] = seconds
+        console.progress("scan", done, total)
+    assert capsys.readouterr().out.splitlines() == [
+        "scan: 84096/100000  (4000.0/s, 4s left)",
+        "scan: 100000/100000  (3836.2/s)",
+        "scan: 128/100000",
+        "scan: 2128/100000  (100.0/s, 16m19s left)",
+        "scan: 100000/100000  (2496.8/s)",
+        "scan: 200000/300000",
+        "scan: 240000/300000  (2000.0/s, 30s left)",
+        "scan: 0/400",
+        "scan: 0/400",
+    ]
+
+
 def test_a_bar_measures_speed_too(clock):
     with Console(live=True) as console:
         for done in (0, 64, 164):

@@ -84,14 +84,14 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
 
 @pytest.mark.parametrize("failing", [ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE])
 @pytest.mark.parametrize(
-    ("code", "reason"),
+    ("code", "reason", "cure"),
     [
-        (errno.ENOSPC, "no space left on the device"),
-        (errno.EDQUOT, "the disk quota is used up"),
-        (errno.EROFS, "the file system is read-only"),
+        (errno.ENOSPC, "no space left on the device", "Free some space"),
+        (errno.EDQUOT, "the disk quota is used up", "Free some space"),
+        (errno.EROFS, "the file system is read-only", "Make it writable"),
     ],
 )
-def test_a_full_disk_half_way_tears_nothing(tmp_path, monkeypatch, failing, code, reason):
+def test_a_full_disk_half_way_tears_nothing(tmp_path, monkeypatch, failing, code, reason, cure):
     earlier = save_checkpoint(tmp_path, make_state(steps=1), IDENTITY)
     before = files_below(tmp_path)
 
@@ -107,7 +107,7 @@ def test_a_full_disk_half_way_tears_nothing(tmp_path, monkeypatch, failing, code
     with pytest.raises(StorageError) as error:
         save_checkpoint(tmp_path, make_state(steps=2), IDENTITY)
     assert str(error.value) == (
-        f"{tmp_path / 'step_000002'}: {reason} while saving a checkpoint. Free some space, then continue with --resume."
+        f"{tmp_path / 'step_000002'}: {reason} while saving a checkpoint. {cure}, then continue with --resume."
     )
     assert files_below(tmp_path) == before
     assert load_checkpoint(earlier)["progress"]["step"] == 1

@@ -2,14 +2,17 @@
 
 import io
 import json
+import time
+import warnings
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdxl_ray.cache.sources import list_dataset, read_bytes, stamps
+from sdxl_ray.cache.sources import list_dataset, read_bytes, stamps, tables
 from sdxl_ray.errors import DatasetError, StorageError
 from sdxl_ray.storage import clouds, open_folder
+from sdxl_ray.storage.outages import LongWaits
 from tests import s3
 from tests.unit.cache.sources.made import contents, listed, section, tar_bytes, write
 
@@ -123,6 +126,28 @@ def test_tables_with_bytes(bucket, kind):
     found = listed("s3://pictures/tables")
     assert contents(found) == [bytes([number]) * 9 for number in range(9)]
     assert {image.texts for image in found} == {("x",)}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_the_time_between_reads_of_a_table_is_not_the_stores_silence(bucket, monkeypatch, kind):
+    """It is the scan of 8192 images."""
+    table = pa.table({"image": [b"image"] * 4})
+    buffer = io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(table, buffer)
+    else:
+        with pa.ipc.new_stream(buffer, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    bucket.write(f"0.{kind}", buffer.getvalue())
+    monkeypatch.setattr(tables, "_ROWS", 2)
+    monkeypatch.setattr(clouds, "_long_waits", LongWaits(0.2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = list_dataset(section("s3://pictures"))
+        next(found)
+        time.sleep(0.3)
+        assert len(list(found)) == 3
+    assert clouds._long_waits._told == set()
 
 
 def test_tables_with_paths(bucket):

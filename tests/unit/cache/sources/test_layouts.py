@@ -84,9 +84,22 @@ def test_no_image_is_left_out_where_the_table_names_all(tmp_path):
     }
     write_table(tmp_path / "metadata.csv", columns)
     assert len(listed(tmp_path, mask="file")) == 3
-    with pytest.raises(UserWarning, match=r"^1 images in "):
-        listed(tmp_path)
+    assert len(listed(tmp_path)) == 3
+    write(tmp_path, "deep/c.png", "d.png")
+    for mask in ("none", "alpha", "file"):
+        with pytest.raises(UserWarning, match=r"^2 images in "):
+            listed(tmp_path, mask=mask)
+    (tmp_path / "deep" / "c.png").unlink()
+    (tmp_path / "d.png").unlink()
     assert len(listed(tmp_path / "metadata.csv")) == 3  # the user's own choice
+
+
+@pytest.mark.parametrize("cells", [[1, 2], [b"mask", None], [{"bytes": b"mask", "path": "b.jpg"}, None]])
+def test_a_column_called_mask_that_names_no_files_excuses_no_image(tmp_path, cells):
+    write(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    write_table(tmp_path / "metadata.parquet", {"file_name": ["a.jpg", "b.jpg"], "mask": cells})
+    with pytest.warns(UserWarning, match=r"^1 images in "):
+        assert len(listed(tmp_path)) == 2
 
 
 def test_metadata_of_something_else_is_passed_over(tmp_path):

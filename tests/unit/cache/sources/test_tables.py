@@ -628,6 +628,7 @@ def test_a_row_that_is_not_there(tmp_path):
     ("name", "content", "text"),
     [
         ("0.jsonl", b'{"image": "a.jpg"}\n\n{"image": \n', "line 3 is no JSON: Expecting value"),
+        pytest.param("0.jsonl", b"[" * 100_000, "line 1 is no JSON: maximum recursion depth exceeded", id="deep"),
         ("0.jsonl", b'{"image": "a.jpg"}\n[1]\n', "line 2 is no JSON object, expected"),
         ("0.jsonl", b'{"image": "caf\xe9.jpg"}\n', "near line 1: not UTF-8, byte 0xe9. Save it as UTF-8."),
         ("0.csv", b"image,text\na.jpg,one\na.jpg,a, b\n", "line 3 has 3 columns, the first line 2. Put texts with"),

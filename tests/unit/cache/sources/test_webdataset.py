@@ -233,6 +233,7 @@ def test_a_packed_tar_file_is_refused(tmp_path, name):
     ("content", "text"),
     [
         (b"{broken", r"0\.tar: a\.json is no JSON: "),
+        pytest.param(b"[" * 100_000, r"0\.tar: a\.json is no JSON: maximum recursion depth", id="deep"),
         (b"\xff\xfe\xff", r"0\.tar: a\.json is no JSON: "),
         (b" " * (2**20 + 1), r"0\.tar: a\.json has 1048577 bytes, and captions at most 1048576"),
     ],
