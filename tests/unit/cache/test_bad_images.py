@@ -87,7 +87,7 @@ def test_a_file_that_ends_early_is_unreadable_not_half_grey(tmp_path, format, sh
 def test_a_large_jpeg_that_ends_early_is_unreadable_at_half_its_size_too(tmp_path):
     content = encode(picture(700, 700), "JPEG")
     record = record_of(tmp_path / "cat.jpg", content[: len(content) // 2], buckets=["128x128"], scaled_jpeg=True)
-    assert images._reduction(record.original_hw, record.resized_hw) == 2
+    assert images.jpeg_reduction(record.original_hw, record.resized_hw) == 2
     with pytest.raises(UnreadableImage, match=r"^cannot be decoded: .*truncated"):
         load_pixels(record)
 
