@@ -12,7 +12,7 @@ import torch
 
 from sdxl_ray.cache import maintenance, pipeline
 from sdxl_ray.cache.maintenance import GIB, prune, stats, verify
-from sdxl_ray.cache.shards import DAMAGED_SUFFIX, ShardReader, mark_damaged, shard_name, write_shard
+from sdxl_ray.cache.shards import DAMAGED_SUFFIX, FORMAT_VERSION, ShardReader, mark_damaged, shard_name, write_shard
 from sdxl_ray.errors import CacheError
 from sdxl_ray.storage import open_folder
 from tests.remote import RemoteFolder
@@ -269,7 +269,8 @@ def test_a_shard_of_another_version_is_told_apart_and_kept(config, cache):
     for number in range(4):
         names.append(write(cache, (f"{number:032x}",)))
         path = cache / names[-1]
-        path.write_bytes(path.read_bytes().replace(b'"sdxl_ray.version":"2"', b'"sdxl_ray.version":"1"'))
+        ours = f'"sdxl_ray.version":"{FORMAT_VERSION}"'.encode()
+        path.write_bytes(path.read_bytes().replace(ours, b'"sdxl_ray.version":"1"'))
     age(cache, 90)
     pipeline._write_index(config, plan_of(config))
     before = files(cache)
