@@ -100,19 +100,20 @@ def test_check_says_what_will_happen_and_it_does(config, built):
     assert f"images      5 of 5 in {shards} (regularization)" in lines
     assert f"images      5 of 5 in {table}" in lines
     assert f"images      3 of 3 in {held_out} (eval)" in lines
-    # 8 images twice and mirrored, 4 of the tar, 5 of the table, 2 to evaluate; the two copies are encoded already
-    assert f"cache       43 images and 32 captions to encode, into {config.cache.path}" in lines
+    # 8 images twice and mirrored, 4 of the tar, 5 of the table, 2 to evaluate; the two copies are encoded already.
+    # 2 captions each of the 8, 5 and 5 as they are, the first of the 3 to evaluate, and the empty one.
+    assert f"cache       43 images and 30 captions to encode, into {config.cache.path}" in lines
     assert "split       41 to train on, 3 held out for the eval loss" in lines
     assert "1 images are evaluated, so their copies are not trained on" in before.warnings
     assert before.buckets == result.buckets
-    assert (result.num_latents_encoded, result.num_captions_encoded) == (43, 32)
+    assert (result.num_latents_encoded, result.num_captions_encoded) == (43, 30)
     assert [Path(item.path).name for item in result.skipped] == ["icon.png"]
     assert "dataset.min_size is 60" in Path(result.skipped_path).read_text()
 
 
 def test_an_image_in_two_places_is_encoded_once_and_each_dataset_keeps_its_captions(config, built):
     _, result = built
-    assert read_all(config.cache.path, result.index_path) == (43, 31)  # and the empty prompt
+    assert read_all(config.cache.path, result.index_path) == (43, 29)  # and the empty prompt
     index = Index.read(result.index_path)
     samples = [index[row] for row in range(len(index))]
     assert Counter(sample.dataset for sample in samples) == {"drawings": 32, "shards": 5, "table": 5, "held_out": 3}

@@ -182,7 +182,7 @@ def test_a_part_of_a_tar_file_is_read_and_no_more(tmp_path):
     address = f"tar:512+{len(content)}:{tmp_path}/a:b.tar"
     found = scan_file(Listed("0.tar/cat.png", "1", address=address), 10**6)
     assert (found.height, found.width, found.image_hash) == (24, 40, hashlib.sha256(content).hexdigest())
-    cut = scan_file(Listed("0.tar/cat.png", "1", address=address.replace("512", "700")), 10**6)
+    cut = scan_file(Listed("0.tar/cat.png", "1", address=address.replace("tar:512", "tar:700")), 10**6)
     assert "in the middle of this image" in cut.problem
     assert cut.kind == "damaged"
 
