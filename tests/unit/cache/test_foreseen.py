@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from sdxl_ray.cache import collection, foreseen
 from sdxl_ray.cache.foreseen import index_tables, place_of_prompt
@@ -23,16 +22,6 @@ from tests.unit.cache.planned import (
     plan_of,
     samples_of,
 )
-
-
-@pytest.fixture
-def images(tmp_path):
-    return add_images(tmp_path / "images")
-
-
-@pytest.fixture
-def config(tmp_path, images, tiny_model):
-    return config_of(tmp_path, tiny_model, images)
 
 
 def test_the_index_names_the_shard_to_come(config):

@@ -40,16 +40,6 @@ from tests.unit.cache.planned import (
 )
 
 
-@pytest.fixture
-def images(tmp_path):
-    return add_images(tmp_path / "images")
-
-
-@pytest.fixture
-def config(tmp_path, images, tiny_model):
-    return config_of(tmp_path, tiny_model, images)
-
-
 def latent_keys(plan):
     return {key for sample in samples_of(plan) for key in sample.latent_keys}
 

@@ -24,17 +24,6 @@ from tests.unit.cache.planned import (
     samples_of,
 )
 
-
-@pytest.fixture
-def images(tmp_path):
-    return add_images(tmp_path / "images")
-
-
-@pytest.fixture
-def config(tmp_path, images, tiny_model):
-    return config_of(tmp_path, tiny_model, images)
-
-
 # ---- unreadable images -----------------------------------------------------------------------------------------------
 
 
