@@ -166,7 +166,7 @@ class _CaptionFiles:
     def read(self, image: Listed) -> str:
         """
         Raises:
-            UnreadableCaption: see `find_captions`.
+            UnreadableCaption: see `_find`.
         """
         text = self.known.get(image.text_file)
         if text is None:
@@ -188,16 +188,12 @@ def _captions_or_problem(image: Listed, rules: CaptionRules, files: _CaptionFile
         return error
 
 
-def find_captions(image: Listed, rules: CaptionRules) -> tuple[str, ...]:
+def _find(image: Listed, rules: CaptionRules, files: _CaptionFiles) -> _Found:
     """The base captions of one image, from the first source that has any; none if none has. The source "empty" has "".
 
     Raises:
         UnreadableCaption: the text is not UTF-8 (or UTF-16 that says so), too large, or cannot be read.
     """
-    return _find(image, rules, _CaptionFiles({})).captions
-
-
-def _find(image: Listed, rules: CaptionRules, files: _CaptionFiles) -> _Found:
     for source in rules.sources:
         if source == "empty":
             return _Found(("",), source)

@@ -11,10 +11,11 @@ from sdxl_ray.cache.captions import (
     AS_IT_IS,
     CaptionRules,
     UnreadableCaption,
+    _CaptionFiles,
+    _find,
     decorate,
     draw_variant,
     expand_variants,
-    find_captions,
     no_captions_error,
     read_captions,
 )
@@ -24,6 +25,10 @@ from sdxl_ray.records import Listed
 
 HASH = "5" * 64
 TAGS = "one, two, three, four, five, six, seven, eight"
+
+
+def find_captions(image, rules):
+    return _find(image, rules, _CaptionFiles({})).captions
 
 
 def variants_of(captions, rules, image_hash=HASH):
