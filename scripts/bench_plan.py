@@ -52,7 +52,7 @@ def main() -> None:
 
 def plan_alone(given: dict[str, Any], measured: Callable[[str], Any]) -> None:
     """The order from two columns of numbers."""
-    from sdxl_ray.train.plan import DataOrder
+    from sdxl_ray.train.order import DataOrder
 
     buckets = np.random.default_rng(0).integers(0, given["buckets"], given["samples"]).astype(np.int32)
     repeats = np.ones(given["samples"], dtype=np.int64)

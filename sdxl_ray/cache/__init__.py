@@ -2,7 +2,8 @@
 
 sources/         folder, tar files, tables, Hugging Face; local or in a bucket -> images, listed but not opened
 scan.py          images -> content hash and size; unreadable ones with their reason       memo.py: what is known already
-captions.py      images -> captions, never the wrong one; their variants           text_memo.py: those in buckets
+captions.py      images -> captions, never the wrong one                                  caption_files.py: one file
+caption_variants.py  tags shuffled and left out; trigger word, prefix, suffix             text_memo.py: of buckets
 buckets.py       size -> bucket, resize, crops
 collection.py    all of these, in pieces -> columns                                       tables.py: large ones on disk
 planning.py      what the cache should hold, and what is still missing (no Ray, no torch)
@@ -11,11 +12,12 @@ formats.py       bytes -> an opened image, with the plug-in that it needs
 images.py        file -> pixels: colour, orientation, resize, crop
 masks.py         transparency or a mask file -> what counts                               reading.py: both, or why not
 encode.py        pixels -> VAE posterior; captions -> embeddings of both text encoders
-shards.py        tensors <-> content-addressed .safetensors files                         local_copies.py: of a bucket's
+shards.py        tensors -> content-addressed .safetensors files
+shard_reader.py  key -> the tensors of its entry, checked                                 local_copies.py: of a bucket's
 store.py         key -> shard
 actors.py        what runs on the nodes: scan and decode tasks, encoding actors (no Ray)
 pools.py         how much of a cluster they take
-ray_jobs.py      the Ray Data jobs
+ray_jobs.py      the Ray Data jobs                                                        lost_shards.py: why one failed
 pipeline.py      the whole stage; in the background of a run with cache.mode = "ondemand"
 index.py         index.parquet: one row per sample                                        foreseen.py: of a plan
 manifest.py      what an index was made with, and where the prompts are

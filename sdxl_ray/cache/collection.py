@@ -23,14 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sdxl_ray.cache.buckets import Geometry, Placement, Unfit, place_all
-from sdxl_ray.cache.captions import (
-    NO_CAPTION,
-    CaptionRules,
-    decorate,
-    expand_variants,
-    no_captions_error,
-    read_captions,
-)
+from sdxl_ray.cache.caption_variants import decorate, expand_variants
+from sdxl_ray.cache.captions import NO_CAPTION, CaptionRules, no_captions_error, read_captions
 from sdxl_ray.cache.images import jpeg_reduction
 from sdxl_ray.cache.index import PLACED
 from sdxl_ray.cache.memo import Memo

@@ -23,11 +23,12 @@ import pyarrow as pa
 from sdxl_ray import connection
 from sdxl_ray.cache.foreseen import index_of, index_tables, place_of_prompt
 from sdxl_ray.cache.index import Index, write_index
+from sdxl_ray.cache.lost_shards import Undecodable
 from sdxl_ray.cache.manifest import FILE_NAME as MANIFEST
 from sdxl_ray.cache.manifest import mark_unfinished, write_manifest
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.planning import CachePlan, drop_undecodable, find_missing, plan_cache
-from sdxl_ray.cache.ray_jobs import Clock, Progress, Reserved, Undecodable, encode_latents, encode_text, scan_on_ray
+from sdxl_ray.cache.ray_jobs import Clock, Progress, Reserved, encode_latents, encode_text, scan_on_ray
 from sdxl_ray.cache.skipped import Skipped, check_readable, skipped_csv, unreadable_of, write_skipped
 from sdxl_ray.errors import CacheError, SdxlRayError, StorageError
 from sdxl_ray.sdxl.components import resolve_model

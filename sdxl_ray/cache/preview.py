@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdxl_ray.cache.captions import CaptionRules, decorate
+from sdxl_ray.cache.caption_variants import decorate
+from sdxl_ray.cache.captions import CaptionRules
 from sdxl_ray.cache.images import UnreadableImage, load_pixels
 from sdxl_ray.cache.reading import load_image, not_given
 from sdxl_ray.errors import StorageError, storage_errors

@@ -16,17 +16,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import re
-import threading
-import time
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from sdxl_ray.cache.local_copies import LocalCopies
 from sdxl_ray.errors import CacheError, StorageError, storage_errors
 from sdxl_ray.storage import Folder, open_folder
 
@@ -37,18 +31,6 @@ FORMAT_VERSION = "3"  # in every key: a new format never reads an old shard by m
 KEY_BYTES = 16
 DAMAGED_SUFFIX = ".damaged"
 _POLL_S = 0.2
-
-
-class MissingEntry(CacheError):
-    """The shard is there without this entry. With cache.mode = "ondemand", its image turned out damaged."""
-
-
-class DamagedEntry(CacheError):
-    """The entry's checksum does not fit its bytes."""
-
-
-class UnreadableShard(CacheError):
-    """The shard is gone, cut short, or not given by its disk or store."""
 
 
 class OtherVersion(CacheError):
@@ -107,7 +89,7 @@ def write_shard(
     """
     from safetensors.torch import save
 
-    checksums = [_row_checksum({key: tensor[row] for key, tensor in tensors.items()}) for row in range(len(keys))]
+    checksums = [row_checksum({key: tensor[row] for key, tensor in tensors.items()}) for row in range(len(keys))]
     metadata = {
         "format": "pt",
         "sdxl_ray.version": FORMAT_VERSION,
@@ -135,7 +117,7 @@ def _sealed(content: bytes) -> bytes:
     return content[:8] + _PLACE_OF_CRC.sub(b"%08x" % zlib.crc32(header), header, count=1) + content[8 + length :]
 
 
-def _parse_header(header: bytes) -> dict[str, Any]:
+def parse_header(header: bytes) -> dict[str, Any]:
     """
     Raises:
         ValueError, LookupError, TypeError, AttributeError: it is damaged. A flipped bit in a key would make it another.
@@ -203,7 +185,7 @@ def read_header(folder: Folder, name: str, size: int) -> dict[str, Any] | None:
     except OSError as error:
         raise _unreadable(folder, name, error) from None
     try:
-        header = _parse_header(start[8 : 8 + length])
+        header = parse_header(start[8 : 8 + length])
         metadata = header["__metadata__"]
         tensors = [value for key, value in header.items() if key != "__metadata__"]
         num_rows = {len(json.loads(metadata[f"sdxl_ray.{name}"])) for name in ("keys", "crc32")}
@@ -228,154 +210,6 @@ def _unreadable(folder: Folder, name: str, error: OSError) -> StorageError:
     return StorageError(f"{folder.path}/{name}: cannot be read ({reason}). {cure}")
 
 
-_OPEN_FILES = 4096
-_OPEN_COPIES = 64  # what is deleted to make room takes its room until it is closed
-
-
-class ShardReader:
-    """Entries of memory-mapped shards, checked against their CRC. Safe to share between prefetch threads.
-
-    The shards read last stay open, at most `max_open`: Linux allows a process 65,530 memory maps. Shards of a cloud
-    address are copied to `local_path` first, and of copies few stay open.
-    """
-
-    def __init__(
-        self,
-        cache: str | Path,
-        *,
-        max_open: int = 0,
-        local_path: str = "",
-        local_gib: float = 50.0,
-        wait: Callable[[str], None] | None = None,
-        report: Callable[[str], None] = logging.getLogger(__name__).warning,
-    ) -> None:
-        """
-        Args:
-            max_open: 0: 4096 shards, or 64 copies.
-            report: told in one line, once, where this machine's disk takes no more copies.
-            wait: called again and again with the name of a shard that is not there yet, until it is; it raises where
-                waiting is over. None: a shard that is not there is an error.
-        """
-        self.cache = str(cache)
-        self.folder = open_folder(self.cache)
-        self.report = report
-        self.copies = (
-            None
-            if self.folder.local
-            else LocalCopies(self.folder, local_path, limit_gib=local_gib, report=lambda text: self.report(text))
-        )
-        self.max_open = max_open or (_OPEN_FILES if self.copies is None else _OPEN_COPIES)
-        self.wait = wait
-        self._open: OrderedDict[str, _OpenShard] = OrderedDict()  # the one read last is last
-        self._fetched_again: set[str] = set()
-        self._lock = threading.Lock()
-
-    def read(self, shard: str, key: str) -> dict[str, torch.Tensor]:
-        """The tensors of one entry, without the row dimension.
-
-        Raises:
-            MissingEntry, DamagedEntry, UnreadableShard: see there.
-            CacheError: a folder of shards is missing as a whole; or what `wait` raises.
-            ConfigError: the folder for copies cannot be written.
-        """
-        opened = self._file(shard)
-        if key not in opened.rows:
-            raise MissingEntry(f"{self.cache}/{shard}: has no entry {key}. Run `sdxl-ray cache`.")
-        row = opened.rows[key]
-        tensors = opened.tensors(row)
-        found, expected = _row_checksum(tensors), opened.checksums[row]
-        if found != expected:
-            if self._drop_copy(shard, opened):
-                return self.read(shard, key)
-            raise DamagedEntry(
-                f"{self.cache}/{shard}: entry {key} is damaged (checksum {found:08x}, expected {expected:08x}). "
-                "`sdxl-ray cache --verify` finds all of them and encodes them again."
-            )
-        return tensors
-
-    def _file(self, shard: str) -> _OpenShard:
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
-        opened = self._load(shard)  # outside the lock: other threads read on while this one waits or copies
-        with self._lock:
-            self._open[shard] = opened
-            if len(self._open) > self.max_open:
-                self._open.popitem(last=False)  # unmapped once no thread reads from it any more
-        return opened
-
-    def _drop_copy(self, shard: str, damaged: _OpenShard) -> bool:
-        """Whether a damaged entry is worth another look: the damage may be this disk's. Each copy is dropped once."""
-        if self.copies is None:
-            return False
-        with self._lock:
-            opened = self._open.get(shard)
-            if shard in self._fetched_again:
-                return opened is not damaged  # another thread was faster
-            self._fetched_again.add(shard)
-            self._open.pop(shard, None)
-            self.copies.remove(shard)
-        return True
-
-    def _load(self, shard: str) -> _OpenShard:
-        from safetensors import SafetensorError
-
-        try:
-            while self.wait is not None and not self.folder.exists(shard):
-                self.wait(shard)
-                time.sleep(_POLL_S)
-            if self.copies is None:
-                return _open_shard(Path(self.cache) / shard)
-            try:
-                return _open_shard(self.copies.fetch(shard))
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-                self.copies.remove(shard)  # cut short on this disk, perhaps, or removed by another process just now
-                return _open_shard(self.copies.fetch(shard))
-        except (OSError, StorageError, OtherVersion, SafetensorError, ValueError, KeyError, TypeError) as error:
-            path = Path(self.cache) / shard
-            if self.copies is None and not path.parent.is_dir():
-                raise CacheError(
-                    f"{path.parent}: is not there. Is cache.path = {self.cache} the same folder on all machines? "
-                    "If it was deleted, run `sdxl-ray cache`."
-                ) from None
-            raise UnreadableShard(
-                f"{self.cache}/{shard}: cannot be read ({error}). "
-                "Run `sdxl-ray cache`: only what is missing is encoded."
-            ) from None
-
-
-class _OpenShard(NamedTuple):
-    tensors: Callable[[int], dict[str, torch.Tensor]]  # those of a row
-    rows: dict[str, int]  # of each key
-    checksums: list[int]  # of each row
-
-
-def _open_shard(source: Path | bytes) -> _OpenShard:
-    """A memory-mapped file, or what is in one."""
-    from safetensors import safe_open
-    from safetensors.torch import load
-
-    tensors: Callable[[int], dict[str, torch.Tensor]]
-    if isinstance(source, Path):
-        file = safe_open(source, "pt")  # refuses what is no such file
-        names, metadata = list(file.keys()), file.metadata()
-        with source.open("rb") as start:
-            _parse_header(start.read(int.from_bytes(start.read(8), "little")))
-
-        def tensors(row: int) -> dict[str, torch.Tensor]:
-            return {name: file.get_slice(name)[row] for name in names}
-    else:
-        loaded = load(source)
-        metadata = _parse_header(source[8 : 8 + int.from_bytes(source[:8], "little")])["__metadata__"]
-
-        def tensors(row: int) -> dict[str, torch.Tensor]:
-            return {name: tensor[row] for name, tensor in loaded.items()}
-
-    rows = {key: row for row, key in enumerate(json.loads(metadata["sdxl_ray.keys"]))}
-    return _OpenShard(tensors, rows, json.loads(metadata["sdxl_ray.crc32"]))
-
-
 def check_shard(folder: Folder, name: str) -> list[str] | None:
     """The keys of its damaged entries; None where it is not whole or its disk has lost it, empty where it is gone.
 
@@ -388,7 +222,7 @@ def check_shard(folder: Folder, name: str) -> list[str] | None:
     try:
         content = folder.read(name)
         length = int.from_bytes(content[:8], "little")
-        metadata = _parse_header(content[8 : 8 + length])["__metadata__"]
+        metadata = parse_header(content[8 : 8 + length])["__metadata__"]
         tensors = load(content)
         keys, checksums = json.loads(metadata["sdxl_ray.keys"]), json.loads(metadata["sdxl_ray.crc32"])
     except (FileNotFoundError, OtherVersion):
@@ -400,10 +234,10 @@ def check_shard(folder: Folder, name: str) -> list[str] | None:
     except (SafetensorError, ValueError, KeyError, TypeError):
         return None
     rows = ({kind: tensor[row] for kind, tensor in tensors.items()} for row in range(len(keys)))
-    return [key for key, row, expected in zip(keys, rows, checksums, strict=True) if _row_checksum(row) != expected]
+    return [key for key, row, expected in zip(keys, rows, checksums, strict=True) if row_checksum(row) != expected]
 
 
-def _row_checksum(row: Mapping[str, torch.Tensor]) -> int:
+def row_checksum(row: Mapping[str, torch.Tensor]) -> int:
     """CRC-32 over the bytes of a row's tensors, in the order of their names."""
     import torch
 

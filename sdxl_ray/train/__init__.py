@@ -4,7 +4,8 @@ launch.py       the driver: caches what is missing, starts Ray Train, shows prog
 worker.py       one rank: loads the model, builds everything, calls the loop, exports
 loop.py         the loop and the step, without Ray
 state.py        what a restart brings back
-plan.py         which samples are in which step: a pure function of the seed
+order.py        the list of micro-batches: a pure function of index and seed;  holdout.py  what is kept out of it
+plan.py         which of them each step feeds to which rank, and what is due when
 batches.py      rows of shards, noise and timesteps to batches, ahead of the step
 model.py        what is trained, put together: U-Net, adapters, text encoders, masters
 text.py         text encoders that are trained, and encode captions in each step

@@ -25,7 +25,8 @@ from sdxl_ray.records import Batch, EncodedSample
 from sdxl_ray.sdxl.conditioning import add_time_ids, zero_prompts
 from sdxl_ray.sdxl.vae import sample_latents
 from sdxl_ray.train.entries import Entries
-from sdxl_ray.train.plan import Share, crop_of
+from sdxl_ray.train.order import crop_of
+from sdxl_ray.train.plan import Share
 
 Item = TypeVar("Item")
 

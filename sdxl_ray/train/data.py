@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from sdxl_ray.cache.index import Index
-from sdxl_ray.cache.shards import ShardReader
+from sdxl_ray.cache.shard_reader import ShardReader
 from sdxl_ray.errors import CacheError, DatasetError
 from sdxl_ray.records import EncodedSample
 from sdxl_ray.sdxl.components import resolve_model, unet_identity
 from sdxl_ray.storage import read_bytes
-from sdxl_ray.train.plan import DataOrder, Every, Plan, Span, is_one_of, run_length, split_holdout
+from sdxl_ray.train.holdout import is_one_of, split_holdout
+from sdxl_ray.train.order import DataOrder, Span
+from sdxl_ray.train.plan import Every, Plan, run_length
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config, DatasetSection

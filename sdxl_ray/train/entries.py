@@ -16,19 +16,18 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from sdxl_ray.cache import shards
-from sdxl_ray.cache.captions import CaptionRules, decorate, draw_variant
+from sdxl_ray.cache.caption_variants import decorate, draw_variant
+from sdxl_ray.cache.captions import CaptionRules
 from sdxl_ray.cache.live import LiveEntries
+from sdxl_ray.cache.shard_reader import DamagedEntry, MissingEntry, ShardReader, UnreadableShard
 from sdxl_ray.errors import StorageError
 from sdxl_ray.records import EncodedSample
-
-if TYPE_CHECKING:
-    from sdxl_ray.cache.shards import ShardReader
 
 _REPAIRED_KEPT = 256  # 64 MiB of latents at 1024 px
 _TRY_AGAIN_S = 600.0  # a shard that could not be read: a store that does not answer takes minutes to say so
@@ -94,7 +93,7 @@ class CacheEntries:
         key = sample.latent_keys[variant]
         try:
             found = self._read(shard, key)
-        except shards.MissingEntry as error:
+        except MissingEntry as error:
             if self.on_demand:
                 return None  # the driver, which has tried to encode it, tells of it with the reason
             self._note_loss(shard, error)
@@ -121,7 +120,7 @@ class CacheEntries:
             return self.live.text(text)
         try:
             found = self._read(shard, key)
-        except shards.MissingEntry as error:
+        except MissingEntry as error:
             self._note_loss(shard, error)
             found = None
         return self.repair.text(text) if found is None else found
@@ -136,9 +135,9 @@ class CacheEntries:
             return None
         try:
             return self.reader.read(shard, key)
-        except shards.DamagedEntry as error:
+        except DamagedEntry as error:
             self._note_damage(shard, key, error)
-        except shards.UnreadableShard as error:
+        except UnreadableShard as error:
             self._unreadable_until[shard] = time.monotonic() + _TRY_AGAIN_S
             self._note_loss(shard, error)
         return None

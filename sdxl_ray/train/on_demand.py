@@ -10,7 +10,7 @@ import numpy as np
 
 from sdxl_ray.cache.index import Index
 from sdxl_ray.train.data import Split, data_order, split
-from sdxl_ray.train.plan import DataOrder, crop_of
+from sdxl_ray.train.order import DataOrder, crop_of
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config

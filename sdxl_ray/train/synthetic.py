@@ -32,7 +32,8 @@ from sdxl_ray.train.loop import NUM_EXTRAS
 from sdxl_ray.train.lr_schedules import lr_schedule
 from sdxl_ray.train.masters import MasterWeights
 from sdxl_ray.train.optimizers import ParameterGroup, make_optimizer
-from sdxl_ray.train.plan import DataOrder, Every, MicroBatch, Plan
+from sdxl_ray.train.order import DataOrder, MicroBatch
+from sdxl_ray.train.plan import Every, Plan
 from sdxl_ray.train.state import TrainState
 
 _STATUS = Path("/proc/self/status")  # Linux

@@ -94,7 +94,7 @@ class _Trial:
         from sdxl_ray.diffusion.loss import diffusion_loss
         from sdxl_ray.diffusion.objectives import Epsilon
         from sdxl_ray.diffusion.schedule import NoiseSchedule
-        from sdxl_ray.train.plan import MicroBatch
+        from sdxl_ray.train.order import MicroBatch
         from sdxl_ray.train.synthetic import synthetic_batch
 
         for parameter in self.state.masters.parameters.values():  # of a try that ended half-way

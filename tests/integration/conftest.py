@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from sdxl_ray.cache.index import Index
-from sdxl_ray.cache.shards import ShardReader
+from sdxl_ray.cache.shard_reader import ShardReader
 from sdxl_ray.config.load import config_from_dict
 from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import connect

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.pipeline import build_cache
-from sdxl_ray.cache.shards import ShardReader
+from sdxl_ray.cache.shard_reader import ShardReader
 from sdxl_ray.cli import app
 from sdxl_ray.config.load import dump_config, with_overrides
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from sdxl_ray.cache import actors, ray_jobs
+from sdxl_ray.cache import actors, lost_shards, ray_jobs
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.config.load import dump_config
@@ -101,7 +101,8 @@ def test_an_image_that_kills_its_decoder_is_named_and_the_others_are_encoded(tmp
     config = small_config(tmp_path / "runs", tmp_path / "cache", "deadly", tiny_model, dataset=[dataset])
     deadly = sorted(path.name for path in images.glob("*.png"))[5]
     with monkeypatch.context() as patch:
-        patch.setattr(ray_jobs, "decode_shard", decoder_that_dies_of(deadly))
+        for module in (ray_jobs, lost_shards):
+            patch.setattr(module, "decode_shard", decoder_that_dies_of(deadly))
         result = build_cache(config)
     assert [(Path(item.path).name, item.reason, item.kind) for item in result.skipped] == [
         (

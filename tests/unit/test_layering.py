@@ -31,6 +31,7 @@ ROWS = [
 HOMES = {
     "ray": [
         "cache.pipeline",
+        "cache.lost_shards",
         "cache.ray_jobs",
         "train.launch",
         "train.worker",

@@ -1,7 +1,7 @@
 """Where images come from: folders, tar files, tables, Hugging Face; on disks, in buckets, behind URLs.
 
 list_dataset(section)   every image of a dataset, unopened: layouts.py and splits.py tell what its path holds, then
-                        folder.py, webdataset.py or tables.py lists it
+                        folder.py, webdataset.py or tables.py (with table_rows.py) lists it
 read_bytes(address)     the bytes of one of them: address.py, with rows.py and web.py
 shown_address(address)  how it is printed
 as_shares(focus_yx, hw) a point of interest, once the image's size is known

@@ -28,7 +28,7 @@ from sdxl_ray.cache.images import load_pixels
 from sdxl_ray.cache.masks import load_mask_file
 from sdxl_ray.cache.planning import TextShard
 from sdxl_ray.cache.scan import scan_file, scan_images
-from sdxl_ray.cache.shards import MissingEntry, ShardReader
+from sdxl_ray.cache.shard_reader import MissingEntry, ShardReader
 from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.errors import CacheError, ClusterError, DatasetError, ModelError, StorageError
 from sdxl_ray.records import Listed

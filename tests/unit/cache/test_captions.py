@@ -7,18 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdxl_ray.cache.captions import (
-    AS_IT_IS,
-    CaptionRules,
-    UnreadableCaption,
-    _CaptionFiles,
-    _find,
-    decorate,
-    draw_variant,
-    expand_variants,
-    no_captions_error,
-    read_captions,
-)
+from sdxl_ray.cache.caption_files import CaptionFiles, UnreadableCaption
+from sdxl_ray.cache.caption_variants import AS_IT_IS, decorate, draw_variant, expand_variants
+from sdxl_ray.cache.captions import CaptionRules, _find, no_captions_error, read_captions
 from sdxl_ray.config.schema import DatasetSection
 from sdxl_ray.errors import StorageError
 from sdxl_ray.records import Listed
@@ -28,7 +19,7 @@ TAGS = "one, two, three, four, five, six, seven, eight"
 
 
 def find_captions(image, rules):
-    return _find(image, rules, _CaptionFiles({})).captions
+    return _find(image, rules, CaptionFiles([])).captions
 
 
 def variants_of(captions, rules, image_hash=HASH):

@@ -12,7 +12,8 @@ from PIL import Image
 from sdxl_ray.cache import reading
 from sdxl_ray.cache.encode import LatentEncoder, TextEncoder
 from sdxl_ray.cache.live import LiveEntries
-from sdxl_ray.cache.shards import ShardReader, write_shard
+from sdxl_ray.cache.shard_reader import ShardReader
+from sdxl_ray.cache.shards import write_shard
 from sdxl_ray.cache.skipped import UnreadableLimit
 from sdxl_ray.errors import CacheError, DatasetError, StorageError
 from sdxl_ray.records import EncodedSample

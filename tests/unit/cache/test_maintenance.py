@@ -12,7 +12,8 @@ import torch
 
 from sdxl_ray.cache import maintenance, pipeline
 from sdxl_ray.cache.maintenance import GIB, prune, stats, verify
-from sdxl_ray.cache.shards import DAMAGED_SUFFIX, FORMAT_VERSION, ShardReader, mark_damaged, shard_name, write_shard
+from sdxl_ray.cache.shard_reader import ShardReader
+from sdxl_ray.cache.shards import DAMAGED_SUFFIX, FORMAT_VERSION, mark_damaged, shard_name, write_shard
 from sdxl_ray.errors import CacheError
 from sdxl_ray.storage import open_folder
 from tests.remote import RemoteFolder

@@ -16,10 +16,12 @@ import pytest
 from sdxl_ray import connection
 from sdxl_ray.cache import pipeline, ray_jobs
 from sdxl_ray.cache.index import Index
+from sdxl_ray.cache.lost_shards import Undecodable
 from sdxl_ray.cache.pipeline import Background, build_cache
-from sdxl_ray.cache.ray_jobs import Undecodable, scan_on_ray
+from sdxl_ray.cache.ray_jobs import scan_on_ray
 from sdxl_ray.cache.scan import scan_images
-from sdxl_ray.cache.shards import ShardReader, write_shard
+from sdxl_ray.cache.shard_reader import ShardReader
+from sdxl_ray.cache.shards import write_shard
 from sdxl_ray.cache.skipped import Skipped
 from sdxl_ray.errors import CacheError, DatasetError, StorageError
 from sdxl_ray.records import Listed

@@ -9,10 +9,11 @@ import pytest
 import ray
 from ray.data import ExecutionOptions
 
-from sdxl_ray.cache import ray_jobs
+from sdxl_ray.cache import lost_shards, ray_jobs
 from sdxl_ray.cache.actors import error_text
+from sdxl_ray.cache.lost_shards import look_into
 from sdxl_ray.cache.pools import Share
-from sdxl_ray.cache.ray_jobs import Clock, Reserved, _results, _rows, encode_latents, look_into
+from sdxl_ray.cache.ray_jobs import Clock, Reserved, _results, _rows, encode_latents
 from sdxl_ray.errors import CacheError, StorageError
 from tests.unit.cache.planned import add_image, add_images, config_of, plan_of
 
@@ -147,7 +148,7 @@ class Work:
                       gpus_per_actor=0, threads=1)  # fmt: skip
         monkeypatch.setattr(ray_jobs, "_share", lambda *args, **kwargs: share)
         monkeypatch.setattr(ray_jobs, "_from_items", self.from_items)
-        monkeypatch.setattr(ray_jobs, "_dying", self.dying)
+        monkeypatch.setattr(lost_shards, "_dying", self.dying)
 
     def from_items(self, items, reserved):
         self.items = [json.loads(item["shard"]) for item in items]
@@ -221,7 +222,7 @@ def test_a_shard_that_is_lost_without_a_deadly_image_is_tried_again_and_then_an_
     plan = plan_of(config)
     (shard,) = plan.latent_shards()
     work.deadly = {shard.keys[2]}
-    monkeypatch.setattr(ray_jobs, "_dying", lambda *args, **kwargs: [])
+    monkeypatch.setattr(lost_shards, "_dying", lambda *args, **kwargs: [])
     with pytest.raises(CacheError, match=r"^encoding failed: .*died"):
         encode(config, plan)
     assert work.passes == [(1, 100), (1, 0)]
@@ -246,7 +247,7 @@ def test_an_image_dies_of_its_neighbours_only_once(config, monkeypatch):
         asked.append((list(keys), max_retries))
         return [key for key in keys if key in (asked[0][0][1:3] if len(asked) == 1 else asked[0][0][1])]
 
-    monkeypatch.setattr(ray_jobs, "_dying", dying)
+    monkeypatch.setattr(lost_shards, "_dying", dying)
     undecodable = []
     again = look_into(json.dumps(asdict(shard)), undecodable, num_cpus=0.5)
     assert asked == [(list(shard.keys), 0), ([shard.keys[1]], 1), ([shard.keys[2]], 1)]
@@ -331,7 +332,7 @@ def test_what_cannot_be_read_for_another_reason_is_told_with_it(config, images, 
     def read(address):
         raise PermissionError(13, "Permission denied", address)
 
-    monkeypatch.setattr(ray_jobs, "read_bytes", read)
+    monkeypatch.setattr(lost_shards, "read_bytes", read)
     plan = plan_of(config)
     (shard,) = plan.latent_shards()
     work.told = {shard.keys[0]: "Permission denied"}

@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_ray.cache import shards
+from sdxl_ray.cache import shard_reader, shards
+from sdxl_ray.cache.shard_reader import DamagedEntry, MissingEntry, ShardReader, UnreadableShard
 from sdxl_ray.cache.shards import (
     DAMAGED_SUFFIX,
-    DamagedEntry,
-    MissingEntry,
     OtherVersion,
-    ShardReader,
-    UnreadableShard,
     check_shard,
     latent_key,
     mark_damaged,
@@ -170,7 +167,7 @@ def test_threads_share_a_reader_that_closes_shards(tmp_path):
 
 
 def test_a_reader_waits_for_a_shard_that_is_being_encoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_POLL_S", 0.001)
+    monkeypatch.setattr(shard_reader, "_POLL_S", 0.001)
     asked = []
 
     def wait(shard):
@@ -204,7 +201,7 @@ def test_a_store_that_fails_while_a_reader_waits_is_a_shard_that_cannot_be_read(
 
 
 def test_one_thread_that_waits_does_not_hold_up_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_POLL_S", 0.001)
+    monkeypatch.setattr(shard_reader, "_POLL_S", 0.001)
     here, waiting, read = write(tmp_path), threading.Event(), threading.Event()
 
     def wait(shard):
@@ -380,7 +377,7 @@ def test_a_header_of_another_version_and_of_a_file_that_is_gone(tmp_path, monkey
 def remote(tmp_path, monkeypatch):
     """A cache in a bucket."""
     folder = RemoteFolder(tmp_path / "bucket")
-    monkeypatch.setattr(shards, "open_folder", lambda path: folder)
+    monkeypatch.setattr(shard_reader, "open_folder", lambda path: folder)
     return folder
 
 

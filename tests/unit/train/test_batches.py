@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_ray.cache.captions import CaptionRules, decorate, draw_variant
+from sdxl_ray.cache.caption_variants import decorate, draw_variant
+from sdxl_ray.cache.captions import CaptionRules
 from sdxl_ray.cache.encode import LatentEncoder, TextEncoder
 from sdxl_ray.cache.images import load_pixels
 from sdxl_ray.cache.live import LiveEntries
-from sdxl_ray.cache.shards import ShardReader, UnreadableShard, write_shard
+from sdxl_ray.cache.shard_reader import ShardReader, UnreadableShard
+from sdxl_ray.cache.shards import write_shard
 from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.config.load import with_overrides
 from sdxl_ray.diffusion.noise import NoiseRecipe
@@ -28,7 +30,8 @@ from sdxl_ray.storage import open_folder
 from sdxl_ray.train.batches import BatchBuilder, Conditions, Draws, _draw_caption, prefetch
 from sdxl_ray.train.data import load_data
 from sdxl_ray.train.entries import CacheEntries
-from sdxl_ray.train.plan import DataOrder, Every, MicroBatch, Plan, Share
+from sdxl_ray.train.order import DataOrder, MicroBatch
+from sdxl_ray.train.plan import Every, Plan, Share
 from sdxl_ray.train.setup import build_entries
 from tests.tiny import cache_without_ray, tiny_config, write_images
 

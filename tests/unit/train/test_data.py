@@ -11,7 +11,7 @@ from sdxl_ray.config.load import config_from_dict, with_overrides
 from sdxl_ray.errors import CacheError, ConfigError, DatasetError
 from sdxl_ray.records import EncodedSample
 from sdxl_ray.train.data import Data, Samples, build_plan, data_order, load_data, run_identity, split
-from sdxl_ray.train.plan import split_holdout
+from sdxl_ray.train.holdout import split_holdout
 
 
 def make_sample(number, *, dataset="cats", image=None, flip=False, target_hw=(64, 64), crops=((0, 0),)):

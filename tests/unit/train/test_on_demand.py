@@ -11,7 +11,7 @@ from sdxl_ray.config.load import with_overrides
 from sdxl_ray.train import on_demand
 from sdxl_ray.train.data import data_order, split
 from sdxl_ray.train.on_demand import order_of_need
-from sdxl_ray.train.plan import DataOrder
+from sdxl_ray.train.order import DataOrder
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdxl_ray.cache.sources import list_dataset, read_bytes, stamps, tables
+from sdxl_ray.cache.sources import list_dataset, read_bytes, stamps, table_rows
 from sdxl_ray.errors import DatasetError, StorageError
 from sdxl_ray.storage import clouds, open_folder
 from sdxl_ray.storage.outages import LongWaits
@@ -139,7 +139,7 @@ def test_the_time_between_reads_of_a_table_is_not_the_stores_silence(bucket, mon
         with pa.ipc.new_stream(buffer, table.schema) as writer:
             writer.write_table(table, max_chunksize=2)
     bucket.write(f"0.{kind}", buffer.getvalue())
-    monkeypatch.setattr(tables, "_ROWS", 2)
+    monkeypatch.setattr(table_rows, "_ROWS", 2)
     monkeypatch.setattr(clouds, "_long_waits", LongWaits(0.2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
