@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
+from pathlib import Path
 
 _INTERRUPTED, _TERMINATED = 130, 143  # as shells have them: 128 + SIGINT, 128 + SIGTERM
 
@@ -16,6 +18,7 @@ def main() -> None:
     from sdxl_ray.errors import SdxlRayError
 
     set_environment()
+    warnings.formatwarning = _note
     show_traceback = "--traceback" in sys.argv
     if show_traceback:
         sys.argv.remove("--traceback")
@@ -27,7 +30,7 @@ def main() -> None:
         except SdxlRayError as error:
             if show_traceback:
                 traceback.print_exc()
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_shown(error)}", file=sys.stderr)
             code = error.exit_code
         except KeyboardInterrupt:  # a second one
             code = _TERMINATED if terminated.is_set() else _INTERRUPTED
@@ -36,7 +39,7 @@ def main() -> None:
             if code is None:
                 traceback.print_exc()
                 print(
-                    f"error: {type(error).__name__}: {error}\nThis is a bug in sdxl-ray: please report the text above.",
+                    f"error: {type(error).__name__}: {_shown(error)}\nThis is a bug in sdxl-ray: please report the text above.",
                     file=sys.stderr,
                 )
                 code = 1
@@ -45,6 +48,22 @@ def main() -> None:
                 print("interrupted; what is finished is kept: run again to go on", file=sys.stderr)
                 code = _TERMINATED if terminated.is_set() else _INTERRUPTED
         sys.exit(code or 0)
+
+
+def _shown(message: object) -> str:
+    from sdxl_ray.tracking.console import for_terminal
+
+    return for_terminal(str(message))
+
+
+_format_warning = warnings.formatwarning
+
+
+def _note(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Our own warnings are for the person who runs this: one line, without the place in our code."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        return f"note: {_shown(message)}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 def _usage_error(error: Exception) -> int | None:

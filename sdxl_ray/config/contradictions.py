@@ -67,7 +67,12 @@ def _in_captions(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
             "instance_prompt",
             'is set, but dataset.captions never uses it. Add "instance_prompt" to dataset.captions.',
         )
-    for name, source in (("caption_columns", "column"), ("caption_lists", "column"), ("caption_lines", "textfile")):
+    for name, source in (
+        ("caption_columns", "column"),
+        ("caption_lists", "column"),
+        ("caption_extension", "textfile"),
+        ("caption_lines", "textfile"),
+    ):
         if source not in dataset.captions and getattr(dataset, name) != DatasetSection.model_fields[name].default:
             yield name, f'is set, but dataset.captions never uses it. Add "{source}" to dataset.captions.'
     for pattern, replacement in dataset.caption_replace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,16 @@ from rich.text import Text
 from sdxl_ray.tracking.metrics import duration
 
 _TELLING_S = 5.0
+# Control characters but tabs and ends of lines, and the halves of surrogate pairs that stand for bytes of file names.
+_NOT_PRINTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def for_terminal(text: str) -> str:
+    """The text with whatever a terminal would take as a command, and what it cannot show, written as \\x1b.
+
+    File names and captions can hold anything, and people train on what they have downloaded.
+    """
+    return _NOT_PRINTED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _SpeedColumn(ProgressColumn):
@@ -60,6 +71,7 @@ class Console:
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
         """A line that stays."""
+        text = for_terminal(text)
         self.rich.print(text, style=style, markup=False)
         self._log(text)
 

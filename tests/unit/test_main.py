@@ -54,3 +54,16 @@ def test_what_is_not_foreseen_is_called_a_bug_with_its_traceback():
         "error: ZeroDivisionError: division by zero",
         "This is a bug in sdxl-ray: please report the text above.",
     ]
+
+
+def test_what_a_terminal_would_obey_is_written_out():
+    assert ended(r"raise __import__('sdxl_ray.errors').errors.DatasetError('\x1b[2Jcat.png: no.')") == (
+        2,
+        "error: \\x1b[2Jcat.png: no.\n",
+    )
+
+
+def test_own_warnings_are_one_line_and_others_tell_where_they_are_from():
+    code, said = ended("import warnings; warnings.warn_explicit('no answer yet', UserWarning, cli.__file__, 93)")
+    assert (code, said) == (0, "note: no answer yet\n")
+    assert ended("import warnings; warnings.warn('from elsewhere')")[1].startswith("<string>:")

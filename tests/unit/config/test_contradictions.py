@@ -69,6 +69,7 @@ def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
                 ("caption_columns", ["words"], "column", "textfile"),
                 ("caption_lists", "tags", "column", "textfile"),
                 ("caption_lines", "whole", "textfile", "column"),
+                ("caption_extension", ".caption", "textfile", "column"),
             )
         ),
         ({"captions": ["skip"]}, "captions", 'is only "skip", which leaves out every image. Put a source before it.'),

@@ -15,6 +15,14 @@ def test_lines_are_printed_and_logged_as_they_are(tmp_path, capsys):
     assert (tmp_path / "log.txt").read_text(encoding="utf-8") == f"{PLAIN}\n猫\n\n"
 
 
+def test_what_a_terminal_would_obey_is_written_out(tmp_path, capsys):
+    console = Console(live=False, log_file=tmp_path / "log.txt")
+    console.line("skipped \x1b]0;title\x07\x1b[2Jcat\r.png, \x9b31m, caf\udce9.png:\n\t\u732b e\u0301")
+    shown = "skipped \\x1b]0;title\\x07\\x1b[2Jcat\\r.png, \\x9b31m, caf\\udce9.png:\n\t\u732b e\u0301\n"
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == shown
+    assert capsys.readouterr().out.expandtabs(8) == shown.expandtabs(8)
+
+
 def test_log_to_adds_a_log_once_and_keeps_what_is_there_and_what_was_said(tmp_path, capsys):
     log = tmp_path / "runs" / "cat" / "log.txt"
     for text in ("first run", "second run"):
