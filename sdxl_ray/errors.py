@@ -87,14 +87,17 @@ class Interrupted(SdxlRayError):
 def storage_errors(doing: str, path: str | Path, cure: str) -> Iterator[None]:
     """Turn a full or read-only disk into a `StorageError` that says what was being written and what to do.
 
-    `doing` completes "while ..." ("writing a latent shard"). Of `cure`, "Free some space" becomes "Make it writable"
-    where room is not what is missing. Other OSErrors pass unchanged.
+    `doing` completes "while ..." ("writing a latent shard"). Of `cure`, "Free some space" becomes "Make it writable" or
+    "Remove what is in its place" where room is not what is missing. Other OSErrors pass unchanged.
     """
     reasons = {
         errno.ENOSPC: "no space left on the device",
         errno.EDQUOT: "the disk quota is used up",
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission denied",
+        errno.ENOTDIR: "a file is in the place of a folder",
+        errno.EEXIST: "a file is in the place of a folder",
+        errno.EISDIR: "a folder is in the place of the file",
     }
     try:
         yield
@@ -104,4 +107,6 @@ def storage_errors(doing: str, path: str | Path, cure: str) -> Iterator[None]:
             raise
         if error.errno in (errno.EROFS, errno.EACCES):
             cure = cure.replace("Free some space", "Make it writable")
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            cure = cure.replace("Free some space", "Remove what is in its place")
         raise StorageError(f"{path}: {reason} while {doing}. {cure}") from error

@@ -175,7 +175,11 @@ def _in_resolution(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
         elif unit == "edge" and value % step and not dataset.own_buckets:
             yield "resolution", f"{text} is not a multiple of dataset.bucket_step = {step}"
     for value in _repeated(dataset.resolution):
-        yield "resolution", f"{value:g} is there twice. To see images more often, set dataset.repeats."
+        yield (
+            "resolution",
+            f"{value:g} is there twice. These are several sizes of each image, not width and height. To see images "
+            "more often, set dataset.repeats.",
+        )
 
 
 def _in_images(dataset: DatasetSection) -> Iterator[tuple[str, str]]:

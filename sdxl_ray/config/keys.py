@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sdxl_ray.config.elsewhere import our_name
 from sdxl_ray.config.names import fill_names
 from sdxl_ray.config.schema import Config, DatasetSection
 
@@ -67,15 +68,27 @@ def unit_of(key: str) -> str:
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:
-    """Nearest known key, by its whole path or, when that is far off, by its last part."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if not close:
-        by_leaf = {candidate.rpartition(".")[2]: candidate for candidate in known}
-        close = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.7)]
-    if not close:
-        sections = {candidate.partition(".")[0] for candidate in known}
-        close = difflib.get_close_matches(key, sections, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    """What another trainer calls so; or else the nearest known key: of the same section, a section, of any section."""
+    section, dot, leaf = key.rpartition(".")
+    sections = dict.fromkeys(candidate.partition(".")[0] for candidate in known)
+    by_leaf: dict[str, str] = {}
+    for candidate in sorted(known, key=lambda name: name.startswith("text_encoder")):  # the U-Net's come first
+        by_leaf.setdefault(candidate.rpartition(".")[2], candidate)
+    of_section = {name.rpartition(".")[2]: name for name in known if name.startswith(f"{section}.")} if dot else {}
+    found = our_name(leaf)
+    if found not in {*known, *sections}:
+        found = (
+            _nearest(leaf, of_section, 0.7)
+            or ("" if dot else _nearest(key, {name: name for name in sections}, 0.8))
+            or _nearest(leaf, by_leaf, 0.75)
+            or ("" if dot else _nearest(key, {name: name for name in sections}, 0.6))
+        )
+    return f" Did you mean {found}?" if found else ""
+
+
+def _nearest(name: str, among: Mapping[str, str], cutoff: float) -> str:
+    close = difflib.get_close_matches(name, among, n=1, cutoff=cutoff)
+    return among[close[0]] if close else ""
 
 
 # ---- where they stand ------------------------------------------------------------------------------------------------

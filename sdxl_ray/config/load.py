@@ -20,6 +20,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from sdxl_ray.config.contradictions import SHARED_BY_TRIALS, contradictions
+from sdxl_ray.config.elsewhere import DOCUMENT
 from sdxl_ray.config.keys import (
     did_you_mean,
     exact_line_of,
@@ -73,7 +74,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not valid TOML: {error}") from None
+        is_json = text.lstrip()[:1] in ("{", "[") and path.suffix.lower() == ".json"
+        hint = f". It is JSON, as other trainers have it: {DOCUMENT} says what their settings are called here" * is_json
+        raise ConfigError(f"{path}: is not valid TOML: {error}{hint}") from None
     applied: dict[str, str] = {}
     problems = _apply(raw, overrides, applied)
     names = names_of_tables(raw.get("dataset", [{}]))

@@ -53,7 +53,7 @@ def parse_duration(given: Any) -> Duration:
         return given
     match = _DURATION.fullmatch(given) if isinstance(given, str) else None
     if match is None:
-        raise ValueError('needs a number and its unit, such as "2000 steps" or "10 epochs"')
+        raise ValueError('needs a whole number and its unit, such as "2000 steps" or "10 epochs"')
     return Duration(int(match[1]), match[2].rstrip("s") + "s")
 
 

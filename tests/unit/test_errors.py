@@ -43,6 +43,9 @@ def test_exit_codes():
         (errno.EDQUOT, "the disk quota is used up", "Free some space"),
         (errno.EROFS, "the file system is read-only", "Make it writable"),
         (errno.EACCES, "permission denied", "Make it writable"),
+        (errno.ENOTDIR, "a file is in the place of a folder", "Remove what is in its place"),
+        (errno.EEXIST, "a file is in the place of a folder", "Remove what is in its place"),
+        (errno.EISDIR, "a folder is in the place of the file", "Remove what is in its place"),
     ],
 )
 def test_a_disk_that_refuses_is_a_storage_error_with_place_and_cure(number, reason, cure):

@@ -149,7 +149,8 @@ def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
         (
             {"resolution": [1024, 512, 1024]},
             "resolution",
-            "1024 is there twice. To see images more often, set dataset.repeats.",
+            "1024 is there twice. These are several sizes of each image, not width and height. To see images more "
+            "often, set dataset.repeats.",
         ),
         (
             {"buckets": ["1024x1024", "1000x1020"]},

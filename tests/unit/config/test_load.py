@@ -40,6 +40,15 @@ def test_the_run_is_called_after_its_file(write):
     assert load_config(write('run.name = "other"')).run.name == "other"
 
 
+def test_the_settings_of_another_trainer_are_told_as_that(tmp_path):
+    path = tmp_path / "multidatabackend.json"
+    path.write_text('[{"id": "cats", "instance_data_dir": "/cats"}]')
+    with pytest.raises(
+        ConfigError, match=r"is not valid TOML: .* It is JSON, as other .*: docs/coming-from-elsewhere\.md"
+    ):
+        load_config(path)
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -122,7 +131,8 @@ duration = "2000"
             "'bottom_left', 'bottom_right', 'focus'. Did you mean \"center\"?",
             "  on the command line: adapter.dropout = 1.5: must be below 1",
             "  cat.toml:9: adapter.rnak: unknown key. Did you mean adapter.rank?",
-            '  cat.toml:12: train.duration = "2000": needs a number and its unit, such as "2000 steps" or "10 epochs"',
+            '  cat.toml:12: train.duration = "2000": needs a whole number and its unit, such as "2000 steps" or '
+            '"10 epochs"',
         ]
     )
 
@@ -404,7 +414,7 @@ x = 1
             "cat.toml: 8 problems:",
             "  cat.toml:3: dataset 1 (cats): dataset.repeats = 0: must be at least 1",
             "  cat.toml:7: dataset 2 (portraits): dataset.resolutoin: unknown key. Did you mean dataset.resolution?",
-            '  cat.toml:17: dataset 3 (images): dataset.start = 500: needs a number and its unit, such as "2000 '
+            '  cat.toml:17: dataset 3 (images): dataset.start = 500: needs a whole number and its unit, such as "2000 '
             'steps" or "10 epochs"',
             "  cat.toml:16: dataset 3 (images): dataset.captions = 1: must be text in quotes",
             "  cat.toml:18: dataset 3 (images): dataset.caption_replace: must be a list of pairs: [['pattern', "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_ray.config.elsewhere import DOCUMENT, render_table
 from sdxl_ray.config.keys import known_keys
 from sdxl_ray.config.load import config_from_dict, load_config
 from sdxl_ray.config.schema import DatasetSection
@@ -138,3 +139,8 @@ def test_the_example_of_several_datasets():
     assert animals.path.startswith("s3://")
     assert (photographs.role, photographs.weight < 1) == ("regularization", True)
     assert held_out.role == "eval"
+
+
+def test_the_page_for_other_trainers_is_up_to_date():
+    """python scripts/make_docs.py"""
+    assert (ROOT / DOCUMENT).read_text(encoding="utf-8") == render_table()

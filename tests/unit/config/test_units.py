@@ -22,7 +22,7 @@ def test_durations_carry_their_unit(given, expected):
     "given", ["2000", 2000, "-1 steps", "1.5 epochs", "2000 step s", "ten epochs", "", "5 %", None]
 )
 def test_a_duration_without_a_number_or_unit_is_refused(given):
-    with pytest.raises(ValueError, match='needs a number and its unit, such as "2000 steps" or "10 epochs"'):
+    with pytest.raises(ValueError, match='needs a whole number and its unit, such as "2000 steps" or "10 epochs"'):
         parse_duration(given)
 
 
