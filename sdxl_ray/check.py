@@ -102,8 +102,11 @@ def explain(config: Config, *, progress: Callable[[str, int, int], None] = lambd
 
 def preview_crops(
     config: Config, path: Path, *, progress: Callable[[str, int, int], None] = lambda *_: None, num_shown: int = 24
-) -> Path:
+) -> list[str]:
     """A contact sheet of the crops and captions of each bucket, and of what is skipped, as one HTML page.
+
+    Returns:
+        what a person may want to know about the datasets beside it.
 
     Raises:
         InputError: what would stop the run.
@@ -128,7 +131,7 @@ def preview_crops(
         # Else what is encoded has it all.
         decorations={dataset.name: CaptionRules.of(dataset) for dataset in config.datasets if is_online},
     )
-    return path
+    return list(plan.collection.notes)
 
 
 def _plan(config: Config, model: str, progress: Callable[[str, int, int], None]) -> CachePlan:
@@ -164,6 +167,12 @@ def _explain_images(config: Config, plan: CachePlan, index: Index, found: Explan
     sources = ", ".join(f"{count} from {name}" for name, count in plan.collection.captions_from.items() if count)
     found.lines.append(f"captions    {sources}")
     found.warnings += plan.collection.notes
+    num_long = plan.num_long_captions()
+    if num_long:
+        found.warnings.append(
+            f"{num_long} captions are longer than {plan.max_tokens} tokens; the rest of them is not seen "
+            f"(cache.caption_chunks){'; of those that are encoded already' if plan.num_missing_text else ''}"
+        )
     num_enlarged, most = _enlargements(index)
     if num_enlarged:
         found.warnings.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -60,9 +61,16 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Explain a run before it costs anything: images, buckets, steps, memory, disk."""
     from sdxl_ray.check import explain
     from sdxl_ray.config.load import load_config
+    from sdxl_ray.tracking.console import Console
 
-    typer.echo(explain(load_config(config, overrides or [])).text())
-    typer.echo(f"\nNext: sdxl-ray train {config}")
+    with Console() as console:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if console.live or done < total:  # elsewhere only what takes long is worth a line
+                console.progress(stage, done, total)
+
+        console.line(explain(load_config(config, overrides or []), progress=progress).text())
+        console.line(f"\nNext: sdxl-ray train {shlex.join([str(config), *(overrides or [])])}")
 
 
 @app.command()
@@ -105,7 +113,9 @@ def cache(
     prune: Annotated[
         bool, typer.Option("--prune", help="Show what no dataset uses any more; with --yes delete it.")
     ] = False,
-    keep_days: Annotated[float, typer.Option(help="--prune: datasets that a run has used since are kept.", min=0)] = 30,
+    keep_days: Annotated[
+        float | None, typer.Option(help="--prune: datasets that a run has used since are kept. Else 30.", min=0)
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="--prune: delete.")] = False,
 ) -> None:
     """Stage 1: encode what the cache lacks. Or look after the cache."""
@@ -117,12 +127,17 @@ def cache(
 
     if sum((bool(preview), stats, verify, prune)) > 1:
         raise ConfigError("--preview, --stats, --verify and --prune: give one of them.")
+    if not prune and (yes or keep_days is not None):
+        raise ConfigError("--yes and --keep-days belong to --prune, which is not given.")
     settings = load_config(config, overrides or [])
     with Console() as console:
         if preview:
             from sdxl_ray.check import preview_crops
 
-            console.line(f"contact sheet: {preview_crops(settings, preview, progress=console.progress)}")
+            notes = preview_crops(settings, preview, progress=console.progress)
+            for note in notes:
+                console.line(f"note: {note}", style="yellow")
+            console.line(f"contact sheet: {preview}")
             return
         if stats or prune:
             from sdxl_ray.cache import maintenance
@@ -130,7 +145,8 @@ def cache(
             if stats:
                 lines = maintenance.stats(settings.cache.path).lines()
             else:
-                lines = maintenance.prune(settings.cache.path, keep_days=keep_days, dry_run=not yes).lines(done=yes)
+                days = 30.0 if keep_days is None else keep_days
+                lines = maintenance.prune(settings.cache.path, keep_days=days, dry_run=not yes).lines(done=yes)
             for line in lines:
                 console.line(line)
             return
@@ -141,8 +157,11 @@ def cache(
             for name, keys in damaged.items():
                 what = f"{len(keys)} entries are damaged" if keys else "cannot be used"
                 console.line(f"{name}: {what}", style="yellow")
+            names = ", ".join(dataset.name for dataset in settings.datasets)
             console.line(
-                "every entry is as it was written" if not damaged else "encoding again what this dataset needs"
+                f"encoding again what {names} needs of it; other datasets do so when they are cached or trained on next"
+                if damaged
+                else "every entry is as it was written"
             )
         from sdxl_ray.cache.pipeline import build_cache
 

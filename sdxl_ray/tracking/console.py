@@ -77,6 +77,8 @@ class Console:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """How far a stage is: a bar on a terminal; elsewhere a line when it ends and every ten seconds."""
+        if not total and stage not in self._last:
+            return
         now = time.monotonic()
         last, _, last_total = self._last.get(stage, (0, 0.0, 0))
         if done < last or last >= last_total:  # the first, or the same stage of another dataset

@@ -15,6 +15,7 @@ class RunDisplay:
         self.console = console
         self.memory_total_gib = 0.0
         self.first_eval: float | None = None
+        self.resumed_at = 0
 
     def __call__(self, event: dict[str, Any]) -> None:
         getattr(self, f"on_{event['event']}")(event)
@@ -61,12 +62,20 @@ class RunDisplay:
 
     def on_started(self, event: dict[str, Any]) -> None:
         self.memory_total_gib = event["memory_total_gib"]
+        self.resumed_at = event["step"]
+        held_out = f"{event['num_held_out']} for the eval loss" if event["num_held_out"] else "no eval loss"
+        samples = f"{event['num_train']} samples to train on, {held_out}"
         if event["checkpoint"]:
             self.console.line(
-                f"train: continuing at step {event['step']} of {event['max_steps']}, {event['checkpoint']}"
+                f"train: continuing at step {event['step']} of {event['max_steps']}, {event['checkpoint']}; {samples}"
             )
         else:
-            self.console.line(f"train: {event['max_steps']} steps")
+            self.console.line(f"train: {event['max_steps']} steps; {samples}")
+        if event["num_left_out"]:
+            self.console.line(
+                f"       {event['num_left_out']} images are evaluated, so their copies are not trained on",
+                style="yellow",
+            )
 
     def on_metrics(self, event: dict[str, Any]) -> None:
         step, max_steps, values = event["step"], event["max_steps"], event["values"]
@@ -76,11 +85,14 @@ class RunDisplay:
             if self.console.live and step < max_steps:
                 self.console.progress("steps", step, max_steps)
         if "eval/loss" in values:
-            self.first_eval = values["eval/loss"] if self.first_eval is None else self.first_eval
-            since = f" ({values['eval/loss'] - self.first_eval:+.4f} since the first)" if step else " (before training)"
-            self.console.line(
-                f"eval  {step:>{len(str(max_steps))}}/{max_steps} | eval loss {values['eval/loss']:.4f}{since}"
-            )
+            loss = values["eval/loss"]
+            if self.first_eval is None:
+                since = "" if step else " (before training)"
+                self.first_eval = loss
+            else:
+                first = f"the first after step {self.resumed_at}" if self.resumed_at else "the first"
+                since = f" ({loss - self.first_eval:+.4f} since {first})"
+            self.console.line(f"eval  {step:>{len(str(max_steps))}}/{max_steps} | eval loss {loss:.4f}{since}")
 
     def on_images(self, event: dict[str, Any]) -> None:
         self.console.line(f"images: {event['count']} in {event['folder']}")

@@ -79,6 +79,10 @@ def _problems(config: Config) -> Iterator[str]:
         timestep_sampler(config)
     except ConfigError as error:
         yield str(error)
+    run_folder = Path(config.run.output) / config.run.name
+    for folder in (run_folder, *run_folder.parents):
+        if folder.is_file():
+            yield f"run.output = {config.run.output}: {folder} is a file, and the run needs a folder there."
     start = config.adapter.start_from
     if start and not Path(start).is_file():
         yield f'adapter.start_from = "{start}": no such file. Give a LoRA\'s .safetensors file.'

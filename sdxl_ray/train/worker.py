@@ -19,6 +19,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from sdxl_ray.cache.store import LATE_S
 from sdxl_ray.config.schema import Config
 from sdxl_ray.errors import CacheError, SdxlRayError, TrainingError
 from sdxl_ray.run_folder import checkpoint_name
@@ -35,7 +36,6 @@ from sdxl_ray.train.state import TrainState, Workers
 from sdxl_ray.train.validation import draw_share, read_prompts
 
 _STOP_POLL_S = 0.5
-_LATE_S = 30.0  # a network drive may show a new file that much later
 _TELL_S = 60.0
 
 
@@ -133,7 +133,7 @@ class _Waiting:
         fatal, done = ray.get(self.monitor.encoding_state.remote())
         if fatal:
             raise CacheError(f"{shard} will not come: {fatal[1]}")
-        if done and waited > _LATE_S:
+        if done and waited > LATE_S:
             raise CacheError(
                 f"everything is encoded, and {shard} is not there for the worker on {socket.gethostname()}. Is "
                 "cache.path the same folder on all machines, and has nobody deleted from it?"
@@ -205,6 +205,9 @@ class RayReporter:
             max_steps=plan.max_steps,
             checkpoint=str(checkpoint) if checkpoint else "",
             memory_total_gib=_memory_total_gib(state.device),
+            num_train=len(self.training.data.train),
+            num_held_out=len(self.training.data.held_out),
+            num_left_out=self.training.data.num_left_out,
         )
         warning = objective_warning(self.config.loss.objective, self.training.scheduler_config)
         if warning:

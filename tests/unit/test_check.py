@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
+from sdxl_ray.cache.planning import CachePlan
 from sdxl_ray.check import ACTIVATIONS_GIB, estimate_memory_gib, explain, preview_crops
 from sdxl_ray.config.load import with_overrides
-from sdxl_ray.errors import ConfigError
+from sdxl_ray.errors import ConfigError, StorageError
 from sdxl_ray.sdxl import fingerprint
 
 UNET, ADAPTER = 2_567_463_684, 23_000_000
@@ -36,10 +37,37 @@ def test_evaluation_that_takes_much_of_the_run_is_named(config):
 @pytest.mark.parametrize("text", ["cached", "online"])
 def test_the_preview_shows_captions_as_training_reads_them(config, tmp_path, text):
     settings = {"cache.text": text, "dataset.trigger_word": "ohwx", "dataset.caption_suffix": ", drawn"}
-    page = preview_crops(with_overrides(config, settings), tmp_path / "sheet.html", num_shown=1)
+    page = tmp_path / "sheet.html"
+    assert preview_crops(with_overrides(config, settings), page, num_shown=1) == []
     found = re.findall(r'<ul class="captions"><li>([^<]*)</li>', page.read_text(encoding="utf-8"))
     assert found
     assert all(re.fullmatch(r"ohwx, [^,]+, drawn", caption) for caption in found), found
+
+
+def test_a_preview_that_cannot_be_written_is_no_bug_of_ours(config, tmp_path):
+    with pytest.raises(StorageError, match=r"a folder is in the place of the file while writing the contact sheet"):
+        preview_crops(config, tmp_path)
+
+
+@pytest.mark.parametrize("path", ["taken", "taken/runs"])
+def test_a_file_in_the_place_of_the_runs_folder_is_told_before_anything_is_done(config, tmp_path, path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(ConfigError) as error:
+        explain(with_overrides(config, {"run.output": str(tmp_path / path)}))
+    assert str(error.value) == (
+        f"run.output = {tmp_path / path}: {tmp_path / 'taken'} is a file, and the run needs a folder there."
+    )
+
+
+def test_captions_that_are_cut_are_told(config, monkeypatch):
+    assert "tokens" not in explain(config).text()
+    monkeypatch.setattr(CachePlan, "num_long_captions", lambda plan: 3)
+    assert (
+        "note: 3 captions are longer than 77 tokens; the rest of them is not seen (cache.caption_chunks)\n"
+        in explain(config).text() + "\n"
+    )
+    other = with_overrides(config, {"dataset.caption_suffix": ", drawn"})
+    assert "(cache.caption_chunks); of those that are encoded already" in explain(other).text()
 
 
 def test_the_limit_of_held_out_images_counts(config):

@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from sdxl_ray import cli
+from sdxl_ray.errors import ConfigError
+
 PROGRAM = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,3 +70,10 @@ def test_own_warnings_are_one_line_and_others_tell_where_they_are_from():
     code, said = ended("import warnings; warnings.warn_explicit('no answer yet', UserWarning, cli.__file__, 93)")
     assert (code, said) == (0, "note: no answer yet\n")
     assert ended("import warnings; warnings.warn('from elsewhere')")[1].startswith("<string>:")
+
+
+@pytest.mark.parametrize("options", [{"yes": True}, {"keep_days": 7.0}, {"stats": True, "yes": True}])
+def test_options_of_prune_alone_are_refused(tmp_path, options):
+    """Else `--yes` would begin to encode."""
+    with pytest.raises(ConfigError, match="--yes and --keep-days belong to --prune, which is not given"):
+        cli.cache(tmp_path / "my.toml", **options)

@@ -156,3 +156,9 @@ def test_on_a_terminal_progress_is_a_bar_that_goes_away(tmp_path, monkeypatch, c
 
 def test_what_is_no_terminal_gets_no_bars(capsys):
     assert Console().live is False
+
+
+def test_a_stage_with_nothing_to_do_is_not_told(capsys):
+    console = Console(live=False)
+    console.progress("images", 0, 0)
+    assert capsys.readouterr().out == ""
