@@ -121,6 +121,7 @@ def write_samples(path: Path, given: dict[str, Any]) -> None:
                     **{name: pa.array([[0]] * len(rows), pa.list_(pa.int32())) for name in ("crop_tops", "crop_lefts")},
                     "flip": [False] * len(rows),
                     "mask": [""] * len(rows),
+                    "mask_hash": [""] * len(rows),
                     "scaled_jpeg": [False] * len(rows),
                     "caption_bases": pa.array([[0]] * len(rows), pa.list_(pa.int32())),
                     "captions": [[f"a photograph of the thing with number {row}, in daylight"] for row in rows],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -18,7 +19,7 @@ from sdxl_ray.cache.captions import CaptionRules
 from sdxl_ray.cache.foreseen import index_of
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.planning import CachePlan, plan_cache
-from sdxl_ray.cache.preview import write_contact_sheet
+from sdxl_ray.cache.preview import SKIPPED_SHOWN, write_contact_sheet
 from sdxl_ray.cache.scan import scan_each
 from sdxl_ray.errors import ConfigError
 from sdxl_ray.export.which import is_whole_model
@@ -126,7 +127,7 @@ def preview_crops(
         title=", ".join(dataset.name for dataset in config.datasets),
         counts=plan.buckets,
         shown=shown,
-        skipped=[(item.path, item.reason) for item in plan.skipped],
+        skipped=[(item.path, item.reason) for item in plan.skipped[:SKIPPED_SHOWN]],
         num_skipped=len(plan.skipped),
         # Else what is encoded has it all.
         decorations={dataset.name: CaptionRules.of(dataset) for dataset in config.datasets if is_online},
@@ -151,17 +152,17 @@ def _explain_images(config: Config, plan: CachePlan, index: Index, found: Explan
     codes, names = index.codes("dataset")
     samples = Counter(dict(zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True)))
     for dataset in config.datasets:
-        skipped = [item for item in plan.skipped if item.dataset == dataset.name]
+        num_skipped = plan.skipped.num(dataset.name)
         num_images = plan.collection.num_images[dataset.name]
         role = "" if dataset.role == "train" else f" ({dataset.role})"
-        text = f"images      {num_images - len(skipped)} of {num_images} in {dataset.path}{role}"
-        if samples[dataset.name] != num_images - len(skipped):
+        text = f"images      {num_images - num_skipped} of {num_images} in {dataset.path}{role}"
+        if samples[dataset.name] != num_images - num_skipped:
             text += f", {samples[dataset.name]} samples with their sizes and mirror images"
         found.lines.append(text)
-        for item in skipped[:5]:
+        for item in itertools.islice(plan.skipped.of(dataset.name), 5):
             found.lines.append(f"            skipped {Path(item.path).name}: {item.reason}")
-        if len(skipped) > 5:
-            found.lines.append(f"            and {len(skipped) - 5} more")
+        if num_skipped > 5:
+            found.lines.append(f"            and {num_skipped - 5} more")
     for bucket, count in sorted(plan.buckets.items(), key=lambda item: -item[1]):
         found.lines.append(f"bucket      {bucket:>9}  {count} samples")
     sources = ", ".join(f"{count} from {name}" for name, count in plan.collection.captions_from.items() if count)

@@ -69,8 +69,9 @@ class Listed:
     mask_stamp    as `stamp`, of the mask; empty where the source does not know it
     focus_yx      point of interest from a table, as shares of height and width; where one of the two is above 1, in
                   pixels, of an image whose size the table does not tell: `cache.sources.values.as_shares`
-    columns       of a table's row: what columns the table has
-    beside        of an image without a caption file: other files of its name, beside it
+    columns       of a table's row: what columns the table has; of a tar file's sample without a caption: its .json
+    beside        of an image without a caption file: names of other files that are called like it, beside it; and
+                  addresses of tables that may have its caption, which have a "/"
     """
 
     path: str
@@ -103,6 +104,7 @@ class ImageRecord:
     address: str = ""  # empty: `path`
     flip: bool = False  # mirrored after the crop
     mask: str = ""  # "alpha", or the address of a mask file; empty: none
+    mask_hash: str = ""  # sha256 of the mask file's bytes, hex; empty: no file, or one that is taken as it is
     verify: bool = True  # whether `image_hash` is of the content, and so can be checked on decoding
     scaled_jpeg: bool = False  # a JPEG far larger than `resized_hw` may be shrunk by its decoder: dataset.jpeg_scaling
 
@@ -115,6 +117,11 @@ class ImageRecord:
         return MicroConditioning(self.original_hw, crop, self.bucket_hw)
 
 
+# Of what sample ids are made of: runs of another one cannot be resumed. Before 2 they were hashes of keys of latents,
+# which changed with the VAE and with the format of the cache.
+SAMPLE_ID_VERSION = 2
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
     """One row of the index: an image with its captions, and where its encoded tensors are.
@@ -123,7 +130,11 @@ class EncodedSample:
     is the one for evaluation.
     """
 
-    sample_id: str  # the same wherever the files lie, so that keyed randomness does not depend on paths
+    # What the sample is to the model, hashed: the image's bytes, bucket, size, crops, flip, mask, whether its JPEG is
+    # shrunk, and the captions as they are seen (24 hex digits; "-2" and so on behind those of further copies). The same
+    # wherever the files lie and whatever encodes them: order, noise and timesteps are drawn from it, and stay as they
+    # are with another VAE, dtype, format of the cache, or way to encode captions.
+    sample_id: str
     dataset: str  # its name; role, weight and repeats are the config's
     path: str
     address: str  # empty: `path`
@@ -135,13 +146,14 @@ class EncodedSample:
     crops: tuple[tuple[int, int], ...]  # crop_top_left of each variant, as SDXL is told
     flip: bool
     mask: str  # "alpha", the address of a mask file, or empty
-    scaled_jpeg: bool  # as in ImageRecord
+    scaled_jpeg: bool  # as in ImageRecord; likewise `mask_hash`
     captions: tuple[str, ...]
     caption_bases: tuple[int, ...]  # which caption each is a variant of; below 0: only for evaluation
     latent_keys: tuple[str, ...]  # one per crop
     latent_shards: tuple[str, ...]  # empty with cache.mode = "off"
     text_keys: tuple[str, ...]  # one per caption
     text_shards: tuple[str, ...]  # empty where text is encoded while training
+    mask_hash: str = ""
 
     @property
     def bucket(self) -> str:
@@ -166,6 +178,7 @@ class EncodedSample:
             address=self.address,
             flip=self.flip,
             mask=self.mask,
+            mask_hash=self.mask_hash,
             verify=self.verify,
             scaled_jpeg=self.scaled_jpeg,
         )

@@ -44,6 +44,6 @@ class RemoteFolder(Folder):
         self.calls["delete"] += 1
         self.inner.delete(name)
 
-    def list(self, prefix: str = "", suffix: str = "") -> list[FileEntry]:
+    def list(self, prefix: str = "", suffix: str = "", *, hidden_folders: bool = False) -> list[FileEntry]:
         self.calls["list"] += 1
-        return self.inner.list(prefix, suffix)
+        return self.inner.list(prefix, suffix, hidden_folders=hidden_folders)

@@ -73,7 +73,7 @@ def tiny_config(folder: Path, model: str, **overrides: Any) -> Any:
 
 def cache_without_ray(config: Any) -> str:
     """Stage 1 in this process, with the classes that Ray Data would run as actors; the path of the index."""
-    from sdxl_ray.cache import pipeline
+    from sdxl_ray.cache.generations import finish
     from sdxl_ray.cache.planning import plan_cache
     from sdxl_ray.sdxl.components import resolve_model
 
@@ -85,13 +85,13 @@ def cache_without_ray(config: Any) -> str:
         prompts=(*config.validation.prompts, config.validation.negative_prompt),
     )
     encode_without_ray(config, plan)
-    pipeline._write_index(config, plan)
+    finish(plan)
     return str(plan.index_path)
 
 
 def encode_without_ray(config: Any, plan: Any) -> None:
     """Everything that the plan lacks. Images that cannot be decoded leave it, as in `pipeline.encode_missing`."""
-    from sdxl_ray.cache import actors, ray_jobs
+    from sdxl_ray.cache import actors, ray_jobs, reports
     from sdxl_ray.cache.planning import drop_undecodable, find_missing
     from sdxl_ray.cache.skipped import Skipped
 
@@ -106,8 +106,8 @@ def encode_without_ray(config: Any, plan: Any) -> None:
         decoded = actors.decode_shard({"shard": json.dumps(asdict(shard))})
         results.append(write_latents({name: [value] for name, value in decoded.items()}))
     for result in results:
-        actors.raise_error(str(result["error"][0]))
-    skipped = [item for result in results for item in json.loads(str(result["skipped"][0]))]
+        reports.raise_error(reports.ShardReport.from_row(result).error)
+    skipped = [item for result in results for item in reports.ShardReport.from_row(result).skipped]
     if skipped:
         drop_undecodable(plan, {item["key"]: Skipped(item["path"], item["reason"]) for item in skipped})
     plan.store.refresh()

@@ -5,9 +5,11 @@ scan.py          images -> content hash and size; unreadable ones with their rea
 captions.py      images -> captions, never the wrong one                                  caption_files.py: one file
 caption_variants.py  tags shuffled and left out; trigger word, prefix, suffix             text_memo.py: of buckets
 buckets.py       size -> bucket, resize, crops
+judge.py         is an image used, and if not, why?                                       skipped.py: what is left out
 collection.py    all of these, in pieces -> columns                                       tables.py: large ones on disk
+ragged.py        rows of different lengths in two arrays
 planning.py      what the cache should hold, and what is still missing (no Ray, no torch)
-missing.py       keys that no shard has -> shards to be encoded                           skipped.py: what is left out
+missing.py       keys that no shard has -> shards to be encoded
 formats.py       bytes -> an opened image, with the plug-in that it needs
 images.py        file -> pixels: colour, orientation, resize, crop
 masks.py         transparency or a mask file -> what counts                               reading.py: both, or why not
@@ -15,12 +17,12 @@ encode.py        pixels -> VAE posterior; captions -> embeddings of both text en
 shards.py        tensors -> content-addressed .safetensors files
 shard_reader.py  key -> the tensors of its entry, checked                                 local_copies.py: of a bucket's
 store.py         key -> shard
-actors.py        what runs on the nodes: scan and decode tasks, encoding actors (no Ray)
-pools.py         how much of a cluster they take
-ray_jobs.py      the Ray Data jobs                                                        lost_shards.py: why one failed
+actors.py        what runs on the nodes: scan and decode tasks, encoding actors (no Ray)  reports.py: what they tell
+pools.py         how much of a cluster they take                                          room.py: is it free?
+ray_jobs.py      the Ray Data jobs       waves.py: their work    ray_rows.py: their rows  lost_shards.py: why one failed
 pipeline.py      the whole stage; in the background of a run with cache.mode = "ondemand"
 index.py         index.parquet: one row per sample                                        foreseen.py: of a plan
-manifest.py      what an index was made with, and where the prompts are
+generations.py   the folder of an index: named by its content, so written once
 live.py          one image or caption, encoded on the spot by a training worker
 maintenance.py   what is in a cache folder, is it whole, what is unused
 preview.py       the contact sheet

@@ -1,7 +1,6 @@
 """What Ray Data runs on the nodes: scan and decode tasks, encoding actors. Plain callables, no Ray in here.
 
-Errors travel as rows: raised inside an actor they would come back wrapped three times, and one raised in a constructor
-would be tried again and again. `raise_error` on the driver makes of such a row what it was.
+What became of a shard travels as a row, its `ShardReport`, and so do errors (reports.py).
 """
 
 from __future__ import annotations
@@ -9,23 +8,22 @@ from __future__ import annotations
 import json
 import socket
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from sdxl_ray import errors
 from sdxl_ray.cache.images import UnreadableImage
 from sdxl_ray.cache.planning import TextShard, max_tokens
 from sdxl_ray.cache.reading import is_web, load_image, not_given, reason_of
+from sdxl_ray.cache.reports import ShardReport, error_text, unpacked
 from sdxl_ray.cache.scan import ScannedFile, scan_file, scan_images
-from sdxl_ray.cache.shards import write_shard
+from sdxl_ray.cache.shards import DAMAGED_SUFFIX, OtherVersion, read_header, write_shard
 from sdxl_ray.errors import CacheError, SdxlRayError, StorageError
 from sdxl_ray.records import ImageRecord, Listed
-from sdxl_ray.storage import open_folder
+from sdxl_ray.storage import join, open_folder, status
 
 if TYPE_CHECKING:
     import torch
@@ -115,24 +113,49 @@ def unreadable_on_node(node: str, path: str, reason: str) -> CacheError:
 class WriteTextShard:
     """Ray Data actor: captions of one shard to embeddings, written."""
 
-    def __init__(self, *, cache: str, fingerprint: str, device: str = "cpu", threads: int = 0, **encoder: Any) -> None:
+    def __init__(
+        self,
+        *,
+        cache: str,
+        fingerprint: str,
+        device: str = "cpu",
+        threads: int = 0,
+        began: Callable[[], None] = lambda: None,
+        **encoder: Any,
+    ) -> None:
+        """
+        Args:
+            began: called at once, so that the driver knows that Ray has found a place for this actor.
+        """
+        began()
         self.cache, self.fingerprint, self.device, self.settings = cache, fingerprint, device, encoder
         self.threads = threads
         self.loading = _in_background(self._load)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        shard = TextShard(**json.loads(str(batch["shard"][0])))
+        shard = TextShard(**unpacked(batch["shard"][0]))
         started = time.perf_counter()
         try:
+            there = _written_meanwhile(self.cache, shard.name, shard.keys)
+            if there is not None:
+                num_long = self._num_long(json.loads(there["sdxl_ray.num_tokens"]))
+                return ShardReport(shard.name, num_there=len(shard.keys), long=num_long).to_row()
             encoder = self.loading.result()
             limit_threads(self.device, self.threads)
             tensors, num_tokens = encoder.encode(shard.captions)
             extra = {"encoder": self.fingerprint, "num_tokens": json.dumps(num_tokens)}
             write_shard(open_folder(self.cache), shard.name, shard.keys, tensors, extra)
         except SdxlRayError as error:
-            return _row(0, error=error_text(error))
-        num_long = sum(num > max_tokens(encoder.num_chunks) for num in num_tokens)
-        return _row(len(shard.keys), encode_s=time.perf_counter() - started, long=num_long)
+            return ShardReport(shard.name, error=error_text(error)).to_row()
+        return ShardReport(
+            shard.name,
+            num=len(shard.keys),
+            encode_s=time.perf_counter() - started,
+            long=self._num_long(num_tokens),
+        ).to_row()
+
+    def _num_long(self, num_tokens: Sequence[int]) -> int:
+        return sum(num > max_tokens(self.settings.get("num_chunks", 1)) for num in num_tokens)
 
     def _load(self) -> TextEncoder:
         from sdxl_ray.cache.encode import TextEncoder, loading
@@ -148,20 +171,24 @@ class WriteTextShard:
 def decode_shard(row: dict[str, Any]) -> dict[str, Any]:
     """Ray Data task: the pixels of one shard, (N, H, W, 3) uint8; N is smaller where images are damaged.
 
-    With masks, "masks" is (N, H/8, W/8) uint8, else it has no pixels. An image that is damaged is skipped, and so are
-    those that the work item is to be done without. At one that this node cannot read although the driver has, decoding
+    With masks, "masks" is (N, H/8, W/8) uint8, else it has no pixels. Where the row names the "cache" and the shard is
+    there by now, nothing is decoded. An image that is damaged is skipped, and so are those that the work item is to be
+    done without. At one that this node cannot read although the driver has, decoding
     ends without any pixels, and it is for the driver to look; where the listing was trusted instead, it is skipped if
     it is not there, or if its web server does not give it.
     """
-    shard = json.loads(str(row["shard"]))
+    shard = unpacked(row["shard"])
     without = set(shard.get("without", ()))
+    wanted = [item for item in zip(shard["keys"], shard["records"], strict=True) if item[0] not in without]
     started = time.perf_counter()
     pixels: list[np.ndarray] = []
     masks: list[np.ndarray] = []
-    header: dict[str, Any] = {"name": shard["name"], "keys": [], "paths": [], "skipped": [], "unreadable": None}
-    for key, fields in zip(shard["keys"], shard["records"], strict=True):
-        if key in without:
-            continue
+    node = socket.gethostname()
+    header: dict[str, Any] = {"name": shard["name"], "node": node, "num_there": None, "keys": [], "paths": []}
+    header |= {"skipped": [], "unreadable": None}
+    if "cache" in row and _written_meanwhile(row["cache"], shard["name"], [key for key, _ in wanted]) is not None:
+        header["num_there"], wanted = len(wanted), []
+    for key, fields in wanted:
         record = record_from(fields)
         try:
             image, mask = _load(record)
@@ -170,7 +197,7 @@ def decode_shard(row: dict[str, Any]) -> dict[str, Any]:
             header["skipped"].append({**item, "reason": str(error), "kind": error.kind})
             continue
         except (OSError, StorageError) as error:
-            header["unreadable"] = {"key": key, "node": socket.gethostname(), "reason": reason_of(error)}
+            header["unreadable"] = {"key": key, "node": node, "reason": reason_of(error)}
             pixels.clear()
             masks.clear()
             break
@@ -209,12 +236,15 @@ class WriteLatentShard:
         device: str = "cpu",
         threads: int = 0,
         write_empty: bool = False,
+        began: Callable[[], None] = lambda: None,
         **encoder: Any,
     ) -> None:
         """
         Args:
             write_empty: also shards of which no image can be decoded, since somebody waits for them.
+            began: as for `WriteTextShard`.
         """
+        began()
         self.cache, self.fingerprint, self.device, self.settings = cache, fingerprint, device, encoder
         self.threads, self.write_empty = threads, write_empty
         self.loading = _in_background(self._load)
@@ -222,8 +252,10 @@ class WriteLatentShard:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         header = json.loads(str(batch["header"][0]))
         name = header["name"]
+        if header["num_there"] is not None:
+            return ShardReport(name, num_there=header["num_there"]).to_row()
         if header["unreadable"]:
-            return _row(0, name=name, unreadable=json.dumps(header["unreadable"]))
+            return ShardReport(name, unreadable=header["unreadable"]).to_row()
         started = time.perf_counter()
         pixels, masks = batch["pixels"][0], batch["masks"][0]
         tiled = 0
@@ -238,15 +270,16 @@ class WriteLatentShard:
                     tensors["mask"] = torch_tensor(masks)
                 write_shard(open_folder(self.cache), name, header["keys"], tensors, {"encoder": self.fingerprint})
             except Exception as error:  # raised here, it would be one of those that a job may lose (ray_jobs.py)
-                return _row(0, name=name, error=error_text(error))
-        return _row(
-            len(header["keys"]),
-            name=name,
+                return ShardReport(name, error=error_text(error)).to_row()
+        return ShardReport(
+            name,
+            num=len(header["keys"]),
             skipped=header["skipped"],
+            node=header["node"],
             encode_s=time.perf_counter() - started,
             decode_s=header["decode_s"],
             tiled=tiled,
-        )
+        ).to_row()
 
     def _load(self) -> LatentEncoder:
         from sdxl_ray.cache.encode import LatentEncoder, loading
@@ -319,68 +352,18 @@ def torch_device(kind: str) -> torch.device:
     return torch.device("mps" if kind == "mps" and torch.backends.mps.is_available() else "cpu")
 
 
-def _row(
-    num: int,
-    *,
-    name: str = "",
-    skipped: Sequence[Any] = (),
-    unreadable: str = "",
-    error: str = "",
-    encode_s: float = 0.0,
-    decode_s: float = 0.0,
-    tiled: int = 0,
-    long: int = 0,
-) -> dict[str, Any]:
-    return {
-        "num": np.array([num]),
-        "name": np.array([name]),  # of a shard of images
-        "unreadable": np.array([unreadable]),  # why it was not encoded: an image that the node cannot read
-        "skipped": np.array([json.dumps(list(skipped))]),
-        "error": np.array([error]),
-        "encode_s": np.array([encode_s]),
-        "decode_s": np.array([decode_s]),
-        "tiled": np.array([tiled]),  # images for which an accelerator had too little memory
-        "long": np.array([long]),  # captions of which the encoders see only a part
-    }
+def _written_meanwhile(cache: str, name: str, keys: Iterable[str]) -> dict[str, str] | None:
+    """The metadata of this shard where it is there by now, whole and with all of these entries; else None.
 
-
-def failure(failed: str, reason: str, kept: str, *, memory: bool) -> str:
-    """What a person is told of an error that nobody expected.
-
-    Args:
-        failed: "encoding failed".
-        kept: what is not lost.
-        memory: whether it was for want of memory.
+    Another job may fill the same gap. Where an entry of it was noted as damaged, it is to be written again.
     """
-    cure = (
-        "A node has too little memory. Let fewer tasks run there at once: fewer encoders (cache.num_encoders, "
-        "cache.max_encoders), fewer CPUs for Ray, or nothing else beside them. "
-        if memory
-        else ""
-    )
-    return f"{failed}: {reason}. {cure}{kept}; run again to go on. With --traceback, the whole error is shown."
-
-
-def error_text(error: Exception) -> str:
-    """An error as part of a row."""
-    message, shown = str(error), ""
-    if not isinstance(error, SdxlRayError):
-        first = next(iter(message.splitlines()), "")
-        reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        memory = isinstance(error, MemoryError)
-        message = failure("encoding failed", reason.rstrip("."), "Finished shards are kept", memory=memory)
-        shown = "".join(traceback.format_exception(error))
-    return json.dumps([type(error).__name__, message, socket.gethostname(), shown])
-
-
-def raise_error(text: str) -> None:
-    """Nothing if there was none; else raise it as the kind it was, with its node where that is another machine.
-
-    One that is none of ours becomes a CacheError, with its traceback as the cause.
-    """
-    if not text:
-        return
-    name, message, node, shown = json.loads(text)
-    kind = getattr(errors, name, CacheError)
-    told = kind(message if node == socket.gethostname() or node in message else f"on node {node}: {message}")
-    raise told from (RuntimeError(f"on node {node}:\n{shown}") if shown else None)
+    folder = open_folder(cache)
+    try:
+        found = status(join(cache, name))
+        if found is None or folder.exists(name + DAMAGED_SUFFIX):
+            return None
+        header = read_header(folder, name, found.size)
+    except (OSError, StorageError, OtherVersion):  # it is encoded, and writing tells what is wrong there
+        return None
+    metadata: dict[str, str] = header["__metadata__"] if header else {}
+    return metadata if set(keys) <= set(json.loads(metadata.get("sdxl_ray.keys", "[]"))) else None

@@ -188,6 +188,17 @@ def _unique(captions: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(captions))
 
 
+def several_captions_note(num: int, num_images: int, rules: CaptionRules, given: Counter[str]) -> str:
+    """For `num` of `num_images` images that have more than one caption; `given` as `read_captions` tells it."""
+    cures = []
+    if given["textfile"] and rules.lines == "alternatives":
+        cures.append('the lines of a caption file are one caption, set dataset.caption_lines = "whole"')
+    if given["column"]:
+        cures.append('a list is one caption, set dataset.caption_lists = "tags"')
+    text = f"{num} of {num_images} images have several captions, of which each epoch draws one"
+    return f"{text}; if {'; if '.join(cures)}" if cures else text
+
+
 # ---- images without --------------------------------------------------------------------------------------------------
 
 
@@ -201,9 +212,11 @@ def no_captions_error(
     shown = "\n".join(f"  {image.path}" for image in without[:5])
     more = f"\n  and {num_without - min(5, len(without))} more" if num_without > min(5, len(without)) else ""
     example = PurePosixPath(without[0].path)
-    columns = without[0].columns  # of a table: beside its rows, or what they name, no caption file is looked for
-    in_tables = "a column" if columns else "a column (of a WebDataset: in the .json)"
+    is_tar = without[0].address.startswith("tar:")
+    columns = without[0].columns
+    in_tables = "the .json" if is_tar else "a column" if columns else "a column (of a WebDataset: in the .json)"
     there_are = f", and there are {', '.join(columns[:30])} (dataset.caption_columns)" if columns else ""
+    in_table = bool(columns) and not is_tar  # beside its rows, or what they name, no caption file is looked for
     texts = {
         "textfile": f"{example.stem}{rules.extension} or {example.name}{rules.extension} beside {example.name} with at "
         "least one line",
@@ -211,7 +224,7 @@ def no_captions_error(
         "filename": "a file name with letters",
         "instance_prompt": "dataset.instance_prompt, which is empty",
     }
-    expected = [texts[source] for source in rules.sources if not (columns and source == "textfile")]
+    expected = [texts[source] for source in rules.sources if not (in_table and source == "textfile")]
     others = [
         text
         for source, text in (
@@ -231,13 +244,74 @@ def no_captions_error(
     )
 
 
+# How files of captions end; those of latents (.npz), of notes (.json) and others do not.
+_TEXT_SUFFIX = re.compile(r"\.(txt|text|\w*cap|\w*captions?|\w*tags?|prompts?|desc|description)", re.IGNORECASE)
+_MASK = re.compile(r".([-_.]mask\w*\.\w+)", re.IGNORECASE)  # OneTrainer: cat-masklabel.png
+
+
 def _beside(without: Sequence[Listed], rules: CaptionRules) -> str:
-    """What may be a caption file under another name."""
-    found = next((image for image in without if image.beside), None)
-    if found is None or "textfile" not in rules.sources:
-        return ""
-    extensions = " or ".join(dict.fromkeys(f'"{PurePosixPath(name).suffix}"' for name in found.beside))
-    return (
-        f" Beside {PurePosixPath(found.path).name} there is {', '.join(found.beside)}: if that is its caption, set "
-        f"dataset.caption_extension = {extensions}."
+    """What may be a caption file under another name, or a table of captions; and images that may be none."""
+    return "".join(
+        (
+            _other_files(without, rules) if "textfile" in rules.sources else "",
+            _tables(without),
+            _masks(without),
+        )
     )
+
+
+def _other_files(without: Sequence[Listed], rules: CaptionRules) -> str:
+    notes = ""
+    for image in without:
+        own = {name: _ending(name, PurePosixPath(image.path)) for name in image.beside if "/" not in name}
+        extensions = dict.fromkeys(
+            ending
+            for name, ending in own.items()
+            if _TEXT_SUFFIX.fullmatch(PurePosixPath(name).suffix) and ending.lower() != rules.extension.lower()
+        )
+        if extensions:
+            files = [name for name, ending in own.items() if ending in extensions]
+            extension = " or ".join(f'"{ending}"' for ending in extensions)
+            return (
+                f" Beside {PurePosixPath(image.path).name} there is {', '.join(files)}: if that is its caption, set "
+                f"dataset.caption_extension = {extension}."
+            )
+        json_file = next((name for name, ending in own.items() if ending.lower() == ".json"), "")
+        if json_file and not notes:
+            notes = (
+                f" Of a folder no .json such as {json_file} is read: write a metadata.jsonl beside the images, a line "
+                f'for each: {{"file_name": "{PurePosixPath(image.path).name}", "text": "..."}}; or pack image and '
+                ".json into tar files (WebDataset)."
+            )
+    return notes
+
+
+def _ending(name: str, image: PurePosixPath) -> str:
+    """What a caption file's name has more than its image's: ".caption.txt"."""
+    for beginning in (image.name, image.stem, image.name.partition(".")[0]):
+        if name.startswith(f"{beginning}."):
+            return name.removeprefix(beginning)
+    return PurePosixPath(name).suffix
+
+
+def _tables(without: Sequence[Listed]) -> str:
+    tables = [*dict.fromkeys(name for image in without for name in image.beside if "/" in name)]
+    if not tables:
+        return ""
+    if len(tables) > 1 and len({PurePosixPath(table).name for table in tables}) == 1:
+        cure = 'set dataset.format = "table"'
+    else:
+        cure = "set dataset.path to it" if len(tables) == 1 else "set dataset.path to the one that is meant"
+    are = "There is a table, {}, which is" if len(tables) == 1 else "There are tables, {}, which are"
+    return f" {are.format(', '.join(tables))} not read beside images: if the captions are there, {cure}."
+
+
+def _masks(without: Sequence[Listed]) -> str:
+    """Images that look like the masks of others."""
+    for path in (PurePosixPath(image.path) for image in without):
+        suffix = _MASK.search(path.name)
+        if suffix:
+            return f' If {path.name} is a mask and no picture, set dataset.mask_suffix = "{suffix[1]}".'
+        if path.parent.name.lower() in ("mask", "masks"):
+            return f" If what is in {path.parent} are masks and no pictures, move them out of dataset.path."
+    return ""

@@ -8,7 +8,6 @@ lie in a memory-mapped file.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import os
@@ -22,20 +21,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sdxl_ray.cache.buckets import Geometry, Placement, Unfit, place_all
+from sdxl_ray.cache.buckets import Placement
 from sdxl_ray.cache.caption_variants import decorate, expand_variants
-from sdxl_ray.cache.captions import NO_CAPTION, CaptionRules, no_captions_error, read_captions
+from sdxl_ray.cache.captions import read_captions
+from sdxl_ray.cache.formats import may_be_jpeg
 from sdxl_ray.cache.images import jpeg_reduction
 from sdxl_ray.cache.index import PLACED
+from sdxl_ray.cache.judge import DatasetRules, Mask, Tally, Used, judge
 from sdxl_ray.cache.memo import Memo
+from sdxl_ray.cache.ragged import Ragged
 from sdxl_ray.cache.scan import ScannedFile, scan_each
 from sdxl_ray.cache.shards import KEY_BYTES, latent_key, text_key
-from sdxl_ray.cache.skipped import Skipped
-from sdxl_ray.cache.sources import as_shares, list_dataset, shown_address
+from sdxl_ray.cache.skipped import Skipped, SkippedImages
+from sdxl_ray.cache.sources import list_dataset, shown_address
 from sdxl_ray.cache.store import KEY_DTYPE, hex_strings, keys_from_hex
 from sdxl_ray.cache.tables import PIECE, fixed_bytes, gather
 from sdxl_ray.cache.text_memo import TextMemo
-from sdxl_ray.records import ImageRecord, Listed, bucket_key, mirrored, parse_bucket_key
+from sdxl_ray.records import SAMPLE_ID_VERSION, ImageRecord, Listed, bucket_key, mirrored, parse_bucket_key
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import DatasetSection
@@ -75,7 +77,7 @@ class Collection:
 
     table: pa.Table = field(default_factory=SCHEMA.empty_table)
     num_images: dict[str, int] = field(default_factory=dict)  # of each dataset, before anything was skipped
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: SkippedImages = field(default_factory=SkippedImages)
     captions_from: Counter[str] = field(default_factory=Counter)  # source -> captions, as the files have them
     notes: list[str] = field(default_factory=list)  # what is not as the settings let one expect
 
@@ -91,20 +93,19 @@ class Collection:
         )
         self.table = gather(pieces, SCHEMA)
 
-    def keys(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """(keys of all rows one after another, 'S16'; how many each row has) of "latent_keys" or "text_keys"."""
+    def keys(self, column: str) -> Ragged:
+        """Of each row, 'S16': "latent_keys" or "text_keys"."""
         chunks = self.table.column(column).chunks
         values = [fixed_bytes(chunk.flatten(), KEY_BYTES) for chunk in chunks]
         counts = [pc.list_value_length(chunk).to_numpy() for chunk in chunks]
         empty = np.empty(0, KEY_DTYPE)
-        return np.concatenate([empty, *values]), np.concatenate([np.empty(0, np.int32), *counts])
+        return Ragged(np.concatenate([empty, *values]), np.concatenate([np.empty(0, np.int32), *counts]))
 
     def rows_with(self, latent_keys: Iterable[str]) -> dict[int, str]:
         """Row -> one of these keys, of the rows that have one."""
-        keys, counts = self.keys("latent_keys")
-        places = np.flatnonzero(np.isin(keys, keys_from_hex(latent_keys)))
-        rows = np.searchsorted(np.cumsum(counts), places, side="right")
-        return dict(zip(rows.tolist(), hex_strings(keys[places]).to_pylist(), strict=True))
+        keys = self.keys("latent_keys")
+        entries = np.flatnonzero(np.isin(keys.values, keys_from_hex(latent_keys)))
+        return dict(zip(keys.rows_of(entries).tolist(), hex_strings(keys.values[entries]).to_pylist(), strict=True))
 
     def rows(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """As dictionaries. Each piece of the table is asked for its own rows: `take` would first copy all pieces."""
@@ -134,6 +135,7 @@ class Collection:
                     address=row["address"],
                     flip=row["flip"],
                     mask=row["mask"],
+                    mask_hash=row["mask_hash"],
                     verify=row["verify"],
                     scaled_jpeg=row["scaled_jpeg"],
                 )
@@ -157,103 +159,48 @@ def collect(
     Raises:
         DatasetError: no images; ambiguous or missing captions.
     """
-    collection, texts = Collection(), TextMemo(memo.folder)
-    pieces = (
-        piece for section in datasets for piece in _collect_one(section, collection, memo, texts, encoded_with, scan)
-    )
+    collection, context = Collection(), _Context(memo, TextMemo(memo.folder), scan, encoded_with)
+    pieces = (piece for section in datasets for piece in _collect_one(section, collection, context))
     try:
         collection.table = gather(pieces, SCHEMA)
     finally:  # also what an interrupted scan has found
-        memo.write()
-        texts.write()
+        context.memo.write()
+        context.texts.write()
     return collection
 
 
-def _collect_one(
-    section: DatasetSection,
-    collection: Collection,
-    memo: Memo,
-    texts: TextMemo,
-    encoded_with: EncodedWith,
-    scan: Scan,
-) -> Iterator[pa.Table]:
+@dataclass(frozen=True)
+class _Context:
+    """What all datasets share."""
+
+    memo: Memo
+    texts: TextMemo
+    scan: Scan
+    encoded_with: EncodedWith
+
+
+def _collect_one(section: DatasetSection, collection: Collection, context: _Context) -> Iterator[pa.Table]:
     """The rows of one dataset; counts and what is skipped go into `collection`."""
-    rules, geometries = CaptionRules.of(section), Geometry.of(section)
-    # What is only evaluated is seen once, with its first crop: other ones would be encoded for nothing.
-    evaluated = section.role == "eval"
-    flips = (False, True) if section.flip and not evaluated else (False,)
-    if evaluated:
-        geometries = tuple(dataclasses.replace(geometry, crop_variants=1) for geometry in geometries)
-    without: list[Listed] = []
-    num_without = num_images = 0
-    tally = _Tally()
-    for files in _pieces(list_dataset(section, texts)):
-        num_images += len(files)
-        scanned = _scan(files, section, memo, scan)
-        rows = _Rows(section, rules, encoded_with)
-        captions, reasons, given = read_captions(files, rules, texts)
-        tally.captions.update(given)
-        masks = _mask_hashes(files, section, memo, scan)
+    rules = DatasetRules.of(section)
+    tally = Tally(rules)
+    for files in _pieces(list_dataset(section, context.texts)):
+        scanned = _scan(files, [rules.identifies_by_listing(file) for file in files], section.max_pixels, context)
+        captions, problems, sources = read_captions(files, rules.captions, context.texts)
+        tally.captions.update(sources)
+        masks = _masks(files, section, context)
+        rows = _Rows(rules, context.encoded_with)
         for at, (file, image) in enumerate(zip(files, scanned, strict=True)):
-            problem = image.problem or reasons.get(at, "") or masks.get(file.mask_file, ("", ""))[1]
-            if problem:
-                collection.skipped.append(Skipped(file.path, problem, section.name, kind=image.kind))
-                continue
-            original_hw = (image.height, image.width)
-            focus_yx = as_shares(file.focus_yx, original_hw)
-            placements = place_all(original_hw, image.image_hash, geometries, focus_yx)
-            if isinstance(placements, Unfit):
-                collection.skipped.append(Skipped(file.path, placements.reason, section.name, by_choice=True))
-                continue
-            if not captions[at] and rules.skips:
-                collection.skipped.append(Skipped(file.path, NO_CAPTION, section.name, by_choice=True))
-                continue
-            if not captions[at]:  # after the sizes: what is left out needs no caption
-                num_without += 1
-                without += [file] if num_without <= 10 else []
-                continue
-            tally.images += 1
-            tally.masked += bool(file.mask_file)
-            tally.pointed += focus_yx is not None
-            mask, mask_hash = "", ""
-            if section.mask == "alpha":
-                mask = mask_hash = "alpha"
-            elif file.mask_file:
-                mask, mask_hash = file.mask_file, masks[file.mask_file][0]
-            found = _Found(file, image, mask, mask_hash, captions[at], _trusted(file, section))
-            for placement, flip in itertools.product(placements, flips):
-                rows.add(found, placement, flip)
+            verdict = judge(file, image, captions[at], problems.get(at, ""), masks[at], rules)
+            tally.add(verdict)
+            if isinstance(verdict, Skipped):
+                collection.skipped.append(verdict)
+            elif isinstance(verdict, Used):
+                rows.add(verdict)
         yield rows.table()
-    if num_without:
-        raise no_captions_error(without, num_without, num_images, rules)
-    collection.num_images[section.name] = num_images
+    tally.check_captions()
+    collection.num_images[section.name] = tally.images
     collection.captions_from += tally.captions
-    collection.notes += tally.notes(section)
-
-
-@dataclass
-class _Tally:
-    """Of a dataset's images that are used."""
-
-    images: int = 0
-    masked: int = 0  # with a mask file
-    pointed: int = 0  # with a point of interest inside
-    captions: Counter[str] = field(default_factory=Counter)  # by source
-
-    def notes(self, section: DatasetSection) -> Iterator[str]:
-        dataset = f'dataset "{section.name}"'
-        if section.mask == "file" and self.masked < self.images:
-            yield f"{dataset}: {self.masked} of {self.images} images have a mask; the others count whole"
-        if section.crop == "focus" and self.pointed < self.images:
-            yield (
-                f"{dataset}: {self.pointed} of {self.images} images have a point of interest; the others are cut in "
-                "the middle"
-            )
-        first = section.captions[0]
-        if section.captions != type(section).model_fields["captions"].default and not self.captions[first]:
-            found = ", ".join(f"{count} from {name}" for name, count in self.captions.items() if count)
-            if found:
-                yield f'{dataset}: no caption is from "{first}", the first of dataset.captions; {found}'
+    collection.notes += tally.notes()
 
 
 def _pieces(files: Iterator[Listed]) -> Iterator[list[Listed]]:
@@ -261,27 +208,23 @@ def _pieces(files: Iterator[Listed]) -> Iterator[list[Listed]]:
         yield piece
 
 
-def _trusted(file: Listed, section: DatasetSection) -> bool:
-    """Whether the listing identifies the image, so that it need not be read."""
-    return section.identify_by == "listing" or (section.identify_by == "auto" and file.original_hw is not None)
-
-
-def _scan(files: Sequence[Listed], section: DatasetSection, memo: Memo, scan: Scan) -> list[ScannedFile]:
-    trusted = [_trusted(file, section) for file in files]
-    known = memo.find(files, trusted, section.max_pixels)
+def _scan(files: Sequence[Listed], by_listing: Sequence[bool], max_pixels: int, context: _Context) -> list[ScannedFile]:
+    """What is known of each file, and of the others what a look at them says."""
+    memo = context.memo
+    known = memo.find(files, by_listing, max_pixels)
     unknown = [at for at, found in enumerate(known) if found is None]
-    new, by_listing = [files[at] for at in unknown], [trusted[at] for at in unknown]
+    new, new_by_listing = [files[at] for at in unknown], [by_listing[at] for at in unknown]
     scanned: list[ScannedFile] = []
     num_handed_on, handed_on = 0, time.monotonic()
 
     def hand_on() -> None:
         nonlocal num_handed_on, handed_on
         rows = slice(num_handed_on, len(scanned))
-        memo.add(new[rows], by_listing[rows], scanned[rows])
+        memo.add(new[rows], new_by_listing[rows], scanned[rows])
         num_handed_on, handed_on = len(scanned), time.monotonic()
 
     try:
-        for found in scan(new, max_pixels=section.max_pixels, by_listing=by_listing) if new else []:
+        for found in context.scan(new, max_pixels=max_pixels, by_listing=new_by_listing) if new else []:
             scanned.append(found)
             if time.monotonic() - handed_on > _HAND_ON_EVERY_S:
                 hand_on()
@@ -291,18 +234,21 @@ def _scan(files: Sequence[Listed], section: DatasetSection, memo: Memo, scan: Sc
     return [known_file or fresh[at] for at, known_file in enumerate(known)]
 
 
-def _mask_hashes(
-    files: Sequence[Listed], section: DatasetSection, memo: Memo, scan: Scan
-) -> dict[str, tuple[str, str]]:
-    """(hash, problem) of each mask file."""
+def _masks(files: Sequence[Listed], section: DatasetSection, context: _Context) -> list[Mask]:
+    """Of each image. Mask files are always identified by their content."""
+    if section.mask == "alpha":
+        return [Mask("alpha", "alpha")] * len(files)
     masks = [Listed(path=file.mask_file, stamp=_mask_stamp(file)) for file in files if file.mask_file]
-    if not masks:
-        return {}
-    scanned = _scan(masks, section.model_copy(update={"identify_by": "content"}), memo, scan)
-    return {
-        mask.path: (found.image_hash, f"its mask {shown_address(mask.path)}: {found.problem}" if found.problem else "")
-        for mask, found in zip(masks, scanned, strict=True)
+    scanned = _scan(masks, [False] * len(masks), section.max_pixels, context) if masks else []
+    found = {
+        mask.path: Mask(mask.path, seen.image_hash, _problem_of_mask(mask, seen))
+        for mask, seen in zip(masks, scanned, strict=True)
     }
+    return [found.get(file.mask_file, Mask()) for file in files]
+
+
+def _problem_of_mask(mask: Listed, seen: ScannedFile) -> str:
+    return f"its mask {shown_address(mask.path)}: {seen.problem}" if seen.problem else ""
 
 
 def _mask_stamp(file: Listed) -> str:
@@ -316,60 +262,64 @@ def _mask_stamp(file: Listed) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """An image that will be used."""
-
-    file: Listed
-    image: ScannedFile
-    mask: str  # as in ImageRecord
-    mask_hash: str
-    captions: tuple[str, ...]
-    trusted: bool  # its listing identifies it
-
-
 class _Rows:
     """A piece of the table under construction."""
 
-    def __init__(self, section: DatasetSection, rules: CaptionRules, encoded_with: EncodedWith) -> None:
-        self.section = section
+    def __init__(self, rules: DatasetRules, encoded_with: EncodedWith) -> None:
         self.rules, self.encoded_with = rules, encoded_with
         self.columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names if name != "dataset"}
 
-    def add(self, found: _Found, placement: Placement, flip: bool) -> None:
-        """One sample: the image in one of its sizes, mirrored or not."""
-        file, image, encoded_with = found.file, found.image, self.encoded_with
+    def add(self, used: Used) -> None:
+        """The image in each of its sizes, as it is and mirrored."""
+        captions, bases, texts = self._captions_of(used)
+        seen = [decorate(caption, self.rules.captions) for caption in used.captions]
+        for placement, flip in itertools.product(used.placements, self.rules.flips):
+            self._add_one(used, placement, flip, seen, captions=captions, caption_bases=bases, text_keys=texts)
+
+    def _captions_of(self, used: Used) -> tuple[list[str], list[int], list[bytes]]:
+        """(captions or their variants, which caption each is of, their keys) of all of an image's samples."""
+        is_evaluated, encoded_with = self.rules.section.role == "eval", self.encoded_with
+        captions = used.captions[:1] if is_evaluated else used.captions  # the first is evaluated with
+        if encoded_with.text_online:
+            return list(captions), list(range(len(captions))), []
+        captions, bases = expand_variants(captions, self.rules.captions, used.image.image_hash)
+        if is_evaluated:
+            captions, bases = captions[:1], (0,)
+        keys = [text_key(caption, encoded_with.text, encoded_with.num_chunks) for caption in captions]
+        return list(captions), list(bases), [bytes.fromhex(key) for key in keys]
+
+    def _add_one(self, used: Used, placement: Placement, flip: bool, seen: Sequence[str], **captions: Any) -> None:
+        """One sample; `seen`: its captions as training shows them."""
+        file, image = used.file, used.image
         bucket_hw, resized_hw = placement.bucket_hw, placement.resized_hw
         # So that the others are encoded with the setting as they are without it.
-        scaled_jpeg = self.section.jpeg_scaling and jpeg_reduction((image.height, image.width), resized_hw) > 1
+        scaled_jpeg = (
+            self.rules.section.jpeg_scaling
+            and may_be_jpeg(file.path)
+            and jpeg_reduction((image.height, image.width), resized_hw) > 1
+        )
         latents = [
             latent_key(
                 image.image_hash,
                 bucket_hw,
                 resized_hw,
                 crop,
-                encoded_with.vae,
+                self.encoded_with.vae,
                 flip=flip,
-                mask_hash=found.mask_hash,
+                mask_hash=used.mask.hash,
                 scaled_jpeg=scaled_jpeg,
             )
             for crop in placement.crops
         ]
         told = [mirrored(crop, resized_hw[1], bucket_hw[1]) if flip else crop for crop in placement.crops]
-        captions = found.captions[:1] if self.section.role == "eval" else found.captions  # the first is evaluated with
-        bases, texts = tuple(range(len(captions))), list[str]()
-        if not encoded_with.text_online:
-            captions, bases = expand_variants(captions, self.rules, image.image_hash)
-            if self.section.role == "eval":
-                captions, bases = captions[:1], (0,)
-            texts = [text_key(caption, encoded_with.text, encoded_with.num_chunks) for caption in captions]
-        seen = [decorate(caption, self.rules) for caption in found.captions]
         values = {
-            "identity": hashlib.sha256(repr((latents, seen)).encode()).digest()[:ID_BYTES],
+            "identity": sample_identity(
+                image.image_hash, placement, seen, flip=flip, mask_hash=used.mask.hash, scaled_jpeg=scaled_jpeg
+            ),
             "image_hash": bytes.fromhex(image.image_hash),
             "path": file.path,
             "address": file.address,
-            "verify": not found.trusted,
+            "verify": not self.rules.identifies_by_listing(file),
             "bucket": bucket_key(bucket_hw),
             "original_height": image.height,
             "original_width": image.width,
@@ -378,17 +328,39 @@ class _Rows:
             "crop_tops": [top for top, _ in told],
             "crop_lefts": [left for _, left in told],
             "flip": flip,
-            "mask": found.mask,
+            "mask": used.mask.address,
+            "mask_hash": "" if used.mask.address == "alpha" else used.mask.hash,
             "scaled_jpeg": scaled_jpeg,
-            "captions": list(captions),
-            "caption_bases": list(bases),
             "latent_keys": [bytes.fromhex(key) for key in latents],
-            "text_keys": [bytes.fromhex(key) for key in texts],
+            **captions,
         }
         for name, value in values.items():
             self.columns[name].append(value)
 
     def table(self) -> pa.Table:
         num_rows = len(self.columns["path"])
-        columns = {"dataset": [self.section.name] * num_rows, **self.columns}
+        columns = {"dataset": [self.rules.section.name] * num_rows, **self.columns}
         return pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)
+
+
+def sample_identity(
+    image_hash: str,
+    placement: Placement,
+    seen: Sequence[str],
+    *,
+    flip: bool = False,
+    mask_hash: str = "",
+    scaled_jpeg: bool = False,
+) -> bytes:
+    """The bytes of `EncodedSample.sample_id`: all that a sample is to the model, and nothing of what encodes it.
+
+    Not the latents' keys, which would say the same and more: with another VAE, or a new format of the cache, the order
+    of the data and its noise would be others, and no run could be resumed.
+
+    Args:
+        seen: the captions as training shows them.
+        mask_hash: as of `latent_key`.
+    """
+    transform = (placement.bucket_hw, placement.resized_hw, placement.crops, flip, scaled_jpeg)
+    what = (SAMPLE_ID_VERSION, image_hash, transform, mask_hash, tuple(seen))
+    return hashlib.sha256(repr(what).encode()).digest()[:ID_BYTES]

@@ -1,22 +1,51 @@
 """The index of a plan, foreseen: what is missing gets the name of the shard that it will be in.
 
-collection + where everything is, or will be ─▶ index.parquet
+collection + where everything is, or will be ─▶ index.parquet, manifest.json, and the digest of both
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from sdxl_ray.cache import index
 from sdxl_ray.cache.collection import HASH_BYTES, ID_BYTES
-from sdxl_ray.cache.planning import CachePlan
-from sdxl_ray.cache.shards import KEY_BYTES, shard_name, text_key
+from sdxl_ray.cache.shards import KEY_BYTES, shard_name
 from sdxl_ray.cache.store import ShardStore, hex_strings
 from sdxl_ray.cache.tables import PIECE, fixed_bytes, fixed_column, gather
+
+if TYPE_CHECKING:
+    from sdxl_ray.cache.planning import CachePlan
+
+_DIGEST_LENGTH = 16  # hex digits
+
+
+@dataclass(frozen=True)
+class Content:
+    """What index and manifest of a plan will say."""
+
+    index: str  # `digest_of` its rows
+    manifest: bytes
+
+    @property
+    def digest(self) -> str:
+        """Of both, for the name of their folder."""
+        return hashlib.sha256(self.index.encode() + self.manifest).hexdigest()[:_DIGEST_LENGTH]
+
+
+def content_of(plan: CachePlan) -> Content:
+    """Looks at every row: seconds for a million."""
+    prompts = {prompt: place_of_prompt(plan, prompt) for prompt in sorted(plan.prompts)}
+    manifest = {**plan.made_with, "num_samples": plan.num_samples, "prompts": prompts}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    return Content(index.digest_of(index_tables(plan)), text.encode())
 
 
 def index_tables(plan: CachePlan) -> Iterator[pa.Table]:
@@ -53,31 +82,29 @@ def index_of(plan: CachePlan) -> index.Index:
     return index.Index(gather(index_tables(plan), index.SCHEMA))
 
 
-def place_of_prompt(plan: CachePlan, prompt: str) -> dict[str, str] | None:
-    """Where a prompt's embedding is or will be, for the manifest."""
-    key = text_key(prompt, plan.text_fingerprint, plan.num_chunks)
-    shard = plan.store.shard_of(key)
-    if shard is None and key in plan.prompts.values():
-        shard = next((item.name for item in plan.text_shards() if key in item.keys), None)
-    return None if shard is None else {"shard": shard, "key": key}
+def place_of_prompt(plan: CachePlan, prompt: str) -> dict[str, str]:
+    """Where the embedding of one of the plan's prompts is or will be."""
+    key = plan.prompts[prompt]
+    shard = plan.store.shard_of(key) or next(item.name for item in plan.text_shards() if key in item.keys)
+    return {"shard": shard, "key": key}
 
 
 def latent_places(plan: CachePlan) -> pa.DictionaryArray:
     """The shard of each latent, of those that are missing the one to come."""
-    keys, counts = plan.latent_keys()
-    ends, buckets = np.cumsum(counts), plan.collection.table.column("bucket")
-    to_come = []
-    for entries in plan.missing_latents:
-        row = int(np.searchsorted(ends, entries[0], side="right"))
-        to_come.append(shard_name("latents", hex_strings(keys[entries]).to_pylist(), buckets[row].as_py()))
-    return _places(keys, plan.store, plan.missing_latents, to_come)
+    keys, buckets = plan.latent_keys(), plan.collection.table.column("bucket")
+    rows = keys.rows_of(np.array([entries[0] for entries in plan.missing_latents], np.int64))
+    to_come = [
+        shard_name("latents", hex_strings(keys.values[entries]).to_pylist(), buckets[row].as_py())
+        for row, entries in zip(rows.tolist(), plan.missing_latents, strict=True)
+    ]
+    return _places(keys.values, plan.store, plan.missing_latents, to_come)
 
 
 def text_places(plan: CachePlan) -> pa.DictionaryArray:
     """The same of captions, without the prompts."""
-    keys, counts = plan.text_keys()
-    to_come = [shard_name("text", hex_strings(keys[entries]).to_pylist()) for entries in plan.missing_text]
-    return _places(keys, plan.store, plan.missing_text, to_come).slice(0, int(counts.sum()))
+    keys = plan.text_keys()
+    to_come = [shard_name("text", hex_strings(keys.values[entries]).to_pylist()) for entries in plan.missing_text]
+    return _places(keys.values, plan.store, plan.missing_text, to_come).slice(0, int(keys.counts.sum()))
 
 
 def _places(

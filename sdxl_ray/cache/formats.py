@@ -22,6 +22,7 @@ ORIENTATION_TAG = 0x0112  # of EXIF
 PLUGINS = {"HEIC": ("pillow_heif", "pillow-heif"), "JPEG XL": ("pillow_jxl", "pillow-jxl-plugin")}
 # What Pillow and its plug-ins call the formats that are read; MPO, a JPEG with more than one image, comes with JPEG.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "HEIC", "JXL", "TIFF", "GIF", "BMP", "DIB", "MPO")
+_OTHER_SUFFIXES = (".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl")  # than JPEG's
 _HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"})
 
 
@@ -47,6 +48,14 @@ def decode(content: bytes) -> Image.Image:
     with open_image(content) as image:
         image.load()
         return ImageOps.exif_transpose(image)
+
+
+def may_be_jpeg(path: str) -> bool:
+    """Whether a file's name leaves it open: parts of tables and addresses on the web often do not end in a format's.
+
+    A JPEG that is called cat.png is none here. The scan could tell, but what earlier scans found does not say it.
+    """
+    return not path.lower().endswith(_OTHER_SUFFIXES)
 
 
 def png_has_late_notes(content: bytes) -> bool:

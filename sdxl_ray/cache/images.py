@@ -12,6 +12,9 @@ The order is for speed: all that can wait until the image is small comes after t
 Transparency that is the image's mask is taken off before all of that: what its mask leaves out is seen by the VAE too,
 and is to be the picture's own, not white.
 
+Of what can go wrong, only what the file's own bytes decide is a reason to skip the image (`reasons`): decoding, the
+mode, the colour profile. That a machine has no memory left for resizing is no fault of the image.
+
 What each choice costs and gains: `python scripts/decode_quality.py`.
 """
 
@@ -21,13 +24,14 @@ import contextlib
 import functools
 import hashlib
 import io
+import socket
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 
-from sdxl_ray.cache.formats import ORIENTATION_TAG, open_image, png_has_late_notes
+from sdxl_ray.cache.formats import ORIENTATION_TAG, missing_plugin_hint, open_image, png_has_late_notes
 from sdxl_ray.cache.sources import read_bytes
 from sdxl_ray.records import ImageRecord, Problem
 
@@ -92,10 +96,12 @@ def load_pixels(record: ImageRecord) -> np.ndarray:
     Raises:
         UnreadableImage: the file cannot be decoded, or is not the one that was listed.
         OSError: this machine cannot read the file, which says nothing about the image.
+        MemoryError: likewise.
     """
     content = _read_scanned(record)
-    with reasons("cannot be decoded"):
-        return _pixels_of(*_decode(content, record), record)
+    with reasons(_UNDECODABLE):
+        image, turn, stored_hw = _decode(content, record)
+    return _pixels_of(image, turn, stored_hw, record)
 
 
 def load_pixels_and_alpha(record: ImageRecord) -> tuple[np.ndarray, Image.Image | None]:
@@ -104,13 +110,13 @@ def load_pixels_and_alpha(record: ImageRecord) -> tuple[np.ndarray, Image.Image 
     Raises what `load_pixels` raises.
     """
     content = _read_scanned(record)
-    with reasons("cannot be decoded"):
+    with reasons(_UNDECODABLE):
         image, turn, stored_hw = _decode(content, record)
         alpha = None
         image = _in_8_bits(image)
         if image.has_transparency_data:
             alpha = Image.fromarray(_turn(np.asarray(image.convert("RGBA").getchannel("A")), turn))
-        return _pixels_of(image, turn, stored_hw, record), alpha
+    return _pixels_of(image, turn, stored_hw, record), alpha
 
 
 def _read_scanned(record: ImageRecord) -> bytes:
@@ -124,15 +130,43 @@ def _read_scanned(record: ImageRecord) -> bytes:
     return content
 
 
+_UNDECODABLE = "cannot be decoded"
+
+
 @contextlib.contextmanager
 def reasons(what: str, kind: Problem = "damaged") -> Iterator[None]:
-    """Damaged bytes make Pillow raise nearly anything, AVIF's decoder a RuntimeError: all of it is a reason to skip."""
+    """Damaged bytes make Pillow raise nearly anything, AVIF's decoder a RuntimeError: all of it is a reason to skip.
+
+    So only for what works on a file's bytes. Where a decoder says that it had too little memory, as Pillow's do with an
+    OSError, they may be damaged or not: the image is skipped, and tried again in the next run.
+    """
     try:
         yield
     except (MemoryError, UnreadableImage):
         raise
     except Exception as error:
-        raise UnreadableImage(f"{what}: {error}", kind) from None
+        is_memory = kind == "damaged" and "memory" in str(error).lower()
+        raise UnreadableImage(f"{what}: {error}", "unreadable" if is_memory else kind) from None
+
+
+def opened(content: bytes, path: str, *, what: str = "") -> Image.Image:
+    """`open_image`, for bytes that the scan could open.
+
+    Args:
+        what: begins the reason: "its mask cat.png ".
+
+    Raises:
+        UnreadableImage: not on this machine, which lacks a package that the one of the scan has.
+        PIL.UnidentifiedImageError: see `open_image`.
+    """
+    try:
+        return open_image(content)
+    except UnidentifiedImageError:
+        hint = missing_plugin_hint(path, content[:64])
+        if hint:
+            node = socket.gethostname()
+            raise UnreadableImage(f"{what}cannot be decoded on {node}: {hint}", "needs_package") from None
+        raise
 
 
 def _decode(content: bytes, record: ImageRecord) -> tuple[Image.Image, _Turn, tuple[float, float]]:
@@ -141,7 +175,7 @@ def _decode(content: bytes, record: ImageRecord) -> tuple[Image.Image, _Turn, tu
     Those are fractions where a JPEG was decoded at 1/2 (`scaled_jpeg`): a row of 101 pixels gives 51, of which the last
     is half beyond the edge.
     """
-    with open_image(content) as image:
+    with opened(content, record.path) as image:
         width, height = image.size
         if not record.verify and sorted((height, width)) != sorted(record.original_hw):  # before a bomb is decoded
             raise _not_as_listed((height, width), record)
@@ -181,12 +215,14 @@ def _pixels_of(image: Image.Image, turn: _Turn, stored_hw: tuple[float, float], 
     profile = image.info.get("icc_profile")
     window = _Window(*record.crop_top_left, *record.bucket_hw)
     resized_hw, window = _before_turning(turn, record.resized_hw, window)
-    image = _in_8_bits(image)
-    if record.mask == "alpha" and image.has_transparency_data:
-        image = image.convert("RGBA").convert("RGB")  # the colours behind the transparency, as the file has them
-    image = averageable(image)
+    with reasons(_UNDECODABLE):
+        image = _in_8_bits(image)
+        if record.mask == "alpha" and image.has_transparency_data:
+            image = image.convert("RGBA").convert("RGB")  # the colours behind the transparency, as the file has them
+        image = averageable(image)
     pixels = _resize_and_crop(image, stored_hw, resized_hw, window)
-    pixels = _to_srgb(pixels, image.mode, profile)
+    with reasons(_UNDECODABLE):
+        pixels = _to_srgb(pixels, image.mode, profile)
     return np.ascontiguousarray(_turn(pixels, turn._replace(mirror=turn.mirror != record.flip)))
 
 
@@ -304,7 +340,12 @@ def _torch_lanczos() -> Callable[[np.ndarray, tuple[float, float], tuple[int, in
         # Scales, not sizes: the last stored pixel may be a fraction. A trifle above, or 1195 may come out as 1194.
         scales = tuple(resized / stored * (1 + 1e-9) for resized, stored in zip(resized_hw, stored_hw, strict=True))
         planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, H, W), channels last in memory
-        resized = functional.interpolate(planes, scale_factor=scales, mode="lanczos", antialias=True)
+        try:
+            resized = functional.interpolate(planes, scale_factor=scales, mode="lanczos", antialias=True)
+        except RuntimeError as error:  # "DefaultCPUAllocator: can't allocate memory"; users are told what to do then
+            if "allocate memory" not in str(error):
+                raise
+            raise MemoryError(str(error)) from None
         return resized[0].permute(1, 2, 0).numpy()[: resized_hw[0], : resized_hw[1]]
 
     return lanczos

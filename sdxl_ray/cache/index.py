@@ -6,7 +6,9 @@ an `EncodedSample` when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +41,7 @@ PLACED = pa.schema(
         ("crop_lefts", pa.list_(pa.int32())),
         ("flip", pa.bool_()),
         ("mask", pa.string()),
+        ("mask_hash", pa.string()),
         ("scaled_jpeg", pa.bool_()),
         ("captions", pa.list_(pa.string())),
         ("caption_bases", pa.list_(pa.int32())),
@@ -55,6 +58,10 @@ SCHEMA = pa.schema(
         ("text_shards", pa.list_(pa.string())),
     ]
 )
+
+
+# Columns that indexes of earlier versions, of which a run has its copy, do not have -> what stands for them.
+_ADDED = {"mask_hash": ""}
 
 
 def write_index(path: str, tables: Iterable[pa.Table]) -> None:
@@ -77,6 +84,66 @@ def write_index(path: str, tables: Iterable[pa.Table]) -> None:
     open_folder(folder).write_by(name, write, doing="writing the index", cure=cure)
 
 
+def read_tables(path: str | Path) -> Iterator[pa.Table]:
+    """The file in pieces of `SCHEMA`. Raises what `Index.read` raises."""
+    try:
+        with open_arrow(str(path)) as source, pq.ParquetFile(source, read_dictionary=_FEW_VALUES) as file:
+            names = [name for name in SCHEMA.names if name in file.schema_arrow.names]
+            missing = ", ".join(name for name in SCHEMA.names if name not in names and name not in _ADDED)
+            if not missing:
+                yield from map(_completed, file.iter_batches(PIECE, columns=names))
+    except FileNotFoundError:
+        raise CacheError(f"{path}: no index. Run `sdxl-ray cache` with this config first.") from None
+    except (pa.ArrowException, OSError) as error:
+        text = f"{path}: is damaged ({' '.join(str(error).split())})."
+        raise CacheError(f"{text} Run `sdxl-ray cache`: the index is written anew.") from None
+    if missing:
+        text = f"{path}: is of another version of sdxl-ray, it lacks {missing}."
+        raise CacheError(f"{text} Run `sdxl-ray cache`: the index is written anew.")
+
+
+def _completed(batch: pa.RecordBatch) -> pa.Table:
+    table = pa.Table.from_batches([batch])
+    for name, value in _ADDED.items():
+        if name not in table.schema.names:
+            table = table.append_column(name, pa.repeat(value, len(table)))
+    return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def digest_of(tables: Iterable[pa.Table]) -> str:
+    """A hash of what the rows say, wherever they are read: how they are cut into pieces and how the values of a
+    dictionary are numbered changes nothing.
+
+    Args:
+        tables: pieces of `SCHEMA`.
+    """
+    parts: defaultdict[str, Any] = defaultdict(hashlib.sha256)
+    for table in tables:
+        for name in SCHEMA.names:
+            for chunk in table.column(name).chunks:
+                for part, content in _content(name, chunk):
+                    parts[part].update(content)
+    return hashlib.sha256(repr([(part, parts[part].hexdigest()) for part in sorted(parts)]).encode()).hexdigest()
+
+
+def _content(name: str, values: pa.Array) -> Iterator[tuple[str, Any]]:
+    """The bytes of a column's piece that say what is in it, each under a name of its own."""
+    if not len(values):
+        return
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if pa.types.is_list(values.type):
+        yield f"{name} lengths", values.value_lengths().to_numpy()
+        yield from _content(f"{name} values", values.flatten())
+    elif pa.types.is_string(values.type):
+        yield f"{name} lengths", pc.binary_length(values).to_numpy()
+        _, offsets, text = values.buffers()
+        start, end = np.frombuffer(offsets, np.int32)[[values.offset, values.offset + len(values)]]
+        yield name, text[start:end] if text else b""
+    else:
+        yield name, np.ascontiguousarray(values.to_numpy(zero_copy_only=False))
+
+
 class Index:
     """The rows of index.parquet."""
 
@@ -93,21 +160,7 @@ class Index:
             CacheError: the index is not there or damaged.
             StorageError: the bucket cannot be reached.
         """
-        try:
-            with open_arrow(str(path)) as source, pq.ParquetFile(source, read_dictionary=_FEW_VALUES) as file:
-                missing = ", ".join(name for name in SCHEMA.names if name not in file.schema_arrow.names)
-                if not missing:
-                    batches = file.iter_batches(PIECE, columns=SCHEMA.names)
-                    table = gather((pa.Table.from_batches([batch]).cast(SCHEMA) for batch in batches), SCHEMA)
-        except FileNotFoundError:
-            raise CacheError(f"{path}: no index. Run `sdxl-ray cache` with this config first.") from None
-        except (pa.ArrowException, OSError) as error:
-            text = f"{path}: is damaged ({' '.join(str(error).split())})."
-            raise CacheError(f"{text} Run `sdxl-ray cache`: the index is written anew.") from None
-        if missing:
-            text = f"{path}: is of another version of sdxl-ray, it lacks {missing}."
-            raise CacheError(f"{text} Run `sdxl-ray cache`: the index is written anew.")
-        return cls(table)
+        return cls(gather(read_tables(path), SCHEMA))
 
     @classmethod
     def of(cls, samples: Iterable[EncodedSample]) -> Index:
@@ -147,6 +200,7 @@ class Index:
             crops=tuple(zip(values["crop_tops"], values["crop_lefts"], strict=True)),
             flip=values["flip"],
             mask=values["mask"],
+            mask_hash=values["mask_hash"],
             scaled_jpeg=values["scaled_jpeg"],
             captions=tuple(values["captions"]),
             caption_bases=tuple(values["caption_bases"]),
@@ -197,8 +251,8 @@ class Index:
 
 
 _SAME_NAME = (
-    "sample_id", "dataset", "path", "address", "image_hash", "verify", "flip", "mask", "scaled_jpeg", "captions",
-    "caption_bases", "latent_keys", "latent_shards", "text_keys", "text_shards",
+    "sample_id", "dataset", "path", "address", "image_hash", "verify", "flip", "mask", "mask_hash", "scaled_jpeg",
+    "captions", "caption_bases", "latent_keys", "latent_shards", "text_keys", "text_shards",
 )  # fmt: skip
 
 

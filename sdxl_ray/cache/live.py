@@ -69,7 +69,7 @@ class LiveEntries:
         or its listing was trusted and it is not there.
 
         Raises:
-            CacheError: this machine cannot read the image's file, twice.
+            CacheError: this machine cannot read the image's file, twice, or has too little memory.
             DatasetError: of the sample's dataset, more images than its limit allows cannot be decoded.
         """
         record = sample.image_record(variant)
@@ -89,6 +89,11 @@ class LiveEntries:
                 f"{record.path}: cannot be read on this machine ({error}), and its encoded form is not in the cache. "
                 'Make the images visible to all machines that train; or set cache.mode = "disk" and encode them where '
                 "they are."
+            ) from None
+        except MemoryError as error:
+            raise CacheError(
+                f"{record.path}: this machine has too little memory to decode it ({error}). Let fewer workers train "
+                'there, or set cache.mode = "disk": all is encoded before training then.'
             ) from None
         with self._encoding():
             self._judge(sample)

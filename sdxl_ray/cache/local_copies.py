@@ -32,12 +32,13 @@ class LocalCopies:
     and delete too: once a minute, and so often that eight processes together stay below the limit.
 
     A copy that another process removes while this one has it mapped stays readable: Linux keeps the data until then.
+    Copies of another user may be read, and count, but stay where they are.
     """
 
     def __init__(self, folder: Folder, path: str, *, limit_gib: float, report: Callable[[str], None]) -> None:
         """
         Args:
-            report: told once where this disk takes no more copies.
+            report: told once where this disk takes no more copies, and once where those of others leave no room.
         """
         self.folder = folder
         self.report = report
@@ -49,8 +50,9 @@ class LocalCopies:
         self._lock = threading.Lock()
         self._bytes_to_count = 0  # that may be written before the next count
         self._counted = 0.0
+        self._kept_by_others: set[str] = set()  # damaged copies that cannot be removed
         self._is_usable = False  # whether a copy has been seen in `path`
-        self._has_reported = False
+        self._has_reported = self._has_reported_others = False
 
     def fetch(self, name: str) -> Path | bytes:
         """The copy's path; copied now if it is not there. What is in the shard, where this disk does not take it.
@@ -63,10 +65,12 @@ class LocalCopies:
         with self._lock:
             lock = self._locks[name]
         with lock:  # two threads that need one shard copy it once
-            if _is_there(path):
+            if name not in self._kept_by_others and _is_there(path):
                 self._is_usable = True
                 return path
             content = self.folder.read(name)
+            if name in self._kept_by_others:
+                return content
             try:
                 _write_whole(path, content)
             except OSError as error:
@@ -95,32 +99,50 @@ class LocalCopies:
             )
 
     def remove(self, name: str) -> None:
-        """Forget a copy that is not as it should be: the next `fetch` makes a new one."""
-        (self.root / name).unlink(missing_ok=True)
+        """Forget a copy that is not as it should be: the next `fetch` makes a new one, or does without."""
+        if not _removed(self.root / name):
+            self._kept_by_others.add(name)
 
     def _make_room(self, keep: Path) -> None:
         """Where there is more than the limit, delete the least recently used until nine tenths of it are left."""
         held = self._held()
         num_bytes = sum(size for _, size, _ in held)
+        kept_by_others = 0  # bytes
         if num_bytes > self.limit_bytes:
             in_use_since_ns = time.time_ns() - _BEING_OPENED_NS
             for used_ns, size, path in sorted(held):
                 if num_bytes <= 0.9 * self.limit_bytes or used_ns > in_use_since_ns:
                     break
-                if path != keep:
-                    path.unlink(missing_ok=True)
+                if path == keep:
+                    continue
+                if _removed(path):
                     num_bytes -= size
+                else:
+                    kept_by_others += size
         self._counted = time.monotonic()
         self._bytes_to_count = min(self.limit_bytes // 20, (self.limit_bytes - num_bytes) // 8)
+        if kept_by_others and num_bytes > 0.9 * self.limit_bytes:
+            self._bytes_to_count = max(self._bytes_to_count, self.limit_bytes // 80)  # another count finds the same
+            self._note_others(kept_by_others)
+
+    def _note_others(self, num_bytes: int) -> None:
+        if not self._has_reported_others:
+            self._has_reported_others = True
+            self.report(
+                f"cache.local_path = {self.path} on {socket.gethostname()}: {num_bytes / GIB:.1f} GiB of copies there "
+                f"cannot be deleted, probably another user's, and leave little of cache.local_gib = "
+                f"{self.limit_bytes / GIB:g}. Shards are read again from {self.folder.path}, which is slow: raise "
+                "cache.local_gib, or set cache.local_path to a folder of your own."
+            )
 
     def _held(self) -> list[tuple[int, int, Path]]:
         """(last use in ns, bytes, path) of each copy of any cache. Deletes what killed processes left a day ago."""
         held = []
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             caches = [entry.path for entry in os.scandir(self.path) if _CACHE_FOLDER.fullmatch(entry.name)]
             for folder, _, names in (found for cache in caches for found in os.walk(cache)):
                 for path in (Path(folder, name) for name in names):
-                    with contextlib.suppress(FileNotFoundError):  # another process made room
+                    with contextlib.suppress(OSError):  # another process made room; another user's folder
                         status = path.stat()
                         if path.suffix == ".safetensors":
                             held.append((status.st_mtime_ns, status.st_size, path))
@@ -131,6 +153,15 @@ class LocalCopies:
 
 def _is_stale(written_ns: int) -> bool:
     return time.time_ns() - written_ns > _STALE_TEMPORARY_NS
+
+
+def _removed(path: Path) -> bool:
+    """Whether it is gone now."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # of another user, or on a disk that is read-only by now
+        return False
+    return True
 
 
 def _is_there(path: Path) -> bool:

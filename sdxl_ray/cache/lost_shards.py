@@ -1,12 +1,12 @@
 """Shards that did not come back: which of their images are at fault?
 
-A decode task may die of an image: too little memory, or a fault in a decoder's C code. And an image may be gone since
-it was scanned, or out of reach of a node.
+A decode task may die of an image: too little memory, or a fault in a decoder's C code. An image may be gone since it
+was scanned. And a node may not read what the driver can: once in a while that is a network drive that has stumbled, and
+the shard is encoded again as it is; from the first shard on, or again and again, the node does not see the folder.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -15,11 +15,14 @@ import ray
 
 from sdxl_ray.cache.actors import decode_shard, record_from, unreadable_on_node
 from sdxl_ray.cache.reading import reason_of as why_unreadable
+from sdxl_ray.cache.reports import ShardReport, packed, unpacked
 from sdxl_ray.cache.skipped import Skipped
 from sdxl_ray.cache.sources import read_bytes, read_start, shown_address
 from sdxl_ray.errors import StorageError
 from sdxl_ray.records import ImageRecord
 
+# Shards of one job that a node may fail to read although the driver can. More of them are no stumbling.
+_STUMBLES_AT_MOST = 20
 _DEADLY = "its decoder ended the process that read it (too little memory, or a fault in the decoder)"
 
 
@@ -31,50 +34,65 @@ class Undecodable(NamedTuple):
     skipped: Skipped
 
 
-def look_into(
-    text: str, undecodable: list[Undecodable], *, told: Mapping[str, str] | None = None, num_cpus: float = 1.0
-) -> str:
-    """Find the images that kept a shard from being encoded, and add them to `undecodable`.
+class LostShards:
+    """Those of one job. It has to be shown every report, since it judges a node by what else came from there."""
 
-    Args:
-        text: the work item.
-        told: of an image that a node could not read, its "key", the "node" and the "reason". None: the decode task has
-            died.
-        num_cpus: of a decode task.
+    def __init__(self, undecodable: list[Undecodable], *, num_cpus: float = 1.0) -> None:
+        """
+        Args:
+            undecodable: images that are at fault are added to it.
+            num_cpus: of a decode task.
+        """
+        self.undecodable, self.num_cpus = undecodable, num_cpus
+        self._sound: set[str] = set()  # nodes of which a shard has come back
+        self._stumbled: set[str] = set()  # names of shards that were put back
 
-    Returns:
-        the work item without these images.
+    def finished(self, report: ShardReport) -> None:
+        """This shard is done."""
+        if report.num:
+            self._sound.add(report.node)
 
-    Raises:
-        CacheError: a node cannot read an image that the driver can.
-    """
-    shard = json.loads(text)
-    records = {
-        key: record_from(fields)
-        for key, fields in zip(shard["keys"], shard["records"], strict=True)
-        if key not in shard.get("without", ())
-    }
-    reasons = _gone(records, **told) if told else dict.fromkeys(_deadly(shard, records, num_cpus), _DEADLY)
-    undecodable += [
-        Undecodable(key, records[key].image_hash, Skipped(records[key].path, reason, kind="unreadable"))
-        for key, reason in reasons.items()
-    ]
-    return json.dumps({**shard, "without": [*shard.get("without", ()), *reasons]})
+    def without_the_faulty(self, shard: bytes, report: ShardReport | None) -> bytes:
+        """The work item without the images that kept it from being encoded; they are added to `undecodable`.
 
+        Args:
+            report: of a node that could not read an image. None: the decode task has died.
 
-def _gone(records: Mapping[str, ImageRecord], *, key: str, node: str, reason: str) -> dict[str, str]:
-    """Key -> why the driver cannot read the image either: of the one that `node` could not read, and of the others.
+        Raises:
+            CacheError: a node cannot read images that the driver can, and has not just stumbled.
+        """
+        fields = unpacked(shard)
+        records = {
+            key: record_from(record)
+            for key, record in zip(fields["keys"], fields["records"], strict=True)
+            if key not in fields.get("without", ())
+        }
+        if report is None:
+            reasons = dict.fromkeys(_deadly(fields, records, self.num_cpus), _DEADLY)
+        else:
+            reasons = self._gone(report, records)
+        if not reasons:
+            return shard
+        self.undecodable += [
+            Undecodable(key, records[key].image_hash, Skipped(records[key].path, reason, kind="unreadable"))
+            for key, reason in reasons.items()
+        ]
+        return packed({**fields, "without": [*fields.get("without", ()), *reasons]})
 
-    Raises:
-        CacheError: it can.
-    """
-    found = {key: _unreadable(records[key])}
-    if not found[key]:
-        raise unreadable_on_node(node, records[key].path, reason)
-    others = [other for other in records if other != key]
-    with ThreadPoolExecutor(16) as threads:  # their first byte will do
-        found |= zip(others, threads.map(lambda other: _unreadable(records[other], 1), others), strict=True)
-    return {key: reason for key, reason in found.items() if reason}
+    def _gone(self, report: ShardReport, records: Mapping[str, ImageRecord]) -> dict[str, str]:
+        """Key -> why the driver cannot read the image either: of the one that the node told, and of the others."""
+        told = dict(report.unreadable or {})
+        found = {told["key"]: _unreadable(records[told["key"]])}
+        if not found[told["key"]]:
+            is_known = report.name in self._stumbled
+            self._stumbled.add(report.name)
+            if is_known or told["node"] not in self._sound or len(self._stumbled) > _STUMBLES_AT_MOST:
+                raise unreadable_on_node(told["node"], records[told["key"]].path, told["reason"])
+            return {}
+        others = [other for other in records if other != told["key"]]
+        with ThreadPoolExecutor(16) as threads:  # their first byte will do
+            found |= zip(others, threads.map(lambda other: _unreadable(records[other], 1), others), strict=True)
+        return {key: reason for key, reason in found.items() if reason}
 
 
 def _unreadable(record: ImageRecord, length: int = -1) -> str:
@@ -109,7 +127,7 @@ def _dying(shard: Mapping[str, Any], keys: Iterable[str], num_cpus: float, *, ma
     task: Any = ray.remote(num_cpus=num_cpus, max_retries=max_retries)(lambda row: bool(decode_shard(row)))
     fields = dict(zip(shard["keys"], shard["records"], strict=True))
     tasks = {
-        key: task.remote({"shard": json.dumps({"name": shard["name"], "keys": [key], "records": [fields[key]]})})
+        key: task.remote({"shard": packed({"name": shard["name"], "keys": [key], "records": [fields[key]]})})
         for key in keys
     }
     died = []

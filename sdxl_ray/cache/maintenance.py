@@ -5,10 +5,11 @@ from __future__ import annotations
 import binascii
 import io
 import json
+import re
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdxl_ray.cache import index, manifest
+from sdxl_ray.cache import generations, index
 from sdxl_ray.cache.shards import DAMAGED_SUFFIX, check_shard, mark_damaged
 from sdxl_ray.cache.store import KEY_DTYPE, ShardStore, hex_strings, keys_from_hex
 from sdxl_ray.errors import CacheError
-from sdxl_ray.storage import Folder
+from sdxl_ray.storage import FileEntry, Folder
 
 GIB = 2**30
 DAY_S = 24 * 3600
@@ -38,16 +39,14 @@ class Stats:
     num_twice: int  # entries that are in another shard too
     unusable: list[str]  # files that are damaged
     other_versions: list[str]  # shards of another version of the format
-    datasets: dict[str, tuple[int, float]]  # name -> samples, days since it was used
+    datasets: dict[str, tuple[int, float]]  # name of the index's folder -> samples, days since it was used
 
     def lines(self) -> list[str]:
         """For a person."""
         lines = [f"{'bucket':>12}  {'entries':>9}  {'GiB':>8}"]
         lines += [f"{kind:>12}  {count:>9,}  {self.gib[kind]:>8.2f}" for kind, count in self.num_entries.items()]
         lines.append(f"{'all':>12}  {sum(self.num_entries.values()):>9,}  {sum(self.gib.values()):>8.2f}")
-        lines += [
-            f"dataset {name}: {num:,} samples, used {days:.0f} days ago" for name, (num, days) in self.datasets.items()
-        ]
+        lines += self._lines_of_datasets()
         if self.num_unused is None:
             lines.append("how many entries are in no dataset is not known: an index cannot be read, see below")
         else:
@@ -65,6 +64,27 @@ class Stats:
             )
         lines += [f"cannot be used: {name}" for name in self.unusable]
         return lines
+
+    def _lines_of_datasets(self) -> Iterator[str]:
+        """One for each dataset, whatever it was cached with."""
+        states = defaultdict(list)
+        for folder, (num, days) in self.datasets.items():
+            states[_dataset_of(folder)].append((days, num))
+        for name, found in states.items():
+            (days, num), *others = sorted(found)
+            line = f"dataset {name}: {num:,} samples, used {_ago(days)}"
+            if others:
+                line += f"; {len(others)} other states of it, the oldest used {_ago(others[-1][0])}"
+            yield line
+
+
+def _ago(days: float) -> str:
+    return f"{days:.0f} days ago"
+
+
+def _dataset_of(folder: str) -> str:
+    """Its name, without the digest."""
+    return re.sub(r"-[0-9a-f]{10,}$", "", folder)
 
 
 def stats(cache: str) -> Stats:
@@ -104,7 +124,7 @@ def stats(cache: str) -> Stats:
 
 def _open(cache: str) -> ShardStore:
     store = ShardStore(cache)
-    if not (store.names or store.damaged or store.other_versions or store.folder.list("datasets")):
+    if not (store.names or store.damaged or store.other_versions or store.folder.list("datasets", hidden_folders=True)):
         raise CacheError(f"{store.folder.path}: there is no cache. Is cache.path right? `sdxl-ray cache` fills it.")
     return store
 
@@ -183,14 +203,17 @@ class Pruned:
         if not self.shards and not self.datasets:
             return ["nothing to prune: every entry is in use, or younger than a day"]
         verb = "deleted" if done else "would delete"
-        lines = [f"{verb} dataset {name}" for name in self.datasets]
+        states = Counter(map(_dataset_of, self.datasets))
+        lines = [f"{verb} {num} states of dataset {name}" for name, num in states.items() if num > 1]
+        lines += [f"{verb} dataset {name}" for name in self.datasets if states[_dataset_of(name)] == 1]
         lines.append(f"{verb} {len(self.shards)} shards, {self.gib:.2f} GiB")
         return lines if done else [*lines, "Nothing was deleted: add --yes."]
 
 
 def prune(cache: str, *, keep_days: float, dry_run: bool) -> Pruned:
     """Delete what no dataset uses any more: indexes that no run has used for `keep_days`, then shards of which no index
-    mentions an entry, and files that are no shards. What is younger than a day stays: its job may still be running.
+    mentions an entry, and files that are no shards. What is younger than a day stays: its job may still be running,
+    and marks what it uses each hour.
 
     A shard with one entry in use stays whole.
 
@@ -199,14 +222,15 @@ def prune(cache: str, *, keep_days: float, dry_run: bool) -> Pruned:
     """
     store = _open(cache)
     folder, now = store.folder, time.time()
-    used, old = np.empty(0, KEY_DTYPE), []
+    kept_days = max(keep_days, _YOUNG_S / DAY_S)
+    used, old = np.empty(0, KEY_DTYPE), _leftovers(folder, kept_days)
     for found in _indexes(folder):
         if found.problem:
             raise CacheError(
                 f"{folder.path}/datasets/{found.name}/{index.FILE_NAME}: {found.problem}, so that nobody knows what it "
-                "uses. Nothing was deleted. Run `sdxl-ray cache` for its dataset, or delete its folder."
+                "uses. Nothing was deleted. Delete its folder, and run `sdxl-ray cache` for its dataset."
             )
-        if found.days_unused > max(keep_days, _YOUNG_S / DAY_S):
+        if found.days_unused > kept_days:
             old.append(found.name)
         else:
             used = np.union1d(used, found.keys)
@@ -229,7 +253,7 @@ def prune(cache: str, *, keep_days: float, dry_run: bool) -> Pruned:
 
 
 def _remove_empty_folders(folder: Folder, emptied: Sequence[str]) -> None:
-    """Those of datasets with nothing in them but what is hidden, the manifest's lock: emptied now, or a day ago."""
+    """Those of datasets with nothing in them, or only an earlier version's lock: emptied now, or a day ago."""
     if folder.local is None:  # a bucket has no folders
         return
     for path in (folder.local / "datasets").glob("*/"):
@@ -249,17 +273,36 @@ class _Found:
     problem: str = ""  # why it cannot be read
 
 
+def _files(folder: Folder) -> dict[str, list[FileEntry]]:
+    """Name -> files of each dataset's folder. Earlier versions have made hidden ones."""
+    found = defaultdict(list)
+    for entry in folder.list("datasets", hidden_folders=True):
+        _, _, rest = entry.name.partition("/")
+        if rest.count("/") == 1:
+            found[rest.partition("/")[0]].append(entry)
+    return found
+
+
+def _days_unused(files: Iterable[FileEntry]) -> float:
+    return (time.time() - max(file.mtime_ns for file in files) / 1e9) / DAY_S
+
+
+def _leftovers(folder: Folder, days: float) -> list[str]:
+    """Folders with files of ours and no index, of runs that were refused."""
+    return [
+        name
+        for name, files in _files(folder).items()
+        if {file.name.rpartition("/")[2] for file in files} <= {*generations.FILES} - {index.FILE_NAME}
+        and _days_unused(files) > days
+    ]
+
+
 def _indexes(folder: Folder) -> Iterator[_Found]:
-    last_used: defaultdict[str, int] = defaultdict(int)
-    entries = folder.list("datasets")
-    for entry in entries:
-        parent = entry.name.rpartition("/")[0]
-        last_used[parent] = max(last_used[parent], entry.mtime_ns)
-    for entry in entries:
-        parent, _, last = entry.name.rpartition("/")
-        if last != index.FILE_NAME:
+    for name, files in _files(folder).items():
+        parent, days_unused = f"datasets/{name}", _days_unused(files)
+        entry = next((file for file in files if file.name == f"{parent}/{index.FILE_NAME}"), None)
+        if entry is None:
             continue
-        name, days_unused = parent.rpartition("/")[2], (time.time() - last_used[parent] / 1e9) / DAY_S
         try:
             content = io.BytesIO(folder.read(entry.name))
             table = pq.read_table(content, columns=["latent_keys", "text_keys"])
@@ -271,7 +314,7 @@ def _indexes(folder: Folder) -> Iterator[_Found]:
             yield _Found(name, 0, days_unused, np.empty(0, KEY_DTYPE), problem)
             continue
         try:
-            prompts = json.loads(folder.read(f"{parent}/{manifest.FILE_NAME}"))["prompts"]
+            prompts = json.loads(folder.read(f"{parent}/{generations.MANIFEST}"))["prompts"]
             keys.append(keys_from_hex(place["key"] for place in prompts.values()))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             pass  # prompts are encoded again in seconds

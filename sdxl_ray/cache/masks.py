@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from PIL import Image
 
-from sdxl_ray.cache.formats import decode, open_image
-from sdxl_ray.cache.images import UnreadableImage, averageable, reasons
+from sdxl_ray.cache.formats import decode
+from sdxl_ray.cache.images import UnreadableImage, averageable, opened, reasons
 from sdxl_ray.cache.sources import read_bytes
 from sdxl_ray.records import ImageRecord
 
-# The scan holds masks to dataset.max_pixels. This is for one that was replaced since: its bytes are not compared.
+# The scan holds masks to dataset.max_pixels. This is for one of a record that does not know the mask's bytes.
 MAX_MASK_PIXELS = 250_000_000
 
 
@@ -37,7 +39,8 @@ def load_mask_file(record: ImageRecord) -> np.ndarray:
     """`mask_cells` of the image at the address `record.mask`; what is transparent there does not count.
 
     Raises:
-        UnreadableImage: the mask cannot be decoded, or has another aspect than the image.
+        UnreadableImage: the mask cannot be decoded, is not the one that was scanned, or has another aspect than the
+            image.
         OSError: this machine cannot read the file, which says nothing about the mask.
     """
     return mask_cells(_read_mask(record), record)
@@ -50,8 +53,11 @@ def _read_mask(record: ImageRecord) -> Image.Image:
         content = read_bytes(record.mask)
     except ValueError as error:
         raise UnreadableImage(f"{what}: {error}", "mask") from None
+    # Else it would be stored under the hash of the old one, and used for that when it is put back.
+    if record.mask_hash and hashlib.sha256(content).hexdigest() != record.mask_hash:
+        raise UnreadableImage(f"{what} changed while it was being cached; run `sdxl-ray cache` again", "changed")
     with reasons(f"{what} cannot be decoded", "mask"):
-        with open_image(content) as header:
+        with opened(content, record.mask, what=f"{what} ") as header:
             width, height = header.size
         if width * height > MAX_MASK_PIXELS:
             raise UnreadableImage(f"{what} has {height}x{width} pixels, more than {MAX_MASK_PIXELS:,}", "mask")

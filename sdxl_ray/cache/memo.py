@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from sdxl_ray.cache import formats
 from sdxl_ray.cache.scan import ScannedFile
-from sdxl_ray.cache.tables import fixed_column
+from sdxl_ray.cache.tables import find_rows, fixed_column
 from sdxl_ray.records import Listed
 from sdxl_ray.storage import Folder
 
@@ -51,30 +51,27 @@ class Memo:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self._table = _read_memo(folder)  # sorted by identity
-        self._new: list[pa.Table] = []
+        self._new: list[pa.Table] = []  # each sorted likewise; not on disk yet
         self._written, self._write_every_s = time.monotonic(), _WRITE_EVERY_S
 
     def find(self, files: Sequence[Listed], by_listing: Sequence[bool], max_pixels: int) -> list[ScannedFile | None]:
         """What is known of each file; None where it has to be looked at, once or again."""
         identities = _identities(files, by_listing)
-        known = _column(self._table)
-        if not len(known):
-            return [None] * len(files)
-        places = np.minimum(np.searchsorted(known, identities), len(known) - 1)
-        hits = np.flatnonzero(known[places] == identities)
         found: list[ScannedFile | None] = [None] * len(files)
-        rows = self._table.take(pa.array(places[hits])).to_pylist()
-        for place, row in zip(hits.tolist(), rows, strict=True):
-            file = ScannedFile(row["image_hash"].hex(), row["height"], row["width"], row["problem"], row["kind"])
-            if file.height * file.width <= max_pixels and file.kind not in _MAY_BE_OVER:
-                found[place] = file
+        for table in (self._table, *self._new):  # the later counts
+            rows = find_rows(_column(table), identities)
+            hits = np.flatnonzero(rows >= 0)
+            for place, row in zip(hits.tolist(), table.take(pa.array(rows[hits])).to_pylist(), strict=True):
+                file = ScannedFile(row["image_hash"].hex(), row["height"], row["width"], row["problem"], row["kind"])
+                is_sure = file.height * file.width <= max_pixels and file.kind not in _MAY_BE_OVER
+                found[place] = file if is_sure else None
         return found
 
     def add(self, files: Sequence[Listed], by_listing: Sequence[bool], scanned: Sequence[ScannedFile]) -> None:
         """Remember; on disk now and then, so that a killed scan of a large collection has not been for nothing."""
         if not files:
             return
-        self._new.append(_table(_identities(files, by_listing), scanned))
+        self._new.append(_sorted(_table(_identities(files, by_listing), scanned)))
         if time.monotonic() - self._written > self._write_every_s:
             self.write()
 
@@ -101,7 +98,7 @@ class Memo:
         taken = self._table.take(pa.array(rows))
         found = [ScannedFile(row["image_hash"].hex(), row["height"], row["width"]) for row in taken.to_pylist()]
         marked = [dataclasses.replace(file, problem=problems[file.image_hash], kind="damaged") for file in found]
-        self._new.append(_table(_column(taken), marked))
+        self._new.append(_table(_column(taken), marked))  # sorted, as the table is
         self.write()
 
     def forget(self, hashes: Iterable[str]) -> None:
@@ -118,11 +115,10 @@ class Memo:
 
     def _has(self, table: pa.Table) -> bool:
         """Whether all that a table says is known already."""
-        known, identities = _column(self._table), _column(table)
-        places = np.searchsorted(known, identities)
-        if (places == len(known)).any() or (known[places] != identities).any():
+        rows = find_rows(_column(self._table), _column(table))
+        if (rows < 0).any():
             return False
-        same: bool = self._table.take(pa.array(places)).to_pylist() == table.to_pylist()
+        same: bool = self._table.take(pa.array(rows)).to_pylist() == table.to_pylist()
         return same
 
     def _replace(self, table: pa.Table) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sdxl_ray.cache.ragged import Ragged
 from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.records import parse_bucket_key
 
@@ -21,8 +22,7 @@ _ON_DEMAND_SHORTER = 4
 
 
 def missing_latents(
-    keys: np.ndarray,
-    counts: np.ndarray,
+    keys: Ragged,
     codes: np.ndarray,
     buckets: Sequence[str],
     masked: np.ndarray,
@@ -32,14 +32,14 @@ def missing_latents(
     """The shards of images that are still missing, always cut in the same way: the same gap makes the same shards.
 
     Args:
-        keys: of all entries; `counts`: how many each row has.
+        keys: of each row.
         codes: of each row, its bucket's number in `buckets`.
         masked: of each row, whether it has a mask.
         order: of each entry, when training needs it: short shards then, in that order. None: bucket after bucket.
     """
-    entries = first_of_each(keys, np.arange(len(keys)) if order is None else order)
-    entries = entries[store.find(keys[entries]) < 0]
-    rows = np.searchsorted(np.cumsum(counts), entries, side="right")
+    entries = first_of_each(keys.values, np.arange(len(keys.values)) if order is None else order)
+    entries = entries[store.find(keys.values[entries]) < 0]
+    rows = keys.rows_of(entries)
     shards = []
     for bucket in np.unique(codes[rows]):
         length = shard_length(buckets[bucket])
@@ -59,21 +59,19 @@ def missing_text(keys: np.ndarray, ranks: np.ndarray, store: ShardStore) -> list
     return _cut(entries[store.find(keys[entries]) < 0], ENTRIES_PER_SHARD)
 
 
-def text_ranks(
-    latent_counts: np.ndarray, text_counts: np.ndarray, order: np.ndarray | None, num_entries: int
-) -> np.ndarray:
+def text_ranks(latent_counts: np.ndarray, captions: Ragged, order: np.ndarray | None) -> np.ndarray:
     """When each caption is needed: with the first of its row's crops. Prompts come first.
 
     Args:
-        latent_counts, text_counts: how many entries each row has of either.
-        order: of each entry of the latents; None: row after row.
-        num_entries: of captions and prompts.
+        latent_counts: how many latents each row has.
+        captions: of each row; the prompts follow.
+        order: of each latent; None: row after row.
     """
     ranks = np.arange(len(latent_counts))
     if order is not None and len(latent_counts):
         ranks = np.minimum.reduceat(order, np.cumsum(latent_counts) - latent_counts)
-    of_captions = np.repeat(ranks, text_counts)
-    return np.concatenate([of_captions, np.full(num_entries - len(of_captions), -1)])
+    of_captions = np.repeat(ranks, captions.counts)
+    return np.concatenate([of_captions, np.full(len(captions.values) - len(of_captions), -1)])
 
 
 def first_of_each(keys: np.ndarray, ranks: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ decode the next ones, as many as Ray's memory budget allows.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,27 +17,28 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from sdxl_ray import connection
-from sdxl_ray.cache.foreseen import index_of, index_tables, place_of_prompt
-from sdxl_ray.cache.index import Index, write_index
+from sdxl_ray.cache.foreseen import index_of
+from sdxl_ray.cache.generations import begin, finish, in_use
+from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.lost_shards import Undecodable
-from sdxl_ray.cache.manifest import FILE_NAME as MANIFEST
-from sdxl_ray.cache.manifest import mark_unfinished, write_manifest
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.planning import CachePlan, drop_undecodable, find_missing, plan_cache
 from sdxl_ray.cache.ray_jobs import Clock, Progress, Reserved, encode_latents, encode_text, scan_on_ray
-from sdxl_ray.cache.skipped import Skipped, check_readable, skipped_csv, unreadable_of, write_skipped
-from sdxl_ray.errors import CacheError, SdxlRayError, StorageError
+from sdxl_ray.cache.skipped import Skipped, check_readable, unreadable_of
+from sdxl_ray.cache.store import LATE_S
+from sdxl_ray.errors import CacheError, SdxlRayError
 from sdxl_ray.sdxl.components import resolve_model
-from sdxl_ray.storage import open_folder, read_bytes
+from sdxl_ray.storage import open_folder
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import Config
 
 
 _STOP_WITHIN_S = 60.0
+_LOOK_EVERY_S = 3.0
+_PASSES = 2  # the second for what others have deleted meanwhile
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CacheResult:
     num_captions_encoded: int
     num_long_captions: int
     max_tokens: int
-    skipped: tuple[Skipped, ...]
+    skipped: Sequence[Skipped]
     skipped_path: str
     buckets: dict[str, int]
     seconds: float
@@ -94,20 +94,17 @@ def build_cache(
     clock.stage("scan")
     with contextlib.suppress(OSError):  # where nobody can write, nobody has left any
         plan.store.remove_stale_temporaries()
-    background, num_tried = None, 0
+    background, begun, num_tried = None, None, 0
     if config.cache.mode == "ondemand" and order_of is not None:
         find_missing(plan, in_order=order_of(index_of(plan)))
-        if plan.missing_text or plan.missing_latents:
-            background = Background(config, plan)
-    elif plan.missing_text or plan.missing_latents:
-        num_tried = plan.num_missing_latents + plan.num_missing_text
-        # Now, so that `--prune` of another process sees what this one counts on.
-        mark_unfinished(plan.folder)
-        write_index(plan.index_path, index_tables(plan))
-        connect()
-        encode_missing(config, plan, progress, clock)
-        check_readable(plan, config.datasets)
-    _write_index(config, plan)
+        background = Background(config, plan) if plan.num_missing else None
+    elif plan.num_missing:
+        num_tried = plan.num_missing
+        begun = begin(plan)
+        with in_use(plan.index_path):
+            connect()
+            encode_missing(config, plan, progress, clock)
+    finish(plan, begun)
     return CacheResult(
         index_path=plan.index_path,
         num_samples=plan.num_samples,
@@ -115,7 +112,7 @@ def build_cache(
         num_captions_encoded=clock.counts["captions"],
         num_long_captions=plan.num_long_captions(),
         max_tokens=plan.max_tokens,
-        skipped=tuple(plan.skipped),
+        skipped=plan.skipped,
         skipped_path=plan.skipped_path,
         buckets=dict(plan.buckets),
         seconds=time.monotonic() - clock.started,
@@ -128,25 +125,20 @@ def build_cache(
     )
 
 
-def encode_missing(config: Config, plan: CachePlan, progress: Progress, clock: Clock | None = None) -> None:
+def encode_missing(config: Config, plan: CachePlan, progress: Progress, clock: Clock) -> None:
     """Everything that the plan lacks, and what was there at first but is not any more; images that cannot be decoded
     leave the plan.
 
     Raises:
-        CacheError, StorageError: finished shards are kept.
+        CacheError, StorageError, DatasetError: finished shards are kept.
     """
-    clock = clock or Clock()
-    tried = _missing_keys(plan)
-    _encode(config, plan, progress, clock)
-    lost = _missing_keys(plan)
-    if len(lost) and not np.isin(lost, tried).any():
+    for _ in range(_PASSES):
+        tried = plan.missing_keys()
         _encode(config, plan, progress, clock)
-        lost = _missing_keys(plan)
-    if len(lost):
-        raise CacheError(
-            f"{plan.num_missing_latents} latents and {plan.num_missing_text} captions are still missing after "
-            f"encoding. Is {config.cache.path} the same folder on all machines? Run `sdxl-ray doctor`."
-        )
+        _find_again(plan, tried)
+        if not plan.num_missing:
+            return
+    raise _still_missing(plan)
 
 
 def _encode(config: Config, plan: CachePlan, progress: Progress, clock: Clock) -> None:
@@ -156,21 +148,34 @@ def _encode(config: Config, plan: CachePlan, progress: Progress, clock: Clock) -
     clock.counts["images"] += encode_latents(config, plan, progress, clock, undecodable)
     clock.stage("images")
     if undecodable:
+        without = {item.key: item.skipped for item in undecodable}
+        # First: where most images fail, a machine or a mount is at fault, and none of them is to be remembered.
+        check_readable(plan, config.datasets, also=unreadable_of(plan, without))
         _remember(config, undecodable)
-        drop_undecodable(plan, {item.key: item.skipped for item in undecodable})
-    plan.store.refresh()
-    find_missing(plan)
+        drop_undecodable(plan, without)
 
 
-def _missing_keys(plan: CachePlan) -> np.ndarray:
-    """'S16', of latents and captions."""
-    latents, captions = plan.latent_keys()[0], plan.text_keys()[0]
-    return np.concatenate(
-        [
-            *(latents[entries] for entries in plan.missing_latents),
-            *(captions[entries] for entries in plan.missing_text),
-            captions[:0],
-        ]
+def _find_again(plan: CachePlan, encoded: np.ndarray) -> None:
+    """Look what is missing now. A network drive may show late what another machine has written.
+
+    Raises:
+        CacheError: what is encoded is not there.
+    """
+    deadline = time.monotonic() + LATE_S
+    while True:
+        plan.store.refresh()
+        find_missing(plan)
+        if not np.isin(plan.missing_keys(), encoded).any():
+            return
+        if time.monotonic() > deadline:
+            raise _still_missing(plan)
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _still_missing(plan: CachePlan) -> CacheError:
+    return CacheError(
+        f"{plan.num_missing_latents} latents and {plan.num_missing_text} captions are still missing after encoding. "
+        f"Is {plan.store.folder.path} the same folder on all machines? Run `sdxl-ray doctor`."
     )
 
 
@@ -267,53 +272,3 @@ def _remember(config: Config, undecodable: Sequence[Undecodable]) -> None:
         memo = Memo(open_folder(config.cache.path))
         memo.mark(problems)
         memo.forget(changed)
-
-
-def _write_index(config: Config, plan: CachePlan) -> None:
-    """Also where it says the same already: its date tells `--prune` that it is in use.
-
-    Raises:
-        StorageError: the disk is full or read-only, or the bucket refuses; what is there is not the same.
-    """
-    made_with = {
-        "datasets": [dataset.model_dump(mode="json") for dataset in config.datasets],
-        "model": config.model.path,
-        "vae_fingerprint": plan.vae_fingerprint,
-        "text_fingerprint": plan.text_fingerprint,
-        "vae_dtype": config.cache.vae_dtype,
-        "caption_chunks": plan.num_chunks,
-        "num_samples": plan.num_samples,
-    }
-    try:
-        write_index(plan.index_path, index_tables(plan))
-        write_skipped(plan)
-        write_manifest(plan.folder, made_with, plan.prompts, lambda prompt: place_of_prompt(plan, prompt))
-    except StorageError:
-        if not _is_written(plan):
-            raise
-
-
-def _is_written(plan: CachePlan) -> bool:
-    """Whether index, list of skipped images and manifest are there as this plan needs them."""
-    try:
-        prompts = json.loads(plan.folder.read(MANIFEST))["prompts"]
-        if any(prompts[prompt] != place_of_prompt(plan, prompt) for prompt in plan.prompts):
-            return False
-        if read_bytes(plan.skipped_path) != skipped_csv(plan):
-            return False
-        written = Index.read(plan.index_path).table
-    except (SdxlRayError, OSError, ValueError, LookupError, TypeError):
-        return False
-    first = 0
-    for piece in index_tables(plan):
-        # As text: the numbers of the same names may be others.
-        plain = pa.schema(
-            [
-                (column.name, pa.string() if pa.types.is_dictionary(column.type) else column.type)
-                for column in piece.schema
-            ]
-        )
-        if not written.slice(first, len(piece)).cast(plain).equals(piece.cast(plain)):
-            return False
-        first += len(piece)
-    return first == len(written)

@@ -7,11 +7,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +18,13 @@ import pyarrow.compute as pc
 
 from sdxl_ray.cache import index
 from sdxl_ray.cache.collection import Collection, EncodedWith, Scan, collect
+from sdxl_ray.cache.foreseen import Content, content_of
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.missing import missing_latents, missing_text, text_ranks
+from sdxl_ray.cache.ragged import Ragged
 from sdxl_ray.cache.scan import scan_each
 from sdxl_ray.cache.shards import shard_name, text_key
-from sdxl_ray.cache.skipped import Skipped, check_readable, unreadable_of
+from sdxl_ray.cache.skipped import Skipped, SkippedImages, check_readable, unreadable_of
 from sdxl_ray.cache.store import ShardStore, hex_strings, keys_from_hex
 from sdxl_ray.records import ImageRecord, bucket_key
 from sdxl_ray.sdxl.fingerprint import text_fingerprint, vae_fingerprint
@@ -60,7 +61,8 @@ class CachePlan:
     """
 
     model: str
-    folder: Folder  # of this collection's index, below the cache
+    name: str  # for a person, of the datasets
+    made_with: dict[str, Any]  # settings, for the manifest
     store: ShardStore
     collection: Collection
     prompts: dict[str, str]  # text that is needed besides captions (validation prompts, "") -> its key
@@ -71,6 +73,19 @@ class CachePlan:
     order: np.ndarray | None = None  # rank of each crop of each row, where training needs them in an order of its own
     missing_latents: list[np.ndarray] = field(default_factory=list)
     missing_text: list[np.ndarray] = field(default_factory=list)
+    _content: Content | None = None  # None: it has to be found out again
+
+    @property
+    def content(self) -> Content:
+        """What index and manifest say. Made when it is asked for, and anew after each change of the plan."""
+        if self._content is None:
+            self._content = content_of(self)
+        return self._content
+
+    @property
+    def folder(self) -> Folder:
+        """Of this collection's index, below the cache. Named by its content: see `generations`."""
+        return open_folder(f"{self.store.folder.path}/datasets/{self.name}-{self.content.digest}")
 
     @property
     def buckets(self) -> Counter[str]:
@@ -86,7 +101,7 @@ class CachePlan:
         return sum(self.collection.num_images.values())
 
     @property
-    def skipped(self) -> list[Skipped]:
+    def skipped(self) -> SkippedImages:
         return self.collection.skipped
 
     @property
@@ -96,6 +111,10 @@ class CachePlan:
     @property
     def num_missing_text(self) -> int:
         return sum(map(len, self.missing_text))
+
+    @property
+    def num_missing(self) -> int:
+        return self.num_missing_latents + self.num_missing_text
 
     @property
     def index_path(self) -> str:
@@ -111,58 +130,59 @@ class CachePlan:
 
     def num_long_captions(self) -> int:
         """Captions of which the encoders see only the first `max_tokens`; known once they are encoded."""
-        keys = np.unique(self.collection.keys("text_keys")[0])
+        keys = np.unique(self.collection.keys("text_keys").values)
         return int((self.store.num_tokens(keys) > self.max_tokens).sum())
 
     def missing_by_bucket(self) -> Counter[str]:
         """How many latents of each bucket are missing."""
-        _, counts = self.latent_keys()
-        ends = np.cumsum(counts)
-        bucket = self.collection.table.column("bucket")
+        keys, bucket = self.latent_keys(), self.collection.table.column("bucket")
         missing: Counter[str] = Counter()
         for entries in self.missing_latents:
-            missing[bucket[int(np.searchsorted(ends, entries[0], side="right"))].as_py()] += len(entries)
+            missing[bucket[int(keys.rows_of(entries[:1])[0])].as_py()] += len(entries)
         return missing
 
     # ---- entries
 
-    def latent_keys(self) -> tuple[np.ndarray, np.ndarray]:
-        """(keys of all entries, how many each row has)."""
+    def latent_keys(self) -> Ragged:
+        """Of each row, 'S16'."""
         return self.collection.keys("latent_keys")
 
-    def text_keys(self) -> tuple[np.ndarray, np.ndarray]:
+    def text_keys(self) -> Ragged:
         """The same of captions; the keys of the prompts follow."""
-        keys, counts = self.collection.keys("text_keys")
-        return np.concatenate([keys, keys_from_hex(self.prompts.values())]), counts
+        captions = self.collection.keys("text_keys")
+        return Ragged(np.concatenate([captions.values, keys_from_hex(self.prompts.values())]), captions.counts)
+
+    def missing_keys(self) -> np.ndarray:
+        """'S16', of latents and captions."""
+        kinds = (self.latent_keys().values, self.missing_latents), (self.text_keys().values, self.missing_text)
+        return np.concatenate([keys[:0] if not shards else keys[np.concatenate(shards)] for keys, shards in kinds])
 
     # ---- work items
 
     def latent_shards(self) -> Iterator[LatentShard]:
         """Of `missing_latents`, made one by one: all at once would take gigabytes."""
-        keys, counts = self.latent_keys()
-        ends = np.cumsum(counts)
+        keys = self.latent_keys()
         for entries in self.missing_latents:
-            rows = np.searchsorted(ends, entries, side="right")
-            variants = entries - (ends[rows] - counts[rows])
+            rows, variants = keys.rows_of(entries), keys.place_in_row(entries)
             records = self.collection.records(rows.tolist(), variants.tolist())
-            texts = tuple(hex_strings(keys[entries]).to_pylist())
+            texts = tuple(hex_strings(keys.values[entries]).to_pylist())
             name = shard_name("latents", texts, bucket_key(records[0].bucket_hw))
             yield LatentShard(name, texts, tuple(records))
 
     def text_shards(self) -> Iterator[TextShard]:
         """Of `missing_text`, made one by one."""
-        keys, counts = self.text_keys()
+        keys = self.text_keys()
         captions = pa.chunked_array(
             [chunk.flatten() for chunk in self.collection.table.column("captions").chunks] or [[]], pa.string()
         )
         prompts = list(self.prompts)
-        num_captions = int(counts.sum())
+        num_captions = int(keys.counts.sum())
         for entries in self.missing_text:
             taken = tuple(
                 captions[number].as_py() if number < num_captions else prompts[number - num_captions]
                 for number in entries.tolist()
             )
-            texts = tuple(hex_strings(keys[entries]).to_pylist())
+            texts = tuple(hex_strings(keys.values[entries]).to_pylist())
             yield TextShard(shard_name("text", texts), texts, taken)
 
 
@@ -196,7 +216,15 @@ def plan_cache(
     )
     plan = CachePlan(
         model=model_path,
-        folder=open_folder(f"{cache.path}/datasets/{_collection_name(datasets, cache, vae, text)}"),
+        name=_collection_name([dataset.name for dataset in datasets]),
+        made_with={
+            "datasets": [dataset.model_dump(mode="json", exclude=_OF_TRAINING) for dataset in datasets],
+            "model": model.path,
+            "vae_fingerprint": vae,
+            "text_fingerprint": text,
+            "vae_dtype": cache.vae_dtype,
+            "caption_chunks": cache.caption_chunks,
+        },
         store=ShardStore(cache.path),
         collection=collection,
         prompts={
@@ -221,21 +249,21 @@ def find_missing(plan: CachePlan, *, in_order: np.ndarray | None = None) -> None
             else in the order of the listing.
     """
     plan.order = in_order if in_order is not None else plan.order
-    keys, latent_counts = plan.latent_keys()
+    latents, captions = plan.latent_keys(), plan.text_keys()
     plan.missing_latents = []
     if plan.keeps_latents:
         table = index.Index(plan.collection.table.select(["bucket", "mask"]))
         codes, buckets = table.codes("bucket")
         masked = np.asarray(pc.not_equal(table.table.column("mask"), "").to_numpy(), dtype=bool)
-        plan.missing_latents = missing_latents(keys, latent_counts, codes, buckets, masked, plan.order, plan.store)
-    keys, text_counts = plan.text_keys()
-    plan.missing_text = missing_text(keys, text_ranks(latent_counts, text_counts, plan.order, len(keys)), plan.store)
+        plan.missing_latents = missing_latents(latents, codes, buckets, masked, plan.order, plan.store)
+    plan.missing_text = missing_text(captions.values, text_ranks(latents.counts, captions, plan.order), plan.store)
+    plan._content = None
 
 
 def drop_undecodable(plan: CachePlan, undecodable: Mapping[str, Skipped]) -> None:
     """Take out the samples of these latent keys, whose pixels turned out damaged."""
     plan.skipped.extend(unreadable_of(plan, undecodable))
-    _, counts = plan.latent_keys()
+    counts = plan.latent_keys().counts
     kept = np.ones(len(counts), bool)
     kept[list(plan.collection.rows_with(undecodable))] = False
     plan.collection.keep(kept)
@@ -252,10 +280,11 @@ def max_tokens(num_chunks: int) -> int:
 _OF_TRAINING = {"repeats", "weight", "start", "end", "crop_epochs", "max_unreadable", "prior_prediction"}
 
 
-def _collection_name(datasets: Sequence[DatasetSection], cache: CacheSection, vae: str, text: str) -> str:
-    """Readable, and different whenever the index would be."""
-    sections = [dataset.model_dump(mode="json", exclude=_OF_TRAINING) for dataset in datasets]
-    identity = repr((sections, vae, text, cache.text, cache.caption_chunks, cache.mode == "off"))
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:10]
+_NAME_BYTES = 100  # file systems take 255, and a digest follows
+
+
+def _collection_name(datasets: Sequence[str]) -> str:
+    """For a person: of the first dataset, and how many there are. Not hidden, so without dots in front."""
+    first = datasets[0].lstrip(".").encode(errors="ignore")[:_NAME_BYTES].decode(errors="ignore").strip()
     others = f"-and-{len(datasets) - 1}" if len(datasets) > 1 else ""
-    return f"{datasets[0].name or 'dataset'}{others}-{digest}"
+    return f"{first or 'dataset'}{others}"

@@ -28,6 +28,7 @@ class Share:
     cpus_per_decode: float  # of each decode task
     device: str  # for `actors.torch_device`
     threads: int = 0  # of torch in each actor on a CPU; 0: as Ray sets it
+    num_decoding: int = 1  # decode tasks at once, if nothing else runs there
 
 
 def share_cluster(
@@ -71,7 +72,8 @@ def share_cluster(
         num_actors = max(1, min(num_encoders or num_gpus, room, num_items))
         most = max(num_actors, min(max_encoders, num_items))
         cpus_per_decode = 1.0 if max((node.cpus for node in nodes), default=0) >= 1 and num_cpus >= 1 else 0.4
-        return Share(num_actors, most, 0.0, gpus_per_actor, cpus_per_decode, "cuda")
+        num_decoding = max(1, int(num_cpus / cpus_per_decode))
+        return Share(num_actors, most, 0.0, gpus_per_actor, cpus_per_decode, "cuda", num_decoding=num_decoding)
     device = "mps" if accelerator != "cpu" and len(nodes) == 1 else "cpu"  # Ray does not count Apple's GPU
     cores = max(1, int(num_cpus))
     num_actors = max(1, min(num_encoders or 1, cores, num_items))
@@ -80,4 +82,13 @@ def share_cluster(
     taken = min(_CPUS_PER_CPU_ENCODER, 0.4 * max(num_cpus, 0.5) / (most * num_pools))
     left = max(num_cpus, 0.5) - taken * most * num_pools
     cpus_per_decode = max(0.1, int(100 * min(1.0, left / cores / num_pools)) / 100)
-    return Share(num_actors, most, taken, 0.0, cpus_per_decode, device, threads=max(1, cores // num_actors))
+    return Share(
+        num_actors,
+        most,
+        taken,
+        0.0,
+        cpus_per_decode,
+        device,
+        threads=max(1, cores // num_actors),
+        num_decoding=max(1, int(num_cpus / cpus_per_decode)),
+    )

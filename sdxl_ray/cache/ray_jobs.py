@@ -8,38 +8,28 @@ was scanned. So a shard of which no row came back is looked into, and then encod
 
 from __future__ import annotations
 
-import itertools
-import json
-import logging
+import contextlib
+import functools
 import time
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
-from ray.data import ExecutionResources
-from ray.util.annotations import RayDeprecationWarning
 
 from sdxl_ray import connection
-from sdxl_ray.cache.actors import (
-    ScanChunk,
-    WriteLatentShard,
-    WriteTextShard,
-    decode_shard,
-    failure,
-    files_as_row,
-    raise_error,
-    scanned_files,
-)
-from sdxl_ray.cache.lost_shards import Undecodable, look_into
+from sdxl_ray.cache.actors import ScanChunk, WriteLatentShard, WriteTextShard, decode_shard, files_as_row, scanned_files
+from sdxl_ray.cache.lost_shards import LostShards, Undecodable
 from sdxl_ray.cache.planning import CachePlan
 from sdxl_ray.cache.pools import Node, Share, share_cluster
+from sdxl_ray.cache.ray_rows import InThread, quiet, reports_of, rows_of
+from sdxl_ray.cache.reports import ShardReport
+from sdxl_ray.cache.room import Reserved, Room, marked
 from sdxl_ray.cache.scan import ScannedFile, scan_each
 from sdxl_ray.cache.skipped import Skipped
-from sdxl_ray.errors import CacheError, ClusterError
+from sdxl_ray.cache.waves import Wave, dataset_of, waves_of
+from sdxl_ray.errors import ClusterError
 from sdxl_ray.records import Listed
 
 if TYPE_CHECKING:
@@ -47,8 +37,6 @@ if TYPE_CHECKING:
 
 # Below this many new files, threads on the driver are done before Ray has started.
 SCAN_ON_RAY_FROM = 5_000
-# Shards of one Ray Data job. The work items of millions of images at once would fill the object store.
-_SHARDS_AT_ONCE = 2_048
 # What encoders of captions and images and their decode tasks take at least (`share_cluster`).
 _SPARE_CPUS = 0.5
 # Of one Ray Data job, shards whose decode task may die before the job ends. More of them are no accident.
@@ -58,14 +46,6 @@ _TASK_RETRIES = 3
 _ACTOR_RETRIES = 10
 
 Progress = Callable[[str, int, int], None]  # stage ("scan", "text", "images"), done, total
-Item = TypeVar("Item")
-
-
-class Reserved(NamedTuple):
-    """What training has; only beside a training run."""
-
-    cpus: float = 0.0
-    gpus: float = 0.0
 
 
 class Clock:
@@ -75,7 +55,8 @@ class Clock:
         self.started = self._last = time.monotonic()
         self.stages: dict[str, float] = {}
         self.workers: defaultdict[str, float] = defaultdict(float)
-        self.counts: Counter[str] = Counter()  # "captions", "long" of them, "images", "tiled" of them
+        # "captions", "long" of them, "images", "tiled" of them; "there": both, that others have written meanwhile
+        self.counts: Counter[str] = Counter()
 
     def stage(self, name: str) -> None:
         now = time.monotonic()
@@ -111,7 +92,7 @@ def scan_on_ray(
     dataset = listed.map(ScanChunk(max_pixels), num_cpus=1, max_retries=_TASK_RETRIES)
     come: dict[int, list[ScannedFile]] = {}  # rows come in any order
     done = first = 0
-    for row in _rows(dataset, "scanning failed", "What was found is kept"):
+    for row in rows_of(dataset, "scanning failed", "What was found is kept"):
         come[int(row["first"])] = scanned_files(row, files, max_pixels)
         done += len(come[int(row["first"])])
         progress("scan", done, len(files))
@@ -127,8 +108,8 @@ def scan_on_ray(
 def encode_text(
     config: Config, plan: CachePlan, progress: Progress, clock: Clock, reserved: Reserved | None = None
 ) -> int:
-    """Every caption that is missing; how many were encoded."""
-    total, done = plan.num_missing_text, 0
+    """Every caption that is missing; how many were encoded. What another job has written meanwhile is not."""
+    total, done, num_encoded = plan.num_missing_text, 0, 0
     if not total:
         return 0
     progress("text", 0, total)  # the encoders take some seconds to start
@@ -139,17 +120,23 @@ def encode_text(
         "num_chunks": plan.num_chunks,
         **encoder_arguments(config, plan, share),
     }
-    for items in _waves({"shard": json.dumps(asdict(shard))} for shard in plan.text_shards()):
-        dataset = _from_items(items, reserved)
+    for wave, dataset in waves_of(plan.text_shards(), share, reserved):
+        room = Room("text", share, reserved)
         dataset = dataset.map_batches(
-            WriteTextShard, fn_constructor_kwargs=arguments, batch_size=1, **_pool(config, share)
+            WriteTextShard,
+            fn_constructor_kwargs={**arguments, "began": room.encoding.set},
+            batch_size=1,
+            **_pool(config, share, len(wave)),
         )
-        for row in _results(dataset):
-            done += int(row["num"])
-            clock.counts["long"] += int(row["long"])
-            clock.workers["encode_text"] += float(row["encode_s"])
-            progress("text", done, total)
-    return done
+        with contextlib.closing(room.watched(reports_of(dataset))) as reports:  # an error ends the job, and at once
+            for report in reports:
+                num_encoded += report.num
+                done += report.num + report.num_there
+                clock.counts["there"] += report.num_there
+                clock.counts["long"] += report.long
+                clock.workers["encode_text"] += report.encode_s
+                progress("text", done, total)
+    return num_encoded
 
 
 # ---- (3) images: decode on CPUs, encode where there is an accelerator ------------------------------------------------
@@ -163,53 +150,125 @@ def encode_latents(
     undecodable: list[Undecodable],
     reserved: Reserved | None = None,
 ) -> int:
-    """Every image that is missing; how many were encoded. Those that cannot be decoded are added to `undecodable`."""
-    total, done = plan.num_missing_latents, 0
+    """Every image that is missing; how many were encoded. What another job has written meanwhile is not.
+
+    Images that cannot be decoded are added to `undecodable`.
+    """
+    total, done, num_encoded = plan.num_missing_latents, 0, 0
     if not total:
         return 0
     progress("images", 0, total)
-    share = _share(config, len(plan.missing_latents), reserved, text=False)
-    arguments = {
-        "cache": config.cache.path,
-        "fingerprint": plan.vae_fingerprint,
-        "dtype": config.cache.vae_dtype,
-        "compile": config.cache.compile,
-        "write_empty": reserved is not None,
-        **encoder_arguments(config, plan, share),
-    }
-    for wave in _waves((shard.name, json.dumps(asdict(shard))) for shard in plan.latent_shards()):
-        left, may_lose = dict(wave), _LOST_AT_MOST
-        while left:
-            dataset = _from_items([{"shard": shard} for shard in left.values()], reserved)
-            dataset.context.max_errored_blocks = may_lose
-            dataset = dataset.map(decode_shard, num_cpus=share.cpus_per_decode, max_retries=_TASK_RETRIES)
-            dataset = dataset.map_batches(
-                WriteLatentShard, fn_constructor_kwargs=arguments, batch_size=1, **_pool(config, share)
-            )
-            again: dict[str, str] = {}
-            for row in _results(dataset):
-                name = str(row["name"])
-                shard = left.pop(name)
-                if row["unreadable"]:  # looked into now: where a node does not see the folder, all others wait in vain
-                    again[name] = look_into(shard, undecodable, told=json.loads(str(row["unreadable"])))
-                    continue
-                found = json.loads(str(row["skipped"]))
-                undecodable += [
-                    Undecodable(
-                        item["key"], item["image_hash"], Skipped(item["path"], item["reason"], kind=item["kind"])
-                    )
-                    for item in found
-                ]
-                done += int(row["num"])
-                clock.workers["encode"] += float(row["encode_s"])
-                clock.workers["decode"] += float(row["decode_s"])
-                clock.counts["tiled"] += int(row["tiled"])
+    job = _LatentJob(config, plan, undecodable, reserved)
+    for wave, dataset in waves_of(plan.latent_shards(), job.share, reserved):
+        with contextlib.closing(job.finished(wave, dataset)) as reports:
+            for report in reports:
+                num_encoded += report.num
+                done += report.num + report.num_there
+                clock.counts["there"] += report.num_there
+                clock.workers["encode"] += report.encode_s
+                clock.workers["decode"] += report.decode_s
+                clock.counts["tiled"] += report.tiled
                 progress("images", done, total - len(undecodable))
-            if may_lose:
-                num_cpus = share.cpus_per_decode
-                again |= {name: look_into(shard, undecodable, num_cpus=num_cpus) for name, shard in left.items()}
-            left, may_lose = again, 0
-    return done
+    return num_encoded
+
+
+class _LatentJob:
+    """Waves of shards, each of them encoded in the end without the images at fault."""
+
+    def __init__(
+        self, config: Config, plan: CachePlan, undecodable: list[Undecodable], reserved: Reserved | None
+    ) -> None:
+        self.config, self.reserved, self.undecodable = config, reserved, undecodable
+        self.share = _share(config, len(plan.missing_latents), reserved, text=False)
+        self.arguments = {
+            "cache": config.cache.path,
+            "fingerprint": plan.vae_fingerprint,
+            "dtype": config.cache.vae_dtype,
+            "compile": config.cache.compile,
+            "write_empty": reserved is not None,
+            **encoder_arguments(config, plan, self.share),
+        }
+        self.lost = LostShards(undecodable, num_cpus=self.share.cpus_per_decode)
+
+    def finished(self, wave: Wave, dataset: ray.data.Dataset) -> Generator[ShardReport, None, None]:
+        """Of every shard of a wave the report with which it is done.
+
+        Those with images at fault are encoded again after the others; where training waits for them, beside the
+        others, in encoders of their own.
+
+        Raises:
+            SdxlRayError: what an encoder has said.
+            CacheError: shards that are lost for no image's fault; a node that cannot read what the driver can.
+        """
+        left, again = dict(wave), Wave()
+        places = {name: place for place, name in enumerate(wave)}
+        beside: tuple[Wave, InThread[list[ShardReport]]] | None = None
+        with contextlib.closing(self._run(dataset, len(wave), _LOST_AT_MOST, is_wave=True)) as reports:
+            for report in reports:
+                if report.name not in left:  # it was given up too early
+                    continue
+                yield from self._done(left, again, [report])
+                if self.reserved is not None:
+                    again |= self._overtaken(left, places)
+                if beside is not None and beside[1].done:
+                    yield from self._done(beside[0], again, beside[1].result())
+                    beside = None
+                if again and beside is None and self.reserved is not None:
+                    beside = again, InThread(functools.partial(list[ShardReport], self._run_again(again)))
+                    again = Wave()
+        if beside is not None:
+            yield from self._done(beside[0], again, beside[1].result())
+        again |= {name: self.lost.without_the_faulty(shard, None) for name, shard in left.items()}
+        while again:
+            items, again = again, Wave()
+            yield from self._done(items, again, self._run_again(items))
+
+    def _overtaken(self, left: Wave, places: Mapping[str, int]) -> Wave:
+        """The first shard that is left, where so many others are done that it must have been lost; without the image
+        that its decode task has died of."""
+        first = next(iter(left), None)
+        if first is None or len(places) - len(left) - places[first] < max(64, 4 * self.share.num_decoding):
+            return {}
+        return {first: self.lost.without_the_faulty(left.pop(first), None)}
+
+    def _done(self, left: Wave, again: Wave, reports: Iterable[ShardReport]) -> Iterator[ShardReport]:
+        """Take the reported shards out of `left`; those with an image at fault go into `again`, without it."""
+        for report in reports:
+            shard = left.pop(report.name)
+            if report.unreadable:  # looked into now: where a node does not see the folder, all others wait in vain
+                again[report.name] = self.lost.without_the_faulty(shard, report)
+                continue
+            self.lost.finished(report)
+            self.undecodable += [
+                Undecodable(item["key"], item["image_hash"], Skipped(item["path"], item["reason"], kind=item["kind"]))
+                for item in report.skipped
+            ]
+            yield report
+
+    def _run_again(self, items: Wave) -> Iterator[ShardReport]:
+        # Their dead images are known: if another task dies, that is an error.
+        return self._run(dataset_of(items, self.reserved), len(items), 0)
+
+    def _run(
+        self, dataset: ray.data.Dataset, num_shards: int, may_lose: int, *, is_wave: bool = False
+    ) -> Generator[ShardReport, None, None]:
+        """Encode these shards, of which some may be lost: no report comes of them."""
+        room = Room("images", self.share, self.reserved)
+        dataset.context.max_errored_blocks = may_lose
+        cache, decode = self.config.cache.path, decode_shard
+        dataset = dataset.map(
+            marked(lambda row: decode({**row, "cache": cache}), room.decoding, name="decode_shard"),
+            num_cpus=self.share.cpus_per_decode,
+            max_retries=_TASK_RETRIES,
+        )
+        dataset = dataset.map_batches(
+            WriteLatentShard,
+            fn_constructor_kwargs={**self.arguments, "began": room.encoding.set},
+            batch_size=1,
+            **_pool(self.config, self.share, num_shards),
+        )
+        reports = reports_of(dataset)
+        yield from room.watched(reports) if is_wave else reports  # beside a wave, it waits until that is over
 
 
 # ---- shared by text and images ---------------------------------------------------------------------------------------
@@ -226,21 +285,7 @@ def encoder_arguments(config: Config, plan: CachePlan, share: Share | None = Non
     }
 
 
-def _waves(items: Iterable[Item]) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while wave := list(itertools.islice(iterator, _SHARDS_AT_ONCE)):
-        yield wave
-
-
-def _from_items(items: Sequence[dict[str, str]], reserved: Reserved | None) -> ray.data.Dataset:
-    quiet()
-    dataset = ray.data.from_items(list(items), override_num_blocks=len(items))
-    if reserved is not None:
-        dataset.context.execution_options.exclude_resources = ExecutionResources(cpu=reserved.cpus, gpu=reserved.gpus)
-    return dataset
-
-
-def _pool(config: Config, share: Share) -> dict[str, Any]:
+def _pool(config: Config, share: Share, num_items: int) -> dict[str, Any]:
     needs: dict[str, Any] = {
         "num_cpus": share.cpus_per_actor,
         "max_restarts": _ACTOR_RETRIES,
@@ -253,7 +298,8 @@ def _pool(config: Config, share: Share) -> dict[str, Any]:
         needs["num_gpus"] = share.gpus_per_actor
         if config.cache.accelerator_type:
             needs["accelerator_type"] = config.cache.accelerator_type
-    return {"compute": ray.data.ActorPoolStrategy(min_size=share.num_actors, max_size=share.max_actors), **needs}
+    num_actors, max_actors = (min(number, num_items) for number in (share.num_actors, share.max_actors))
+    return {"compute": ray.data.ActorPoolStrategy(min_size=num_actors, max_size=max_actors), **needs}
 
 
 def check_spare(reserved: Reserved) -> None:
@@ -306,49 +352,3 @@ def _share(config: Config, num_items: int, reserved: Reserved | None, *, text: b
         reserved_gpus=of_training.gpus,
         num_pools=2 if reserved is not None else 1,
     )
-
-
-def _results(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    """
-    Raises:
-        SdxlRayError: what an encoder has said.
-        CacheError: anything else that went wrong on a node.
-    """
-    for row in _rows(dataset, "encoding failed", "Finished shards are kept"):
-        raise_error(str(row["error"]))
-        yield row
-
-
-def _rows(dataset: ray.data.Dataset, failed: str, kept: str) -> Iterator[dict[str, Any]]:
-    try:
-        yield from dataset.iter_rows()
-    except ray.exceptions.RayError as error:
-        reason = reason_of(error)
-        memory = reason.startswith("MemoryError") or isinstance(error, ray.exceptions.OutOfMemoryError)
-        raise CacheError(failure(failed, reason, kept, memory=memory)) from error
-
-
-def reason_of(error: ray.exceptions.RayError) -> str:
-    """The line that says what went wrong.
-
-    Of what Ray itself found, the first. What a task raised comes as text: tracebacks, each the cause of the next one,
-    and last Ray Data's own exception, which says nothing about it.
-    """
-    text = str(error).strip() or type(error).__name__
-    if not isinstance(error, ray.exceptions.UserCodeException):
-        return text.splitlines()[0].rstrip(".")
-    raised = text.split("\n\nThe above exception was the direct cause")[-2:][0].splitlines()
-    last_frame = max((number for number, line in enumerate(raised) if line.startswith('  File "')), default=0)
-    return next((line for line in raised[last_frame:] if line and not line[0].isspace()), raised[-1]).rstrip(".")
-
-
-def quiet() -> None:
-    """Progress is ours to show, and so are errors: those of Ray Data are raised with all that it would log."""
-    # Of `max_retries` and `max_restarts` ("Use the named remote parameters instead", of which none is for these), and
-    # of `ExecutionOptions.exclude_resources` ("Use `ExecutionOptions.label_selector`", which cannot keep cores of one
-    # machine free). They go with Ray 2.64 and after January 2027; Ray is pinned.
-    warnings.filterwarnings("ignore", category=RayDeprecationWarning, module=r"sdxl_ray\.")
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)

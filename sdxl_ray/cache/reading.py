@@ -23,10 +23,11 @@ def load_image(record: ImageRecord) -> tuple[np.ndarray, np.ndarray | None]:
     """(height, width, 3) uint8 and, where the record has a mask, (height / 8, width / 8) uint8.
 
     Raises:
-        UnreadableImage: it cannot be decoded; or its listing was trusted, so that nobody has opened it before, and it
-            is not there.
+        UnreadableImage: it or its mask cannot be decoded, or is not the one that was scanned; or its listing was
+            trusted, so that nobody has opened it before, and it is not there.
         OSError, StorageError: this machine cannot read it, twice. Where somebody has read it before (`record.verify`),
             that says nothing about the image.
+        MemoryError: likewise.
     """
     if record.mask == "alpha":
         pixels, alpha = _load_twice(load_pixels_and_alpha, record, is_known=record.verify)

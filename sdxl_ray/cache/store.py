@@ -16,6 +16,7 @@ from sdxl_ray.cache.shards import DAMAGED_SUFFIX, KEY_BYTES, OtherVersion, read_
 from sdxl_ray.storage import Folder, open_folder
 
 KEY_DTYPE = f"S{KEY_BYTES}"
+LATE_S = 60.0  # so late may a network drive show what another machine has written: NFS remembers folders for 30-60 s
 _STALE_TEMPORARY_S = 24 * 3600
 
 

@@ -51,6 +51,19 @@ def gather(pieces: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
         return pa.ipc.open_stream(mapped).read_all().unify_dictionaries()
 
 
+def find_rows(identities: np.ndarray, wanted: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
+    """The row of each wanted identity among millions, -1 where there is none.
+
+    Args:
+        identities: bytes of one width, sorted; or, with the `order` that sorts them, as they come.
+    """
+    if not len(identities):
+        return np.full(len(wanted), -1)
+    rows = np.minimum(np.searchsorted(identities, wanted, sorter=order), len(identities) - 1)
+    rows = rows if order is None else order[rows]
+    return np.where(identities[rows] == wanted, rows, -1)
+
+
 def fixed_bytes(values: pa.Array, width: int) -> np.ndarray:
     """A FixedSizeBinaryArray as NumPy bytes, without a copy."""
     if not len(values):

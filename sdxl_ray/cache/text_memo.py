@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdxl_ray.cache.tables import fixed_bytes, fixed_column, gather
+from sdxl_ray.cache.tables import find_rows, fixed_bytes, fixed_column, gather
 from sdxl_ray.storage import Folder, open_arrow
 
 FILE_NAME = "texts.parquet"
@@ -51,12 +51,9 @@ class TextMemo:
         with self._lock:
             table = self._read()
             found = {at: self._new[key] for at, key in enumerate(keys) if key in self._new}
-            if len(table):
-                wanted = np.frombuffer(b"".join(keys), f"S{_ID_BYTES}")
-                most = len(self._identities) - 1
-                rows = self._order[np.minimum(np.searchsorted(self._identities, wanted, sorter=self._order), most)]
-                hits = np.flatnonzero(self._identities[rows] == wanted)
-                found |= zip(hits.tolist(), _take(table.column("text"), rows[hits]), strict=True)
+            rows = find_rows(self._identities, np.frombuffer(b"".join(keys), f"S{_ID_BYTES}"), self._order)
+            hits = np.flatnonzero(rows >= 0)
+            found |= zip(hits.tolist(), _take(table.column("text"), rows[hits]), strict=True)
         return {files[at][0]: zlib.decompress(text).decode() for at, text in found.items()}
 
     def add(self, files: Sequence[tuple[str, str]], texts: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ class DatasetSection(Section):
     )
     max_samples: int = setting(
         0,
-        "Use at most this many images, always the same ones, chosen by name. 0: all.",
+        "Use at most this many images, always the same ones, chosen by name before any is skipped. 0: all.",
         unit="images",
         ge=0,
         more=_FILES,
@@ -88,7 +88,12 @@ class DatasetSection(Section):
         "auto", "auto: by what `path` holds.", more=_FILES
     )
     revision: Trimmed = setting("", "Of a Hugging Face dataset: branch, tag or commit. Empty: main.", more=_FILES)
-    split: Trimmed = setting("train", "Of a Hugging Face dataset. Empty: all of its files.", more=_FILES)
+    split: Trimmed = setting(
+        "train",
+        "By names of files and folders as Hugging Face has them: train-00000-of-00002.parquet, train/ beside "
+        "validation/. Empty: all.",
+        more=_FILES,
+    )
     identify_by: Literal["auto", "content", "listing"] = setting(
         "auto",
         "content: the image's bytes, so that copies are encoded once. listing: address, size and date, so that nothing "
@@ -226,7 +231,10 @@ class DatasetSection(Section):
         more=_MASKS,
     )
     mask_suffix: Trimmed = setting(
-        "-mask.png", "cat-mask.png is the mask of cat.jpg; white counts.", min_length=1, more=_MASKS
+        "-mask.png",
+        "cat-mask.png is the mask of cat.jpg; white counts. Beside cat.jpg it is no picture, whatever `mask` says.",
+        min_length=1,
+        more=_MASKS,
     )
 
     # ---- what is too bad

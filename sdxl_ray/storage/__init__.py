@@ -278,10 +278,11 @@ class Folder(abc.ABC):
         """Delete a file. One that is not there is fine."""
 
     @abc.abstractmethod
-    def list(self, prefix: str = "", suffix: str = "") -> list[FileEntry]:
+    def list(self, prefix: str = "", suffix: str = "", *, hidden_folders: bool = False) -> list[FileEntry]:
         """The files in the folder `prefix` and below whose names end in `suffix`, sorted by name.
 
-        Names are relative to this folder. Hidden files and folders are left out. A missing folder has no files.
+        Names are relative to this folder. Hidden files are left out, and what is in hidden folders unless
+        `hidden_folders`. A missing folder has no files.
         """
 
 
@@ -313,11 +314,11 @@ class _LocalFolder(Folder):
     def delete(self, name: str) -> None:
         (Path(self.path) / name).unlink(missing_ok=True)
 
-    def list(self, prefix: str = "", suffix: str = "") -> list[FileEntry]:
+    def list(self, prefix: str = "", suffix: str = "", *, hidden_folders: bool = False) -> list[FileEntry]:
         found = []
         for folder, folders, names in os.walk(Path(self.path) / prefix, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            inside = Path(folder).relative_to(self.path).as_posix().removeprefix(".")
+            folders[:] = [name for name in folders if hidden_folders or not name.startswith(".")]
+            inside = "" if folder == self.path else Path(folder).relative_to(self.path).as_posix()
             for name in names:
                 if name.endswith(suffix) and not name.startswith("."):
                     with contextlib.suppress(FileNotFoundError):  # deleted while we look
@@ -353,9 +354,10 @@ class _CloudFolder(Folder):
         with contextlib.suppress(FileNotFoundError), cloud_errors(address, "deleting"):
             filesystem(place).delete_file(place.key)
 
-    def list(self, prefix: str = "", suffix: str = "") -> list[FileEntry]:
+    def list(self, prefix: str = "", suffix: str = "", *, hidden_folders: bool = False) -> list[FileEntry]:
         start = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         _, files = listing(join(self.path, start.rstrip("/")) if start else self.path, recursive=True)
-        shown = [file for file in files if file.name.endswith(suffix) and not re.search(r"(?:^|/)\.", file.name)]
+        hidden = re.compile(r"(?:^|/)\.[^/]*$" if hidden_folders else r"(?:^|/)\.")
+        shown = [file for file in files if file.name.endswith(suffix) and not hidden.search(file.name)]
         named = [FileEntry(start + file.name, file.size, file.mtime_ns) for file in shown]
         return sorted(named, key=lambda entry: entry.name)

@@ -157,7 +157,7 @@ _REASONS = (  # what an error's text holds -> the reason, and what to do
         _CHECK_NETWORK,
     ),
     (
-        r"NETWORK_CONNECTION|curlCode|[Oo]ffline|[Cc]onnection|UNAVAILABLE|resolve host",
+        r"NETWORK_CONNECTION|curlCode|[Oo]ffline|[Cc]onnection|ConnectError|UNAVAILABLE|resolve host",
         "cannot be reached",
         "Check the address, {reached_by} and the network, then run again: what is done is kept.",
     ),

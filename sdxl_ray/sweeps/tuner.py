@@ -20,6 +20,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from sdxl_ray.cache.generations import in_use
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.config.load import dump_config, with_overrides
 from sdxl_ray.config.schema import Config
@@ -94,7 +95,8 @@ def sweep(
     claim_folder(folder, config, resume=resume)
     tuner = _tuner(config, folder, keep_index(folder, cache.index_path), max_steps, resume=resume)
     _TrialLines.listener = staticmethod(on_event)
-    with sigterm_as_interrupt() as terminated:  # on Ctrl-C, Tune saves its state and stops its trials
+    # On Ctrl-C, Tune saves its state and stops its trials.
+    with in_use(cache.index_path), sigterm_as_interrupt() as terminated:
         results = tuner.fit()
     trials = rank(read_trials(folder / "trials", max_steps=max_steps))
     if terminated.is_set() or results.num_terminated + results.num_errors < len(results):

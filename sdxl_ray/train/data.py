@@ -17,7 +17,7 @@ import numpy as np
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.shard_reader import ShardReader
 from sdxl_ray.errors import CacheError, DatasetError
-from sdxl_ray.records import EncodedSample
+from sdxl_ray.records import SAMPLE_ID_VERSION, EncodedSample
 from sdxl_ray.sdxl.components import resolve_model, unet_identity
 from sdxl_ray.storage import read_bytes
 from sdxl_ray.train.holdout import is_one_of, split_holdout
@@ -87,6 +87,8 @@ class Data(Split):
 
     reader: ShardReader
     prompts: Mapping[str, tuple[str, str]]  # text -> (shard, key) of its embedding
+    vae: str  # fingerprints of what the samples are encoded with
+    text_encoders: str
 
     @property
     def digest(self) -> str:
@@ -108,6 +110,7 @@ def load_data(config: Config, index_path: str | Path, wait: Callable[[str], None
     try:
         manifest = json.loads(read_bytes(f"{folder}/manifest.json"))
         prompts = {text: (place["shard"], place["key"]) for text, place in manifest["prompts"].items()}
+        vae, text_encoders = str(manifest["vae_fingerprint"]), str(manifest["text_fingerprint"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CacheError(
             f"{folder}/manifest.json: cannot be read ({error!r}). Run `sdxl-ray cache`: it is written anew."
@@ -120,6 +123,8 @@ def load_data(config: Config, index_path: str | Path, wait: Callable[[str], None
         sections=parts.sections,
         reader=ShardReader(cache.path, local_path=cache.local_path, local_gib=cache.local_gib, wait=wait),
         prompts=prompts,
+        vae=vae,
+        text_encoders=text_encoders,
     )
 
 
@@ -220,11 +225,16 @@ def build_plan(config: Config, order: DataOrder, *, step: int, position: int, ca
 
 
 def run_identity(config: Config, data: Data) -> dict[str, Any]:
-    """The settings that a resumed run has to share with the run that it continues."""
+    """The settings that a resumed run has to share with the run that it continues.
+
+    The hash of the samples says nothing of what they are encoded with, so that is listed beside it.
+    """
     model = resolve_model(config.model.path)
     unet = unet_identity(model, revision=config.model.revision or None, variant=config.model.variant or None)
     identity = {
         "model (U-Net)": unet,
+        "model (VAE, with cache.vae_dtype)": data.vae,
+        "model (text encoders)": data.text_encoders,
         "model.dtype": config.model.dtype,
         **_adapter_identity(config),
         "loss.objective": config.loss.objective,
@@ -232,11 +242,13 @@ def run_identity(config: Config, data: Data) -> dict[str, Any]:
         "train.micro_batch_size": config.train.micro_batch_size,
         "eval.holdout": config.eval.holdout,
         "eval.max_images": config.eval.max_images,
+        "cache.vae_dtype": config.cache.vae_dtype,
         "cache.text": config.cache.text,
         "cache.caption_chunks": config.cache.caption_chunks,
         "datasets": ", ".join(sorted(data.sections)),
         **{f'dataset "{name}"': _dataset_identity(data.sections[name]) for name in sorted(data.sections)},
-        "the training images and captions (hash)": data.digest,
+        # With the version, so that a checkpoint of an earlier one does not look as if its images had changed.
+        "the training images and captions (hash)": f"v{SAMPLE_ID_VERSION} {data.digest}",
     }
     # Those at their default are not written down, so that a setting that a later version adds does not stand in the way
     # of --resume.

@@ -2,7 +2,7 @@
 
 runs/my/config.toml        as resolved
         environment.json   versions, and the id that marks the folder as a run's
-        data/              index and manifest as they were at the start: other runs may go on changing the cache's
+        data/              index and manifest as they were at the start, so that workers need no other copy
         checkpoints/       step_NNNNNN, and Ray Train's own list of them
 """
 
@@ -91,7 +91,9 @@ def claim_folder(folder: Path, config: Config, *, resume: bool) -> None:
 
 
 def keep_index(folder: Path, index_path: str) -> str:
-    """Copy index and manifest into the run's folder; the copy's path. Workers that restart read what it began with."""
+    """Copy index and manifest into the run's folder; the copy's path. Workers that restart, and exports years later,
+    read what the run began with, also when the cache has forgotten it.
+    """
     target = folder / "data"
     source, _, name = index_path.rpartition("/")
     with storage_errors("copying the index", target, "Free some space or choose another run.output."):

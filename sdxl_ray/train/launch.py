@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchTrainer
 
 from sdxl_ray import errors
+from sdxl_ray.cache.generations import in_use
 from sdxl_ray.cache.pipeline import Background, build_cache
 from sdxl_ray.cache.ray_jobs import Reserved, check_spare
 from sdxl_ray.config.load import load_config, with_overrides
@@ -127,7 +128,7 @@ def fit(
     check_methods(config)
     if config.train.micro_batch_size == 0:
         config = from_earlier_run(config, run_folder) if latest else _with_batch_size_found(config, address, on_event)
-    background = None
+    background, collection = None, ""
     position = read_progress(latest)["position"] if latest else 0
     if index_path is None:
         cache = build_cache(
@@ -139,7 +140,8 @@ def fit(
             order_of=lambda index: order_of_need(config, index, position),
         )
         on_event({"event": "cache", "result": cache})
-        index_path, background = cache.index_path, cache.background
+        collection = index_path = cache.index_path
+        background = cache.background
     if latest is not None:
         data = load_data(config, index_path)
         check_resumable(read_progress(latest).get("identity", {}), run_identity(config, data), run_folder)
@@ -188,7 +190,8 @@ def fit(
         background.reserve(cpus=reserved_cpus, gpus=reserved_gpus)
         ray.get(monitor.set_encoded.remote(False))
     try:
-        returned = _run_and_watch(trainer, monitor, on_event, background)
+        with in_use(collection) if collection else nullcontext():  # of a trial it is the sweep that says so
+            returned = _run_and_watch(trainer, monitor, on_event, background)
     finally:
         if background is not None:
             background.stop(lambda text: on_event({"event": "line", "text": text}))

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sdxl_ray.cache import generations
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.check import explain
@@ -131,9 +132,12 @@ def test_an_image_in_two_places_is_encoded_once_and_each_dataset_keeps_its_capti
 
 
 @pytest.mark.slow
-def test_a_run_trains_on_all_of_them_and_evaluates_only_what_it_should(config, built):
+def test_a_run_trains_on_all_of_them_and_evaluates_only_what_it_should(config, built, monkeypatch):
+    monkeypatch.setattr(generations, "_MARK_EVERY_S", 0.5)
     result = fit(config)
     assert result.step == 4
+    used = Path(built[1].index_path).with_name("used")  # the cache has heard of it all the time
+    assert used.stat().st_mtime > (result.run_folder / "data" / "index.parquet").stat().st_mtime
     assert [file.format for file in result.exports] == ["kohya"]
     lines = read_metrics(result.run_folder / "metrics.jsonl")
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 4]

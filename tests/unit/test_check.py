@@ -38,7 +38,8 @@ def test_evaluation_that_takes_much_of_the_run_is_named(config):
 def test_the_preview_shows_captions_as_training_reads_them(config, tmp_path, text):
     settings = {"cache.text": text, "dataset.trigger_word": "ohwx", "dataset.caption_suffix": ", drawn"}
     page = tmp_path / "sheet.html"
-    assert preview_crops(with_overrides(config, settings), page, num_shown=1) == []
+    (note,) = preview_crops(with_overrides(config, settings), page, num_shown=1)
+    assert "6 of 13 images have several captions" in note
     found = re.findall(r'<ul class="captions"><li>([^<]*)</li>', page.read_text(encoding="utf-8"))
     assert found
     assert all(re.fullmatch(r"ohwx, [^,]+, drawn", caption) for caption in found), found

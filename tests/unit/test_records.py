@@ -53,6 +53,8 @@ def test_an_encoded_sample_says_the_same_as_its_record():
     assert SAMPLE.micro_conditioning(1).crop_top_left == (0, 5)
     assert SAMPLE.bucket == "5x6"
     assert SAMPLE.image_record() == RECORD
+    masked = dataclasses.replace(SAMPLE, mask="cat-mask.png", mask_hash="cd")
+    assert masked.image_record() == dataclasses.replace(RECORD, mask="cat-mask.png", mask_hash="cd")
     mirrored = dataclasses.replace(SAMPLE, flip=True, crops=((3, 1),))
     assert mirrored.image_record() == dataclasses.replace(RECORD, flip=True)
 

@@ -86,6 +86,8 @@ def test_a_listing_is_recursive_sorted_and_without_hidden_files(place):
     assert [entry.name for entry in folder.list()] == ["a.txt", "b.txt", "b/10.txt", "b/2.txt", "b/c/d.bin", "bb/x.txt"]
     assert [entry.name for entry in folder.list("b")] == ["b/10.txt", "b/2.txt", "b/c/d.bin"]
     assert [entry.name for entry in folder.list("b/", ".txt")] == ["b/10.txt", "b/2.txt"]
+    hidden_too = [entry.name for entry in folder.list("b", hidden_folders=True)]
+    assert hidden_too == ["b/.git/x", "b/10.txt", "b/2.txt", "b/c/d.bin"]
     assert folder.list("none") == []
     assert open_folder(join(place, "none")).list() == []
     (entry,) = folder.list("bb")

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.address import read_bytes, read_start
 from sdxl_ray.cache.sources.address import shown as shown_address
-from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, is_image, setting_of
+from sdxl_ray.cache.sources.files import IMAGE_SUFFIXES, is_image, names_below, setting_of
 from sdxl_ray.cache.sources.folder import list_entries, list_folder
-from sdxl_ray.cache.sources.layouts import Layout, find_layout, names_below
+from sdxl_ray.cache.sources.layouts import Layout, find_layout
 from sdxl_ray.cache.sources.tables import addresses_in, list_tables
 from sdxl_ray.cache.sources.values import as_shares
 from sdxl_ray.cache.sources.webdataset import list_tars

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from sdxl_ray import storage
@@ -22,6 +24,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".arrow", ".feather")
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_ARCHIVES = (".zip", ".7z", ".rar")
 MISSING = "missing"  # the stamp of a file that is not there: it is reported when it is opened
 _THREADS = 16  # most of the time they wait for a network
 _Item = TypeVar("_Item")
@@ -46,6 +49,7 @@ def not_a_dataset(section: DatasetSection, path: str) -> DatasetError:
     if is_image(path):
         return DatasetError(f"{setting_of(section)}: {path} is one image, expected a folder of images.")
     cure = " Write it as .jsonl: one object a line." if path.lower().endswith(".json") else ""
+    cure = " Unpack it, and give the folder." if path.lower().endswith(_ARCHIVES) else cure
     return DatasetError(
         f"{setting_of(section)}: {path} is a file of another kind, expected a folder of images, or a file that ends "
         f"in .tar {' '.join(TABLE_SUFFIXES)}.{cure}"
@@ -78,6 +82,46 @@ def printable(name: str) -> str:
 def is_image(name: str) -> bool:
     """By its suffix."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122  (a Path per file doubles the time)
+
+
+def kind_of(name: str) -> str:
+    """What a file may be a dataset or a part of one as, by its name: webdataset, table, folder (an image), or ""."""
+    lower = name.lower()
+    if lower.endswith((".tar", *PACKED_TARS)):
+        return "webdataset"
+    if lower.endswith(TABLE_SUFFIXES):
+        return "table"
+    return "folder" if is_image(name) else ""
+
+
+def names_below(root: str) -> Iterator[str]:
+    """Names of files, relative to the folder; of hidden ones none. What cannot be read is left to the listing."""
+    if storage.local_path(root) is None:
+        pending = [""]
+        while pending:
+            folder = pending.pop()
+            folders, files = storage.list_level(storage.join(root, folder) if folder else root)
+            yield from (f"{folder}{file.name}" for file in files if not file.name.startswith("."))
+            pending += [f"{folder}{name}/" for name in folders if not name.startswith(".")]
+        return
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        with contextlib.suppress(OSError):
+            path = Path(root, folder)
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        waiting.append(f"{folder}{entry.name}/")
+                    else:
+                        yield f"{folder}{entry.name}"
 
 
 def stamp_of(entry: FileEntry) -> str:

@@ -1,14 +1,16 @@
 """A folder of image files, searched recursively, each with its caption file and its mask.
 
-One listing of each folder finds all three; nothing is opened, and no name is asked for on its own.
+One listing of each folder finds all three; nothing is opened but the first lines of tables (remarks.py), and no name is
+asked for on its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.files import (
     IMAGE_SUFFIXES,
+    TABLE_SUFFIXES,
     is_image,
     local_stamps,
     missing,
@@ -26,6 +29,7 @@ from sdxl_ray.cache.sources.files import (
     stamp_of,
     without_masks,
 )
+from sdxl_ray.cache.sources.remarks import Remarks
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import Listed
 from sdxl_ray.storage import FileEntry
@@ -45,7 +49,8 @@ class _Level:
     folders: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)  # name with the extension as the settings have it -> name
-    masks: set[str] = field(default_factory=set)
+    masks: dict[str, str] = field(default_factory=dict)  # name with dataset.mask_suffix as the settings have it -> name
+    tables: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     stamps: dict[str, str] = field(default_factory=dict)  # of a store, whose listing has them; else asked for later
 
@@ -57,31 +62,65 @@ class _Rules:
         extension = section.caption_extension
         self.extension = extension if extension.startswith(".") else f".{extension}"
         self.captions = "textfile" in section.captions
-        self.mask_suffix = section.mask_suffix if section.mask == "file" else ""
+        self.mask_suffix = section.mask_suffix
+        self.masks = section.mask == "file"
+        self.tables = section.format == "auto"  # with "folder" the user has said that no table counts
 
     def is_mask(self, name: str) -> bool:
-        return self.mask_suffix != "" and name.endswith(self.mask_suffix)
+        """By its end, in capitals or not."""
+        return self.masks and _ends(name, self.mask_suffix)
 
     def is_caption(self, name: str) -> bool:
         """By its extension, in capitals or not."""
-        return self.captions and name[-len(self.extension) :].lower() == self.extension.lower()
+        return self.captions and _ends(name, self.extension)
 
     def sort_in(self, level: _Level, name: str) -> bool:
         """Whether it is an image, a mask or a caption file. It is in the level now."""
         if self.is_mask(name):
-            level.masks.add(name)
+            _enter(level.masks, name, self.mask_suffix)
         elif is_image(name):
             level.images.append(name)
         elif self.is_caption(name):
-            key = name[: -len(self.extension)] + self.extension
-            known = level.captions.get(key)
-            if known is None or name == key or (known != key and name < known):  # of cat.txt and cat.TXT the first
-                level.captions[key] = name
+            _enter(level.captions, name, self.extension)
         else:
-            if self.captions:
+            if self.tables and name.lower().endswith(TABLE_SUFFIXES):
+                level.tables.append(name)
+            elif self.captions:
                 level.others.append(name)
             return False
         return True
+
+    def take_out_masks(self, level: _Level) -> list[str]:
+        """The images of a level that are masks of others there, whatever dataset.mask says. They are in it no more."""
+        if self.masks:
+            return []
+        named = [name for name in level.images if _ends(name, self.mask_suffix)]
+        if not named:
+            return []
+        stems = Counter(_stem(image) for image in level.images)
+        found = dict.fromkeys(
+            name
+            for name in named
+            if (whose := name[: -len(self.mask_suffix)]) and stems[whose] > (_stem(name) == whose)
+        )
+        level.images = [name for name in level.images if name not in found]
+        return [*found]
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]  # noqa: PTH122
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name[-len(ending) :].lower() == ending.lower()
+
+
+def _enter(names: dict[str, str], name: str, ending: str) -> None:
+    """Of cat.txt and cat.TXT the first, as the settings have it; else the first by name."""
+    key = name[: -len(ending)] + ending
+    known = names.get(key)
+    if known is None or name == key or (known != key and name < known):
+        names[key] = name
 
 
 def list_folder(section: DatasetSection, root: str) -> Iterator[Listed]:
@@ -99,14 +138,14 @@ def list_folder(section: DatasetSection, root: str) -> Iterator[Listed]:
     rules = _Rules(section)
     local = storage.local_path(root)
     if local is None:
-        yield from _pair(section, rules, _cloud_levels(root, rules), f"{root} or its subfolders")
+        yield from _pair(section, rules, _cloud_levels(root, rules), root)
         return
     if not local.exists():
         raise missing(section)
     if not local.is_dir():
         raise not_a_dataset(section, root)
     levels = _local_levels(section, os.fspath(local), rules)
-    yield from _pair(section, rules, levels, f"{root} or its subfolders")
+    yield from _pair(section, rules, levels, root)
 
 
 def list_entries(section: DatasetSection, root: str, entries: Iterable[FileEntry]) -> Iterator[Listed]:
@@ -121,8 +160,9 @@ def list_entries(section: DatasetSection, root: str, entries: Iterable[FileEntry
     yield from _pair(section, rules, (levels[folder] for folder in sorted(levels)), root)
 
 
-def _pair(section: DatasetSection, rules: _Rules, levels: Iterable[_Level], where: str) -> Iterator[Listed]:
+def _pair(section: DatasetSection, rules: _Rules, levels: Iterable[_Level], root: str) -> Iterator[Listed]:
     """Each image with its caption file and mask; captions that could belong to several images are collected first."""
+    where = f"{root} or its subfolders"
     if section.crop == "focus":
         raise DatasetError(
             f'{setting_of(section, "crop")} is "focus", and {where} has no table that would tell the points '
@@ -130,14 +170,16 @@ def _pair(section: DatasetSection, rules: _Rules, levels: Iterable[_Level], wher
         )
     shared: list[tuple[str, list[str]]] = []
     found = has_masks = False
+    remarks = Remarks(section, root)
     for level in levels:
         level.images.sort()
+        remarks.see(level.folder, len(level.images), level.tables, rules.take_out_masks(level))
         claims = _claims(level, rules)
         for file, images in claims.items():
             shared.append((printable(storage.join(level.folder, file)), [printable(image) for image in images]))
         found = found or bool(level.images)
         if not shared:  # else only the rest of the listing is wanted, for the error
-            for listed in _listed(level, rules):
+            for listed in _listed(level, rules, remarks.tables):
                 has_masks = has_masks or bool(listed.mask_file)
                 yield listed
     if shared:
@@ -145,13 +187,14 @@ def _pair(section: DatasetSection, rules: _Rules, levels: Iterable[_Level], wher
     if not found:
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
         raise DatasetError(f"{setting_of(section)}: no images in {where}. Looked for {kinds}")
-    if rules.mask_suffix and not has_masks:
+    remarks.say()
+    if rules.masks and not has_masks:
         raise without_masks(section, where, f"cat{rules.mask_suffix}")
 
 
 def _caption_of(image: str, level: _Level, rules: _Rules) -> str:
     """`cat.jpg.txt` if it exists, else `cat.txt` if it exists."""
-    for name in (image + rules.extension, os.path.splitext(image)[0] + rules.extension):  # noqa: PTH122
+    for name in (image + rules.extension, _stem(image) + rules.extension):
         if name in level.captions:
             return level.captions[name]
     return ""
@@ -168,7 +211,12 @@ def _claims(level: _Level, rules: _Rules) -> dict[str, list[str]]:
     return shared
 
 
-def _listed(level: _Level, rules: _Rules) -> Iterator[Listed]:
+def _listed(level: _Level, rules: _Rules, tables: Sequence[str]) -> Iterator[Listed]:
+    """
+    Args:
+        tables: addresses of those that may have the captions.
+    """
+
     def address(name: str) -> str:
         return printable(storage.join(level.folder, name)) if name else ""
 
@@ -176,22 +224,36 @@ def _listed(level: _Level, rules: _Rules) -> Iterator[Listed]:
         stamps: Iterable[str] = (level.stamps[image] for image in level.images)
     else:
         stamps = _stamps_in_pieces(level)
-    others: dict[str, list[str]] = {}
-    for name in level.others:
-        others.setdefault(os.path.splitext(name)[0], []).append(name)  # noqa: PTH122
-    for image, stamp in zip(level.images, stamps, strict=True):
-        caption = _caption_of(image, level, rules)
-        stem = os.path.splitext(image)[0]  # noqa: PTH122
-        mask = os.path.splitext(image)[0] + rules.mask_suffix if rules.mask_suffix else ""  # noqa: PTH122
+    captions = [_caption_of(image, level, rules) for image in level.images]
+    others = _others(level, captions) if rules.captions and "" in captions else {}
+    for image, stamp, caption in zip(level.images, stamps, captions, strict=True):
+        mask = level.masks.get(_stem(image) + rules.mask_suffix, "")
         yield Listed(
             path=address(image),
             stamp=stamp,
             text_file=address(caption),
             text_stamp=level.stamps.get(caption, ""),
-            mask_file=address(mask if mask in level.masks else ""),
-            mask_stamp=level.stamps.get(mask, "") if mask in level.masks else "",
-            beside=() if caption else tuple(sorted(map(printable, others.get(stem, [])))),
+            mask_file=address(mask),
+            mask_stamp=level.stamps.get(mask, "") if mask else "",
+            beside=() if caption else (*sorted(map(printable, others.get(image, ()))), *tables),
         )
+
+
+def _others(level: _Level, captions: Iterable[str]) -> dict[str, list[str]]:
+    """Image -> files that are called like it and nothing more, and are no other image's caption."""
+    taken = set(captions)
+    names = [name for name in itertools.chain(level.others, level.captions.values()) if name not in taken]
+    images: dict[str, list[str]] = {}  # by what the name of a file of theirs may begin with
+    for image in level.images if names else []:
+        for beginning in (image, _stem(image)):
+            images.setdefault(beginning, []).append(image)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        dots = [at for at, sign in enumerate(name) if sign == "." and at]
+        whose = next((images[name[:at]] for at in reversed(dots) if name[:at] in images), [])
+        for image in whose:
+            found.setdefault(image, []).append(name)
+    return found
 
 
 def _stamps_in_pieces(level: _Level, piece: int = 8192) -> Iterator[str]:

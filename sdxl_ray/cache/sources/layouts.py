@@ -6,34 +6,32 @@ metadata.csv, metadata.jsonl          beside images: a table of their captions, 
 save_to_disk of Hugging Face          state.json with data-00000-of-00001.arrow; splits where dataset_dict.json is
 a dataset of the Hub, or its clone    train-00000-of-00002.parquet, data/train/..., train/...
 
-The names of files and folders tell splits of what comes from the Hub only. A folder of one's own may be called "train"
-beside others that are meant as well.
+Names tell splits: splits.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.files import (
-    PACKED_TARS,
     TABLE_SUFFIXES,
     find_files,
     is_image,
     is_pattern,
+    kind_of,
+    missing,
+    names_below,
     not_a_dataset,
     pattern_folder,
     setting_of,
 )
-from sdxl_ray.cache.sources.splits import in_split, no_split, of_split
+from sdxl_ray.cache.sources.splits import check_has_effect, in_split, no_split, of_split, split_folder, split_of
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.storage import FileEntry
 
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from sdxl_ray.config.schema import DatasetSection
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-_TARS = (".tar", *PACKED_TARS)
 _Files = list[tuple[str, FileEntry]]
 
 
@@ -72,18 +69,17 @@ def find_layout(section: DatasetSection) -> Layout:
     storage.check_address(path)
     if path.startswith("hf://"):
         return _of_hub(section)
-    if is_pattern(path):
-        return _of_files(section, find_files(section))
     local = storage.local_path(path)
-    if storage.status(path) is not None and (local is None or not local.is_dir()):
+    is_file = storage.status(path) is not None and (local is None or not local.is_dir())
+    if is_pattern(path) or is_file:
         return _of_files(section, find_files(section))
-    if section.format == "folder":
-        return Layout("folder", path)
+    if local is not None and not local.exists():
+        raise missing(section)
     return _of_folder(section, path)
 
 
 def _of_files(section: DatasetSection, files: _Files) -> Layout:
-    kinds = {_kind_of(path) for path, _ in files}
+    kinds = {kind_of(path) for path, _ in files}
     first = files[0][0]
     if len(files) == 1 and kinds & {"", "folder"} and not is_pattern(section.path):
         raise not_a_dataset(section, first)
@@ -92,16 +88,8 @@ def _of_files(section: DatasetSection, files: _Files) -> Layout:
             f"{setting_of(section)}: {section.path} fits files such as {first}, expected only .tar files, or only "
             f"tables ({' '.join(TABLE_SUFFIXES)}). For images, give their folder."
         )
-    return Layout(_agreed(section, kinds.pop()), _root_of(section.path), files)
-
-
-def _kind_of(name: str) -> str:
-    lower = name.lower()
-    if lower.endswith(_TARS):
-        return "webdataset"
-    if lower.endswith(TABLE_SUFFIXES):
-        return "table"
-    return "folder" if is_image(name) else ""
+    kind = _agreed(section, kinds.pop())
+    return Layout(kind, _root_of(section.path), of_split(section, files))
 
 
 def _agreed(section: DatasetSection, kind: str) -> str:
@@ -122,32 +110,38 @@ def _root_of(path: str) -> str:
 
 
 def _of_folder(section: DatasetSection, root: str) -> Layout:
-    saved = _saved_to_disk(section, root)
+    saved = _saved_to_disk(section, root) if section.format != "folder" else None
     if saved is not None:
         return saved
     is_clone = _is_clone(root)
     metadata = _metadata(section, root) if section.format in ("auto", "table") else None
-    if metadata is not None:
-        if not is_clone and section.format == "auto":
-            _refuse_others(section, root, metadata[0])
+    beside_all = metadata is not None and metadata[0].rpartition("/")[0] in (root, storage.join(root, "data"))
+    if metadata is not None and (is_clone or metadata[0].rpartition("/")[0] == root):
+        check_has_effect(section, root, has_effect=not beside_all)
         return Layout("table", root, [metadata], within=root, for_all=not is_clone)
-    kinds, files = _look_around(section, root)
-    if "folder" in kinds and section.format == "auto":
-        return Layout("folder", _split_folder(section, root) if is_clone else root)
-    if kinds == {"webdataset", "table"} and section.format == "auto":
+    kinds, files, first = _look_around(section, root)
+    folder = split_folder(section, root, first, is_clone=is_clone)
+    if folder and not is_clone:
+        return _of_folder(section.model_copy(update={"split": ""}), folder)
+    if metadata is not None:
+        if section.format == "auto":
+            _refuse_others(section, root, metadata[0])
+        check_has_effect(section, root, has_effect=not beside_all)
+        return Layout("table", root, [metadata], within=root, for_all=True)
+    wanted: str = section.format if section.format != "auto" else "folder" if "folder" in kinds else ""
+    if kinds == {"webdataset", "table"} and not wanted:
         raise DatasetError(
             f"{setting_of(section)}: {root} holds tar files and tables. Set dataset.format, or give a pattern such as "
             f"{storage.join(root, '*.tar')}."
         )
-    wanted = section.format if section.format != "auto" else next(iter(kinds), "folder")
+    wanted = wanted or next(iter(kinds), "folder")
     if wanted == "folder":
-        return Layout("folder", root)
-    chosen = [entry for entry in files if _kind_of(entry.name) == wanted]
-    if is_clone:
-        chosen = of_split(section, chosen)
+        check_has_effect(section, root, has_effect=folder != "")
+        return Layout("folder", folder or root)
+    chosen = [(storage.join(root, entry.name), entry) for entry in files if kind_of(entry.name) == wanted]
     if not chosen:
         raise DatasetError(f'{setting_of(section)}: {root} holds no files for dataset.format = "{wanted}".')
-    return Layout(wanted, root, [(storage.join(root, entry.name), entry) for entry in chosen], within=root)
+    return Layout(wanted, root, of_split(section, chosen, of_hub=is_clone), within=root)
 
 
 _FRONT_MATTER = re.compile(rb"---\s*\n(?:.*\n)??(?:dataset_info|configs)\s*:", re.DOTALL)
@@ -186,50 +180,22 @@ def _refuse_others(section: DatasetSection, root: str, metadata: str) -> None:
         )
 
 
-def _look_around(section: DatasetSection, root: str) -> tuple[set[str], list[FileEntry]]:
-    """(kinds of files that there are, tar files and tables). Ends at the first image, if that settles it."""
+def _look_around(section: DatasetSection, root: str) -> tuple[set[str], list[FileEntry], str]:
+    """(kinds of files that there are, tar files and tables, the first image). Ends at that, if it settles the kind."""
+    if section.format == "folder":
+        return {"folder"}, [], ""
     kinds: set[str] = set()
     files = []
     for name in names_below(root):
-        kind = _kind_of(name)
+        kind = kind_of(name)
         if kind == "folder" and section.format == "auto":
-            return {"folder"}, []
+            return {"folder"}, [], name
         if kind in ("webdataset", "table"):
             kinds.add(kind)
             files.append(name)
     files.sort()
     entries = [(name, storage.status(storage.join(root, name))) for name in files]
-    return kinds, [FileEntry(name, entry.size, entry.mtime_ns) for name, entry in entries if entry is not None]
-
-
-def names_below(root: str) -> Iterator[str]:
-    """Names of files, relative to the folder; of hidden ones none. What cannot be read is left to the listing."""
-    if storage.local_path(root) is None:
-        pending = [""]
-        while pending:
-            folder = pending.pop()
-            folders, files = storage.list_level(storage.join(root, folder) if folder else root)
-            yield from (f"{folder}{file.name}" for file in files if not file.name.startswith("."))
-            pending += [f"{folder}{name}/" for name in folders if not name.startswith(".")]
-        return
-    seen: set[tuple[int, int]] = set()
-    waiting = [""]
-    while waiting:
-        folder = waiting.pop()
-        with contextlib.suppress(OSError):
-            path = Path(root, folder)
-            status = path.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        waiting.append(f"{folder}{entry.name}/")
-                    else:
-                        yield f"{folder}{entry.name}"
+    return kinds, [FileEntry(name, entry.size, entry.mtime_ns) for name, entry in entries if entry is not None], ""
 
 
 def _metadata(section: DatasetSection, root: str) -> tuple[str, FileEntry] | None:
@@ -270,6 +236,8 @@ def _saved_to_disk(section: DatasetSection, root: str) -> Layout | None:
     elif storage.status(storage.join(root, "state.json")) is None:
         return None
     else:
+        own = _json(storage.join(root, "state.json")).get("_split")
+        check_has_effect(section, root, has_effect=own == section.split)
         files = _arrow_files(root)
     return Layout(_agreed(section, "table"), root, files, within=root)
 
@@ -305,19 +273,20 @@ def _of_hub(section: DatasetSection) -> Layout:
     root, pattern = hub_address(section.path, section.revision)
     if pattern:
         located = section.model_copy(update={"path": storage.join(root, pattern)})
-        return _of_files(section, _kept(located, find_files(located)))
+        return _of_files(section, find_files(located))
     files = storage.open_folder(root).list()
     if not files:
         raise DatasetError(
             f"{setting_of(section)}: {root} holds no files. Check its name and dataset.revision; of a dataset that is "
             "not public, set HF_TOKEN on every machine."
         )
-    kinds = {_kind_of(entry.name) for entry in files} - {""}
+    kinds = {kind_of(entry.name) for entry in files} - {""}
     names = {entry.name: entry for entry in files}
     if "folder" in kinds and section.format in ("auto", "table"):
         for name in sorted(names):
             is_metadata = name.rpartition("/")[2] in _METADATA
             if is_metadata and in_split(section, name) and _has_file_names(storage.join(root, name)):
+                check_has_effect(section, root, has_effect=split_of(name) != "")
                 return Layout("table", root, [(storage.join(root, name), names[name])], within=root)
     order = ("webdataset", "folder", "table") if section.format == "auto" else (section.format,)
     parquet = [entry for entry in files if entry.name.endswith(".parquet")]
@@ -325,20 +294,15 @@ def _of_hub(section: DatasetSection) -> Layout:
         chosen, kind = parquet, "table"
     else:
         kind = next((kind for kind in order if kind in kinds), "")
-        chosen = [entry for entry in files if kind and _kind_of(entry.name) == kind]
+        chosen = [entry for entry in files if kind and kind_of(entry.name) == kind]
     if not chosen:
         raise DatasetError(f"{setting_of(section)}: {root} holds no images, tar files or tables.")
-    chosen = of_split(section, chosen)
+    chosen = [entry for _, entry in of_split(section, [(entry.name, entry) for entry in chosen], of_hub=True)]
     if kind == "folder":
         # Captions and masks lie beside the images; their names need not tell the split.
         folders = {entry.name.rpartition("/")[0] for entry in chosen}
         return Layout("folder", root, entries=[entry for entry in files if entry.name.rpartition("/")[0] in folders])
     return Layout(kind, root, [(storage.join(root, entry.name), entry) for entry in chosen], within=root)
-
-
-def _kept(section: DatasetSection, files: _Files) -> _Files:
-    """Files whose names tell another split are left out, unless the pattern itself asks for them."""
-    return files if not section.split else [file for file in files if in_split(section, file[0])] or files
 
 
 def hub_address(path: str, revision: str) -> tuple[str, str]:
@@ -355,16 +319,6 @@ def hub_address(path: str, revision: str) -> tuple[str, str]:
     revision = named or revision.replace("/", "%2F")
     root = f"hf://datasets/{parts[0]}/{name}" + (f"@{revision}" if revision else "")
     inner = "/".join(parts[2:])
-    if inner and (is_pattern(f"hf://{inner}") or _kind_of(inner)):
+    if inner and (is_pattern(f"hf://{inner}") or kind_of(inner)):
         return root, inner
     return (storage.join(root, inner) if inner else root), ""
-
-
-def _split_folder(section: DatasetSection, root: str) -> str:
-    """Where a clone keeps the images of a split: train/, data/train/; else all of it."""
-    for name in (section.split, f"data/{section.split}") if section.split else ():
-        folder = storage.join(root, name)
-        local = storage.local_path(folder)
-        if local.is_dir() if local is not None else any(map(bool, storage.list_level(folder))):
-            return folder
-    return root

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.rows import ArrowTable, warn_of_large_groups
-from sdxl_ray.errors import DatasetError
+from sdxl_ray.errors import DatasetError, SdxlRayError
 
 if TYPE_CHECKING:
     from sdxl_ray.config.schema import DatasetSection
@@ -82,6 +82,19 @@ def names_in(section: DatasetSection, path: str) -> Iterator[Iterable[str]]:
     else:
         with _arrow_errors(path):
             yield _schema(path).names
+
+
+def names_of_columns(path: str) -> tuple[str, ...]:
+    """The columns of what may be a table, of JSON lines those of the first row; none where it cannot be read as one."""
+    kind = os.path.splitext(path)[1].lower()  # noqa: PTH122
+    with contextlib.suppress(SdxlRayError, OSError):
+        if kind in (".csv", ".tsv"):
+            return tuple(name.strip() for name in next(_csv_lines(path), (0, []))[1])
+        if kind in (".jsonl", ".ndjson"):
+            return tuple(next(_json_rows(path), {}))
+        with _arrow_errors(path):
+            return tuple(_schema(path).names)
+    return ()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
@@ -60,8 +61,10 @@ def list_tars(
         refuse_packed(section, path)
     asked = AskedFor(section, mask_in_column=False)
     found = has_masks = False
-    for listed, names in ahead(lambda file: _list_tar(section, *file, memo), files, _AHEAD):
+    left_out = _LeftOut()
+    for listed, names, others in ahead(lambda file: _list_tar(section, *file, memo), files, _AHEAD):
         asked.see(names)
+        left_out.add(others)
         found = found or bool(listed)
         has_masks = has_masks or any(image.mask_file for image in listed)
         yield from listed
@@ -72,6 +75,7 @@ def list_tars(
     if section.mask == "file" and not has_masks:
         raise without_masks(section, where, f"cat.{section.mask_suffix.lstrip('-_.')}")
     asked.check([path for path, _ in files])
+    left_out.say(where)
 
 
 def refuse_packed(section: DatasetSection, path: str) -> None:
@@ -97,10 +101,40 @@ class _Sample:
 _Samples = dict[str, _Sample]  # by the part of the name that their members share
 
 
+@dataclass
+class _LeftOut:
+    """Members that end like an image, and are not listed as one."""
+
+    num_others: int = 0  # beside the image of their name
+    other: str = ""  # the first of them, and that image
+    num_masks: int = 0
+    mask: str = ""
+
+    def add(self, more: _LeftOut) -> None:
+        self.num_others += more.num_others
+        self.num_masks += more.num_masks
+        self.other, self.mask = self.other or more.other, self.mask or more.mask
+
+    def say(self, where: str) -> None:
+        if self.num_others:
+            warnings.warn(
+                f"{where}: {self.num_others} images are left out, such as {self.other}: members whose names are the "
+                "same up to the first dot are one sample, and what has a word more is no picture of its own",
+                stacklevel=2,
+            )
+        if self.num_masks:
+            warnings.warn(
+                f"{where}: {self.num_masks} images such as {self.mask} are masks of others by their names, and are "
+                'left out. dataset.mask = "file" uses what is called cat.mask.png; if they are pictures, set another '
+                "dataset.mask_suffix",
+                stacklevel=2,
+            )
+
+
 def _list_tar(
     section: DatasetSection, path: str, entry: FileEntry, memo: TextMemo | None
-) -> tuple[list[Listed], dict[str, None]]:
-    """(its images by name, the names in its .json members)"""
+) -> tuple[list[Listed], dict[str, None], _LeftOut]:
+    """(its images by name, the names in its .json members, the other members that end like an image)"""
     if memo is None or not storage.is_uri(path):
         samples = _read_headers(section, path, entry)
     else:
@@ -109,9 +143,24 @@ def _list_tar(
         samples = _read_headers(section, path, entry) if text is None else _samples_from(text)
         if text is None:
             memo.add([file], [json.dumps({stem: [each.members, each.notes] for stem, each in samples.items()})])
-    found = [listed for sample in samples.values() for listed in _images_of(section, path, entry, sample)]
+    left_out = _LeftOut()
+    _take_out_masks(section, samples, left_out)
+    found = [listed for sample in samples.values() for listed in _images_of(section, path, entry, sample, left_out)]
     names = dict.fromkeys(name for sample in samples.values() for notes in sample.notes.values() for name in notes)
-    return sorted(found, key=lambda listed: listed.path), names
+    return sorted(found, key=lambda listed: listed.path), names, left_out
+
+
+def _take_out_masks(section: DatasetSection, samples: _Samples, left_out: _LeftOut) -> None:
+    """Samples such as cat-mask.png beside cat.jpg: that is how a folder's masks are called."""
+    stem, _, ending = section.mask_suffix.lower().partition(".")
+    if not stem or not ending:  # the mask of cat.jpg is of its sample
+        return
+    for name in [name for name in samples if name.lower().endswith(stem)]:
+        of, members = samples.get(name[: -len(stem)]), samples[name].members
+        mask = next((member for member in members if member.lower() == ending), "")
+        if mask and of is not None and any(other.lower().endswith(_IMAGE_ENDINGS) for other in of.members):
+            left_out.add(_LeftOut(num_masks=1, mask=printable(members[mask][0])))
+            del members[mask]
 
 
 def _samples_from(text: str) -> _Samples:
@@ -170,16 +219,19 @@ def _read_json(file: BinaryIO, path: str, member: tarfile.TarInfo) -> dict[str, 
     return notes if isinstance(notes, dict) else {}
 
 
-def _images_of(section: DatasetSection, path: str, entry: FileEntry, sample: _Sample) -> Iterator[Listed]:
+def _images_of(
+    section: DatasetSection, path: str, entry: FileEntry, sample: _Sample, left_out: _LeftOut
+) -> Iterator[Listed]:
     mask_ending = section.mask_suffix.lstrip("-_.") if section.mask == "file" else ""
     masks = {ending for ending in sample.members if mask_ending and _part(ending, mask_ending) is not None}
     images = [ending for ending in sample.members if ending.lower() in _IMAGE_ENDINGS and ending not in masks]
-    if not images:  # names with more dots: photo.v2.jpg
-        images = [
-            ending
-            for ending in sample.members
-            if ending.lower().endswith(tuple(f".{known}" for known in _IMAGE_ENDINGS)) and ending not in masks
-        ]
+    with_dots = tuple(f".{known}" for known in _IMAGE_ENDINGS)  # photo.v2.jpg
+    others = [ending for ending in sample.members if ending.lower().endswith(with_dots) and ending not in masks]
+    if not images:
+        images, others = others, []
+    if others:
+        first, main = (printable(sample.members[ending][0]) for ending in (others[0], images[0]))
+        left_out.add(_LeftOut(len(others), f"{first} beside {main}"))
     extension = section.caption_extension.lstrip(".")
     tag_separator = section.tag_separator if section.caption_lists == "tags" else ""
     for image in images:
@@ -190,10 +242,10 @@ def _images_of(section: DatasetSection, path: str, entry: FileEntry, sample: _Sa
         notes = sample.notes.get(_belonging(sample, before, "json"), {})
         original_hw = size_of(notes, section.size_columns)
         texts = texts_of(notes, section.caption_columns, tag_separator)
-        others = []
+        beside = []
         if "textfile" in section.captions and not caption and not texts:
             known = {*images, *masks, *sample.notes}
-            others = [member for ending, (member, _, _) in sample.members.items() if ending not in known]
+            beside = [member for ending, (member, _, _) in sample.members.items() if ending not in known]
         yield Listed(
             path=storage.join(path, printable(name)),
             stamp=_stamp(entry, sample, image),
@@ -205,7 +257,8 @@ def _images_of(section: DatasetSection, path: str, entry: FileEntry, sample: _Sa
             mask_file=_address(path, sample, mask),
             mask_stamp=_stamp(entry, sample, mask) if mask else "",
             focus_yx=focus_of(notes, section.focus_columns, original_hw),
-            beside=tuple(sorted(printable(member.rpartition("/")[2]) for member in others)),
+            columns=() if caption or texts else tuple(notes),
+            beside=tuple(sorted(printable(member.rpartition("/")[2]) for member in beside)),
         )
 
 

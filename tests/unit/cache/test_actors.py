@@ -16,19 +16,19 @@ from sdxl_ray.cache.actors import (
     WriteLatentShard,
     WriteTextShard,
     decode_shard,
-    error_text,
     files_as_row,
     limit_threads,
     listed_from,
-    raise_error,
     scanned_files,
     torch_device,
 )
 from sdxl_ray.cache.images import load_pixels
 from sdxl_ray.cache.masks import load_mask_file
 from sdxl_ray.cache.planning import TextShard
+from sdxl_ray.cache.reports import ShardReport, error_text, packed, raise_error, unpacked
 from sdxl_ray.cache.scan import scan_file, scan_images
 from sdxl_ray.cache.shard_reader import MissingEntry, ShardReader
+from sdxl_ray.cache.shards import mark_damaged
 from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.errors import CacheError, ClusterError, DatasetError, ModelError, StorageError
 from sdxl_ray.records import Listed
@@ -77,13 +77,13 @@ def settings(cache, model, actor=WriteLatentShard, **changes):
 
 def encoded(decoded, cache, model, **changes):
     write = WriteLatentShard(**settings(cache, model, **changes))
-    return write({name: [value] for name, value in decoded.items()})
+    return ShardReport.from_row(write({name: [value] for name, value in decoded.items()}))
 
 
 def raised(row):
     """The error of a row, as the driver raises it."""
     with pytest.raises(Exception) as error:
-        raise_error(str(row["error"][0]))
+        raise_error(ShardReport.from_row(row).error)
     return error.value
 
 
@@ -98,7 +98,8 @@ def test_a_shard_of_images_is_decoded_encoded_and_written(images, tmp_path, tiny
     for pixels, record in zip(decoded["pixels"], shard.records, strict=True):
         assert np.array_equal(pixels, load_pixels(record))
     result = encoded(decoded, tmp_path / "cache", tiny_model)
-    assert (result["num"].tolist(), result["error"].tolist(), result["skipped"].tolist()) == ([3], [""], ["[]"])
+    assert (result.num, result.num_there, result.error, result.skipped) == (3, 0, "", ())
+    assert (result.name, result.node) == (shard.name, socket.gethostname())
     encoder = encode.LatentEncoder(
         tiny_model, dtype="fp32", device=torch.device("cpu"), batch_size=2, revision="", variant=""
     )
@@ -112,7 +113,8 @@ def test_a_shard_of_images_is_decoded_encoded_and_written(images, tmp_path, tiny
 
 def test_a_shard_of_captions_is_encoded_and_written(tmp_path, tiny_model):
     write = WriteTextShard(**settings(tmp_path, tiny_model, WriteTextShard))
-    assert write(text_batch())["num"].tolist() == [1]
+    report = ShardReport.from_row(write(text_batch()))
+    assert (report.name, report.num, report.num_there) == ("text/x.safetensors", 1, 0)
     found = ShardReader(tmp_path).read("text/x.safetensors", "0a" * 16)
     assert {name: tensor.dtype for name, tensor in found.items()} == {
         "prompt_embeds": torch.bfloat16,
@@ -127,8 +129,11 @@ def test_captions_of_which_a_part_is_not_seen_are_counted(tmp_path, tiny_model, 
     write = WriteTextShard(**settings(tmp_path, tiny_model, WriteTextShard), num_chunks=num_chunks)
     captions = ["cat " * number for number in (75, 76, 151)]  # and two markers: 77, 78, 153
     shard = TextShard("text/x.safetensors", tuple(f"{number:032x}" for number in range(3)), tuple(captions))
-    row = write({"shard": [json.dumps(asdict(shard))]})
-    assert (row["num"].tolist(), row["long"].tolist()) == ([3], [num_long])
+    batch = {"shard": [packed(asdict(shard))]}
+    report = ShardReport.from_row(write(batch))
+    assert (report.num, report.num_there, report.long) == (3, 0, num_long)
+    again = ShardReport.from_row(write(batch))
+    assert (again.num, again.num_there, again.long) == (0, 3, num_long)
 
 
 def test_masks_are_written_beside_their_latents(images, tmp_path, tiny_model):
@@ -157,9 +162,9 @@ def test_what_is_skipped_takes_its_mask_and_its_key_with_it(images, tmp_path, ti
     assert (decoded["pixels"].shape[0], decoded["masks"].shape[0]) == (1, 1)
     assert np.array_equal(decoded["pixels"][0], load_pixels(shard.records[2]))
     result = encoded(decoded, tmp_path / "cache", tiny_model)
-    skipped = {Path(each["path"]).name: each for each in json.loads(result["skipped"][0])}
+    skipped = {Path(each["path"]).name: each for each in result.skipped}
     assert skipped.keys() == {"0.png", "1.png"}
-    assert [skipped[name]["kind"] for name in ("0.png", "1.png")] == ["changed", "mask"]
+    assert [skipped[name]["kind"] for name in ("0.png", "1.png")] == ["changed", "changed"]
     assert skipped["1.png"]["key"] == shard.keys[1]
     assert skipped["1.png"]["image_hash"] == shard.records[1].image_hash
     reader = ShardReader(tmp_path / "cache")
@@ -177,11 +182,9 @@ def test_a_shard_without_any_image_is_written_where_somebody_waits_for_it(images
     decoded = decode_shard(row)
     assert decoded["pixels"].shape == (0, 64, 64, 3)
     result = encoded(decoded, tmp_path / "cache", tiny_model)
-    assert result["num"].tolist() == [0]
-    assert len(json.loads(result["skipped"][0])) == 3
+    assert (result.num, len(result.skipped)) == (0, 3)
     assert not (tmp_path / "cache").exists()
-    result = encoded(decoded, tmp_path / "cache", tiny_model, write_empty=True)
-    assert result["error"].tolist() == [""]
+    assert encoded(decoded, tmp_path / "cache", tiny_model, write_empty=True).error == ""
     with pytest.raises(MissingEntry):
         ShardReader(tmp_path / "cache").read(shard.name, shard.keys[0])
     assert ShardStore(tmp_path / "cache").damaged == []
@@ -209,9 +212,20 @@ def test_no_error():
     assert raise_error("") is None
 
 
-def test_a_row_is_what_ray_data_expects():
-    row = actors._row(3, skipped=[{"path": "x", "reason": "y"}])
+def test_a_report_travels_as_a_row_of_ray_data():
+    report = ShardReport("latents/x", num=3, skipped=({"path": "x", "reason": "y"},), unreadable={"key": "k"}, tiled=1)
+    row = report.to_row()
     assert all(isinstance(column, np.ndarray) and len(column) == 1 for column in row.values())
+    assert (
+        ShardReport.from_row(row) == ShardReport.from_row({name: column[0] for name, column in row.items()}) == report
+    )
+
+
+def test_a_work_item_is_packed_to_a_fraction_and_comes_out_the_same(images, tiny_model):
+    fields = {**asdict(work_item(images, tiny_model)[0]), "without": ["ä"]}
+    plain = json.dumps(fields)
+    assert unpacked(packed(fields)) == unpacked(plain) == json.loads(plain)
+    assert len(packed(fields)) < len(plain) / 2
 
 
 def batch_of(actor, images, model):
@@ -223,7 +237,7 @@ def batch_of(actor, images, model):
 @pytest.mark.parametrize("actor", [WriteTextShard, WriteLatentShard])
 def test_a_model_that_a_node_cannot_load_is_a_row_not_a_crash(actor, tmp_path, images, tiny_model):
     row = actor(**settings(tmp_path / "cache", "/nowhere", actor))(batch_of(actor, images, tiny_model))
-    assert row["num"].tolist() == [0]
+    assert ShardReport.from_row(row).num == 0
     error = raised(row)
     assert type(error) is ModelError
     assert "/nowhere" in str(error)
@@ -252,7 +266,7 @@ def test_a_full_disk_is_a_row_too(actor, tmp_path, images, tiny_model, monkeypat
         error = raised(write(batch))
     assert type(error) is StorageError
     assert "no space left on the device while writing encoded tensors" in str(error)
-    assert write(batch)["error"].tolist() == [""]  # when there is space again
+    assert ShardReport.from_row(write(batch)).error == ""  # when there is space again
 
 
 def test_the_encoder_is_loaded_once(tmp_path, tiny_model, monkeypatch):
@@ -264,8 +278,86 @@ def test_the_encoder_is_loaded_once(tmp_path, tiny_model, monkeypatch):
     write.loading.result()
     assert loads == [1]  # while the first shard is on its way
     write(text_batch())
+    (tmp_path / "text" / "x.safetensors").unlink()
     write(text_batch())
     assert loads == [1]
+    assert (tmp_path / "text" / "x.safetensors").exists()
+
+
+# ---- shards that another job has written meanwhile ------------------------------------------------------------------
+
+
+def test_a_shard_of_images_that_is_there_by_now_is_not_decoded(images, tmp_path, tiny_model, monkeypatch):
+    shard, row = work_item(images, tiny_model)
+    cache = tmp_path / "cache"
+    row = {**row, "cache": str(cache)}
+    assert encoded(decode_shard(row), cache, tiny_model).num == 3
+    written = (cache / shard.name).stat().st_mtime_ns
+    monkeypatch.setattr(actors, "load_image", lambda record: pytest.fail("decoded"))
+    result = encoded(decode_shard(row), cache, tiny_model, write_empty=True)
+    assert (result.name, result.num, result.num_there, result.error) == (shard.name, 0, 3, "")
+    assert (cache / shard.name).stat().st_mtime_ns == written
+
+
+def test_without_any_image_left_an_empty_shard_replaces_no_whole_one(images, tmp_path, tiny_model):
+    shard, row = work_item(images, tiny_model)
+    cache = tmp_path / "cache"
+    encoded(decode_shard(row), cache, tiny_model)
+    row = {"shard": packed({**asdict(shard), "without": list(shard.keys)}), "cache": str(cache)}
+    assert encoded(decode_shard(row), cache, tiny_model, write_empty=True).num_there == 0
+    assert len(ShardStore(cache)) == 3
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def of_two_images(path, cache, decoded, model):
+    two = {**decoded, "pixels": decoded["pixels"][:2], "masks": decoded["masks"][:2]}
+    header = json.loads(decoded["header"])
+    path.unlink()
+    encoded({**two, "header": json.dumps({**header, "keys": header["keys"][:2]})}, cache, model)
+
+
+@pytest.mark.parametrize("spoil", ["marked", "marked as no shard", "cut short", "fewer entries", "other version"])
+def test_what_is_there_but_not_whole_is_encoded_again(images, tmp_path, tiny_model, monkeypatch, spoil):
+    shard, row = work_item(images, tiny_model)
+    cache = tmp_path / "cache"
+    row = {**row, "cache": str(cache)}
+    decoded = decode_shard(row)
+    encoded(decoded, cache, tiny_model)
+    path = cache / shard.name
+    if spoil == "marked":
+        mark_damaged(str(cache), shard.name, shard.keys[1])
+    elif spoil == "marked as no shard":
+        mark_damaged(str(cache), shard.name)
+    elif spoil == "cut short":
+        cut_short(path)
+    elif spoil == "fewer entries":
+        of_two_images(path, cache, decoded, tiny_model)
+        assert len(ShardStore(cache)) == 2
+    else:
+        path.write_bytes(path.read_bytes().replace(b'"sdxl_ray.version":"3"', b'"sdxl_ray.version":"2"'))
+    result = encoded(decode_shard(row), cache, tiny_model)
+    assert (result.num, result.num_there, result.error) == (3, 0, "")
+    store = ShardStore(cache)
+    assert (len(store), store.damaged, store.marked, store.other_versions) == (3, [], {}, [])
+
+
+def test_captions_that_are_there_by_now_need_no_encoder(tmp_path, tiny_model):
+    WriteTextShard(**settings(tmp_path, tiny_model, WriteTextShard))(text_batch())
+    write = WriteTextShard(**settings(tmp_path, "/nowhere", WriteTextShard))
+    report = ShardReport.from_row(write(text_batch()))
+    assert (report.num, report.num_there, report.error) == (0, 1, "")
+    mark_damaged(str(tmp_path), "text/x.safetensors", "0a" * 16)
+    assert "/nowhere" in str(raised(write(text_batch())))
+
+
+@pytest.mark.parametrize("actor", [WriteTextShard, WriteLatentShard])
+def test_an_actor_says_at_once_that_it_has_a_place(actor, tmp_path):
+    said = []
+    actor(**settings(tmp_path, "/nowhere", actor), began=lambda: said.append(1))
+    assert said == [1]
 
 
 # ---- images that a node cannot read ----------------------------------------------------------------------------------
@@ -274,10 +366,10 @@ def test_the_encoder_is_loaded_once(tmp_path, tiny_model, monkeypatch):
 def told(row, cache, model):
     """Of the image that a node could not read; nothing of its shard is written then."""
     result = encoded(decode_shard(row), cache, model)
-    assert (result["error"].tolist(), result["skipped"].tolist(), result["num"].tolist()) == ([""], ["[]"], [0])
-    assert result["name"].tolist() == [json.loads(row["shard"])["name"]]
+    assert (result.error, result.skipped, result.num) == ("", (), 0)
+    assert result.name == json.loads(row["shard"])["name"]
     assert len(ShardStore(cache)) == 0
-    found = json.loads(result["unreadable"][0])
+    found = result.unreadable
     assert found["node"] == socket.gethostname()
     return found["key"], found["reason"]
 
@@ -293,7 +385,7 @@ def test_images_that_the_work_item_is_to_be_done_without_are_not_looked_at(image
     (images / "1.png").unlink()
     row = {"shard": json.dumps({**json.loads(row["shard"]), "without": [shard.keys[1]]})}
     result = encoded(decode_shard(row), tmp_path / "cache", tiny_model)
-    assert (result["num"].tolist(), result["skipped"].tolist(), result["unreadable"].tolist()) == ([2], ["[]"], [""])
+    assert (result.num, result.skipped, result.unreadable) == (2, (), None)
     store = ShardStore(tmp_path / "cache")
     assert [store.shard_of(key) for key in shard.keys] == [shard.name, None, shard.name]
 
@@ -348,8 +440,8 @@ def test_an_image_that_nobody_has_opened_before_is_skipped_where_it_is_gone(
 
     monkeypatch.setattr(reading, "load_pixels", fail)
     result = encoded(decode_shard(row), tmp_path / "cache", tiny_model)
-    assert (result["error"].tolist(), result["num"].tolist()) == ([""], [2])
-    (skipped,) = json.loads(result["skipped"][0])
+    assert (result.error, result.num) == ("", 2)
+    (skipped,) = result.skipped
     reason = getattr(problem, "strerror", None) or str(problem)
     assert (skipped["key"], skipped["path"]) == (shard.keys[1], str(images / "1.png"))
     assert (skipped["reason"], skipped["kind"]) == (f"cannot be read: {reason}", "unreadable")
@@ -359,7 +451,7 @@ def test_a_file_that_is_gone_since_it_was_listed_is_skipped(images, tmp_path, ti
     _, row = trusted_item(images, tiny_model)
     (images / "1.png").unlink()
     result = encoded(decode_shard(row), tmp_path / "cache", tiny_model)
-    assert json.loads(result["skipped"][0])[0]["reason"] == "cannot be read: No such file or directory"
+    assert result.skipped[0]["reason"] == "cannot be read: No such file or directory"
 
 
 @pytest.mark.parametrize(
@@ -396,9 +488,8 @@ def test_an_image_that_is_damaged_or_changed_is_a_skip(images, tmp_path, tiny_mo
     shard, row = work_item(images, tiny_model)
     Image.new("RGB", (64, 64), "red").save(images / "2.png")
     result = encoded(decode_shard(row), tmp_path / "cache", tiny_model)
-    assert result["error"].tolist() == [""]
-    assert result["num"].tolist() == [1]
-    skipped = {Path(each["path"]).name: each for each in json.loads(result["skipped"][0])}
+    assert (result.error, result.num) == ("", 1)
+    skipped = {Path(each["path"]).name: each for each in result.skipped}
     assert skipped["1.png"]["reason"].startswith("cannot be decoded")
     assert skipped["2.png"]["reason"].startswith("changed while it was being cached")
     assert [skipped[name]["kind"] for name in ("1.png", "2.png")] == ["damaged", "changed"]

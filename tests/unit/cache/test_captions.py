@@ -2,6 +2,7 @@ import os
 import random
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 
 from sdxl_ray.cache.caption_files import CaptionFiles, UnreadableCaption
 from sdxl_ray.cache.caption_variants import AS_IT_IS, decorate, draw_variant, expand_variants
-from sdxl_ray.cache.captions import CaptionRules, _find, no_captions_error, read_captions
+from sdxl_ray.cache.captions import CaptionRules, _find, no_captions_error, read_captions, several_captions_note
+from sdxl_ray.cache.sources import list_dataset
 from sdxl_ray.config.schema import DatasetSection
 from sdxl_ray.errors import StorageError
 from sdxl_ray.records import Listed
+from tests.unit.cache.planned import add_image, config_of, plan_of
+from tests.unit.cache.sources.made import tar_bytes
 
 HASH = "5" * 64
 TAGS = "one, two, three, four, five, six, seven, eight"
@@ -536,6 +540,127 @@ def test_files_of_the_name_of_an_image_are_named(image):
         '".caption" or ".tags". Write them, '
     ) in str(no_captions_error(without, 2, 2, CaptionRules()))
     assert "b.caption" not in str(no_captions_error(without, 2, 2, CaptionRules(sources=("column",))))
+
+
+@pytest.fixture
+def error_of(tmp_path):
+    """What is said of a dataset in which an image has no caption, from its `[[dataset]]`."""
+
+    def error_of(**settings):
+        section = DatasetSection(path=str(tmp_path), **settings)
+        listed, rules = list(list_dataset(section)), CaptionRules.of(section)
+        captions, _, _ = read_captions(listed, rules)
+        without = [image for image, found in zip(listed, captions, strict=True) if not found]
+        return str(no_captions_error(without, len(without), len(listed), rules))
+
+    return error_of
+
+
+@pytest.mark.parametrize(
+    ("files", "extensions"),
+    [
+        (["a.caption", "a.npz"], '".caption"'),
+        (["a.caption.txt"], '".caption.txt"'),
+        (["a.jpg.tags"], '".tags"'),
+        (["a.TAGS", "a.wd14_cap"], '".TAGS" or ".wd14_cap"'),
+        (["a.npz", "a.safetensors", "a.xmp"], ""),
+        (["a.json"], ""),
+    ],
+)
+def test_only_what_may_be_a_caption_is_advised(tmp_path, error_of, files, extensions):
+    for name in ("a.jpg", *files):
+        (tmp_path / name).write_text("a cat")
+    told = f"if that is its caption, set dataset.caption_extension = {extensions}."
+    assert (told in error_of()) == bool(extensions)
+    assert ("caption_extension" in error_of()) == bool(extensions)
+    assert "npz" not in error_of()
+    for extension in extensions.replace('"', "").split(" or ") if extensions else ():
+        (image,) = list_dataset(DatasetSection(path=str(tmp_path), caption_extension=extension))
+        assert find_captions(image, CaptionRules(extension=extension)) == ("a cat",)
+
+
+def test_the_advice_for_members_of_a_tar_file_works(tmp_path, error_of):
+    members = [("0.jpg", b"x"), ("0.caption.txt", b"a cat"), ("1.jpg", b"x"), ("1.cls", b"3")]
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    told = " Beside 0.jpg there is 0.caption.txt: if that is its caption, set dataset.caption_extension = "
+    assert f'{told}".caption.txt".' in error_of()
+    section = DatasetSection(path=str(tmp_path), caption_extension=".caption.txt")
+    assert [bool(image.text_file) for image in list_dataset(section)] == [True, False]
+
+
+def test_a_folders_json_is_not_read_and_what_is_instead(tmp_path, error_of):
+    (tmp_path / "cat.jpg").write_text("x")
+    (tmp_path / "cat.json").write_text('{"caption": "a cat"}')
+    assert (
+        " Of a folder no .json such as cat.json is read: write a metadata.jsonl beside the images, a line for each: "
+        '{"file_name": "cat.jpg", "text": "..."}; or pack image and .json into tar files (WebDataset). Write them, '
+    ) in error_of()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat.jpg", "text": "a cat"}\n')
+    assert [image.texts for image in list_dataset(DatasetSection(path=str(tmp_path)))] == [("a cat",)]
+
+
+def test_the_names_in_a_tar_files_json_are_told(tmp_path, error_of):
+    members = [("0.jpg", b"x"), ("0.json", b'{"tags": ["1girl"], "url": "y"}')]
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    assert (
+        "Expected 0.txt or 0.jpg.txt beside 0.jpg with at least one line; or a text in the .json called caption or "
+        'text, and there are tags, url (dataset.caption_columns) (dataset.captions = ["textfile", "column"]).'
+    ) in error_of()
+    assert '"column"' in error_of(captions=["textfile"]).rpartition("add another source")[2]
+
+
+@pytest.mark.filterwarnings("ignore:.*not read")
+def test_a_table_beside_the_images_is_told(tmp_path, error_of):
+    (tmp_path / "cat.jpg").write_text("x")
+    (tmp_path / "captions.csv").write_text("file_name,caption\ncat.jpg,a cat\n")
+    told = f" There is a table, {tmp_path}/captions.csv, which is not read beside images: if the captions are there, "
+    assert f"{told}set dataset.path to it. Write them" in error_of()
+    assert told in error_of(captions=["column"])
+    for sub in ("cats", "dogs"):
+        (tmp_path / sub).mkdir()
+        (tmp_path / sub / "a.jpg").write_text("x")
+        (tmp_path / sub / "metadata.jsonl").write_text('{"file_name": "a.jpg"}')
+    assert "which are not read beside images: if the captions are there, set dataset.path to the one" in error_of()
+    (tmp_path / "captions.csv").unlink()
+    assert 'if the captions are there, set dataset.format = "table".' in error_of()
+
+
+@pytest.mark.filterwarnings("ignore:.*are masks", "ignore:the images in")
+def test_images_that_may_be_masks_are_told(tmp_path, error_of):
+    for name in ("a.jpg", "a.txt", "a-masklabel.png", "masks/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    told = 'If a-masklabel.png is a mask and no picture, set dataset.mask_suffix = "-masklabel.png". Write them'
+    assert told in error_of()
+    assert f" If what is in {tmp_path}/masks are masks and no pictures, move them out of dataset.path." in error_of(
+        mask_suffix="-masklabel.png"
+    )
+    (tmp_path / "a-masklabel.png").rename(tmp_path / "a-mask.png")
+    assert "a-mask" not in error_of()
+
+
+# ---- several captions ------------------------------------------------------------------------------------------------
+
+
+def test_several_captions_of_an_image_are_told(tmp_path, tiny_model):
+    for number in range(3):
+        caption = "1girl, red hair,\nblue eyes" if number < 2 else "one line"
+        add_image(tmp_path / "images", f"{number}.png", colour=number, caption=caption)
+    config = config_of(tmp_path, str(tiny_model), tmp_path / "images", name="girls")
+    assert plan_of(config).collection.notes == [
+        'dataset "girls": 2 of 3 images have several captions, of which each epoch draws one; if the lines of a '
+        'caption file are one caption, set dataset.caption_lines = "whole"'
+    ]
+    whole = config_of(tmp_path, str(tiny_model), tmp_path / "images", caption_lines="whole")
+    assert plan_of(whole).collection.notes == []
+
+
+def test_several_captions_of_a_list_are_told():
+    rules = CaptionRules()
+    assert several_captions_note(1, 2, rules, Counter(column=3)) == (
+        "1 of 2 images have several captions, of which each epoch draws one; if a list is one caption, set "
+        'dataset.caption_lists = "tags"'
+    )
 
 
 def test_only_sources_that_are_not_tried_are_proposed():

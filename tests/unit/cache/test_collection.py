@@ -13,8 +13,11 @@ import pytest
 from PIL import Image
 
 from sdxl_ray.cache import collection as collection_module
-from sdxl_ray.cache.collection import Collection, EncodedWith, collect
+from sdxl_ray.cache.buckets import Placement
+from sdxl_ray.cache.collection import Collection, EncodedWith, collect, sample_identity
+from sdxl_ray.cache.images import UnreadableImage
 from sdxl_ray.cache.memo import Memo
+from sdxl_ray.cache.reading import load_image
 from sdxl_ray.cache.scan import scan_images
 from sdxl_ray.cache.shards import latent_key, text_key
 from sdxl_ray.cache.store import hex_strings
@@ -116,12 +119,14 @@ def test_every_image_at_every_resolution_straight_and_mirrored(config):
 
 
 def test_how_jpegs_are_decoded_is_part_of_the_key(config, images):
-    """Of those that it concerns: 600x800 in a bucket of about 64²."""
-    Image.new("RGB", (800, 600), "red").save(images / "00.png")
-    plain, shrunk = collected(config), collected(config, dataset__jpeg_scaling=True)
-    assert [plain.records([0], [0])[0].scaled_jpeg, shrunk.records([0], [0])[0].scaled_jpeg] == [False, True]
-    assert rows(plain)[0]["latent_keys"] != rows(shrunk)[0]["latent_keys"]
-    assert [row["latent_keys"] for row in rows(plain)[1:]] == [row["latent_keys"] for row in rows(shrunk)[1:]]
+    """Of those that it concerns: 600x800 in a bucket of about 64². A large PNG has the same pixels either way."""
+    for name in ("a.jpg", "b.JPEG", "c.PNG", "d.webp"):
+        add_image(images, name, size=(800, 600))
+    plain, shrunk = by_name(collected(config)), by_name(collected(config, dataset__jpeg_scaling=True))
+    assert {name for name, row in shrunk.items() if row["scaled_jpeg"]} == {"a.jpg", "b.JPEG"}
+    assert not any(row["scaled_jpeg"] for row in plain.values())
+    assert {name for name in plain if plain[name]["latent_keys"] != shrunk[name]["latent_keys"]} == {"a.jpg", "b.JPEG"}
+    assert {name for name in plain if plain[name]["identity"] != shrunk[name]["identity"]} == {"a.jpg", "b.JPEG"}
 
 
 def test_what_is_only_evaluated_is_there_once(config):
@@ -233,6 +238,63 @@ def test_the_length_of_captions_is_part_of_their_keys(config):
     }
 
 
+# ---- what a sample is ------------------------------------------------------------------------------------------------
+
+
+def identities(collection):
+    return [row["identity"] for row in rows(collection)]
+
+
+def test_a_sample_stays_itself_whatever_encodes_it(config, monkeypatch):
+    """With another VAE or dtype, other text encoders, more chunks, another format of shards: its noise is the same."""
+    before = collected(config)
+    memo = Memo(open_folder(config.cache.path))
+    for changes in ({"vae": "w" * 8}, {"text": "u" * 8}, {"num_chunks": 3}, {"text_online": True}):
+        encoded_with = dataclasses.replace(ENCODED_WITH, **changes)
+        assert identities(collect(config.datasets, memo, encoded_with=encoded_with)) == identities(before)
+    monkeypatch.setattr("sdxl_ray.cache.shards.FORMAT_VERSION", "99")
+    after = collected(config)
+    assert identities(after) == identities(before)
+    assert not set(after.keys("latent_keys").values.tolist()) & set(before.keys("latent_keys").values.tolist())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataset__resolution": 72},
+        {"dataset__crop": "top_left"},
+        {"dataset__trigger_word": "ohwx"},
+        {"dataset__mask": "alpha"},
+    ],
+)
+def test_what_the_model_sees_makes_another_sample(config, changes):
+    before, after = by_name(collected(config)), by_name(collected(config, **changes))
+    changed_ids = {name for name in before if before[name]["identity"] != after[name]["identity"]}
+    is_cut = {name for name, row in before.items() if max(row["crop_tops"] + row["crop_lefts"])}
+    assert changed_ids == (is_cut if "dataset__crop" in changes else set(before))
+
+
+def test_all_that_a_sample_is_is_in_its_identity():
+    """Each part by itself; an id of this version is the same for ever."""
+    place = Placement((64, 72), (70, 80), ((1, 2), (3, 4)))
+    arguments = {"image_hash": "ab" * 32, "placement": place, "seen": ["a cat", "cat"]}
+    plain = sample_identity(**arguments)
+    assert plain.hex() == "116fb23017472b20554d6939"
+    others = [
+        {"image_hash": "cd" * 32},
+        {"placement": dataclasses.replace(place, bucket_hw=(72, 64))},
+        {"placement": dataclasses.replace(place, resized_hw=(80, 70))},
+        {"placement": dataclasses.replace(place, crops=((1, 2),))},
+        {"seen": ["cat", "a cat"]},
+        {"flip": True},
+        {"mask_hash": "alpha"},
+        {"scaled_jpeg": True},
+    ]
+    found = {sample_identity(**(arguments | other)) for other in others}
+    assert len(found) == len(others)
+    assert plain not in found
+
+
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,15 +309,29 @@ def test_a_mask_belongs_to_the_latent_and_only_where_there_is_one(config, images
     assert {name for name, row in masked.items() if row["mask"]} == {"00.png"}
     assert all(masked[name]["latent_keys"] == plain[name]["latent_keys"] for name in plain if name != "00.png")
     Image.new("L", (80, 60), 201).save(images / "00-mask.png")
+    digest = hashlib.sha256((images / "00-mask.png").read_bytes()).hexdigest()
     repainted = by_name(collected(config, dataset__mask="file"))
     assert repainted["00.png"]["latent_keys"] != masked["00.png"]["latent_keys"]
     assert repainted["01.png"] == masked["01.png"]
+    assert (repainted["00.png"]["mask_hash"], repainted["01.png"]["mask_hash"]) == (digest, "")
+    assert repainted["00.png"]["identity"] != masked["00.png"]["identity"]
+
+
+def test_a_record_knows_the_bytes_of_its_mask(config, images):
+    """So that a mask which is edited before the image is decoded is found out."""
+    Image.new("L", (80, 60), 255).save(images / "00-mask.png")
+    (record, other) = collected(config, dataset__mask="file").records([0, 1], [0, 0])
+    assert load_image(record)[1].min() == 255
+    assert (other.mask, other.mask_hash) == ("", "")
+    Image.new("L", (80, 60), 0).save(images / "00-mask.png")
+    with pytest.raises(UnreadableImage, match="changed while it was being cached"):
+        load_image(record)
 
 
 def test_alpha_is_a_mask_of_every_image(config):
     plain, alpha = collected(config), collected(config, dataset__mask="alpha")
-    assert {row["mask"] for row in rows(alpha)} == {"alpha"}
-    assert not set(plain.keys("latent_keys")[0].tolist()) & set(alpha.keys("latent_keys")[0].tolist())
+    assert {(row["mask"], row["mask_hash"]) for row in rows(alpha)} == {("alpha", "")}
+    assert not set(plain.keys("latent_keys").values.tolist()) & set(alpha.keys("latent_keys").values.tolist())
 
 
 def test_an_image_whose_mask_cannot_be_read_is_skipped(config, images):
@@ -386,6 +462,12 @@ def test_a_second_run_opens_no_image(config, images):
     assert rows(after) == rows(before)
 
 
+def test_two_sections_over_one_folder_read_it_once(config, images, tmp_path):
+    opened, collection = opened_by(config_of(tmp_path, "model", images, images))
+    assert sorted(opened) == [f"{number:02d}.png" for number in range(9)]
+    assert len(collection) == 18
+
+
 def test_what_an_interrupted_scan_has_found_is_remembered(config):
     """That of a web server's images takes hours."""
 
@@ -472,7 +554,7 @@ def test_where_a_table_knows_the_sizes_nothing_is_opened(tmp_path, images, monke
     assert not collection.records([0], [0])[0].verify
     by_content = collected(config, dataset__identify_by="content")
     assert all(row["verify"] for row in rows(by_content))
-    assert not set(by_content.keys("latent_keys")[0].tolist()) & set(collection.keys("latent_keys")[0].tolist())
+    assert not set(by_content.keys("latent_keys").values.tolist()) & set(collection.keys("latent_keys").values.tolist())
     shapes = [(row["original_height"], row["original_width"], row["bucket"]) for row in rows(collection)]
     assert shapes == [(row["original_height"], row["original_width"], row["bucket"]) for row in rows(by_content)]
 

@@ -1,12 +1,17 @@
 """Formats that need a plug-in: read with it, and without it named."""
 
+import dataclasses
+import hashlib
+import socket
 import sys
 
 import pytest
 
 from sdxl_ray.cache import formats
-from sdxl_ray.cache.formats import missing_plugin_hint, open_image
-from sdxl_ray.cache.images import load_pixels
+from sdxl_ray.cache.formats import may_be_jpeg, missing_plugin_hint, open_image
+from sdxl_ray.cache.images import UnreadableImage, load_pixels
+from sdxl_ray.cache.masks import load_mask_file
+from sdxl_ray.cache.sources import IMAGE_SUFFIXES
 from sdxl_ray.records import ImageRecord
 from tests.unit.cache.test_images import encode, noise, psnr, smooth, whole
 
@@ -44,6 +49,49 @@ def no_plugins(monkeypatch):
 )
 def test_what_to_install(no_plugins, name, content, hint):
     assert missing_plugin_hint(name, content) == hint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"), [("cat.heic", HEIC_HEAD, WITHOUT_HEIC), ("cat.png", JXL_STREAM, WITHOUT_JXL)]
+)
+def test_a_machine_without_the_package_says_so_when_it_decodes(no_plugins, tmp_path, name, content, hint):
+    """The one that scanned the image has it, or the image would not have come so far. It is not damaged."""
+    path, hw = tmp_path / name, (64, 64)
+    path.write_bytes(content)
+    record = ImageRecord(str(path), hashlib.sha256(content).hexdigest(), hw, hw, hw, (0, 0))
+    with pytest.raises(UnreadableImage) as error:
+        load_pixels(record)
+    assert (str(error.value), error.value.kind) == (
+        f"cannot be decoded on {socket.gethostname()}: {hint}",
+        "needs_package",
+    )
+    masked = dataclasses.replace(record, mask=str(path))
+    with pytest.raises(UnreadableImage) as error:
+        load_mask_file(masked)
+    assert (str(error.value), error.value.kind) == (
+        f"its mask {path} cannot be decoded on {socket.gethostname()}: {hint}",
+        "needs_package",
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/images/cat.jpg", True),
+        ("/images/cat.JFIF", True),
+        ("/images/list.parquet/7", True),
+        ("https://example.org/cat.png?width=2000", True),
+        ("/images/cat.PNG", False),
+        ("s3://bucket/00.tar/cat.webp", False),
+        ("cat.jpg.avif", False),
+    ],
+)
+def test_a_name_may_say_that_an_image_is_no_jpeg(path, expected):
+    assert may_be_jpeg(path) == expected
+
+
+def test_every_ending_of_images_is_a_jpegs_or_not():
+    assert {ending for ending in IMAGE_SUFFIXES if may_be_jpeg(f"cat{ending}")} == {".jpg", ".jpeg", ".jfif"}
 
 
 def test_no_hint_for_what_pillow_reads(no_plugins):

@@ -619,6 +619,56 @@ def test_whatever_a_decoder_raises_is_a_reason(tmp_path, monkeypatch):
     assert error.value.kind == "damaged"
 
 
+@pytest.mark.parametrize("error", [MemoryError("no"), RuntimeError("torch: expected scalar type Byte")])
+@pytest.mark.parametrize("load", [load_pixels, load_pixels_and_alpha])
+def test_what_goes_wrong_in_resizing_is_no_fault_of_the_image(tmp_path, monkeypatch, error, load):
+    record = record_of(tmp_path / "cat.png", encode(noise(200, 300), "PNG"), buckets=["64x64"])
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(images, "_torch_lanczos", lambda: fail)
+    with pytest.raises(type(error)) as raised:
+        load(record)
+    assert raised.value is error
+
+
+def test_torch_without_memory_is_a_want_of_memory(monkeypatch):
+    """As it says it itself; what a user is told then begins with "MemoryError"."""
+    import torch
+
+    lanczos = images._torch_lanczos()
+    if lanczos is None:
+        pytest.skip("this torch has no LANCZOS")
+
+    def fail(text):
+        def interpolate(*arguments, **settings):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(torch.nn.functional, "interpolate", interpolate)
+        return lanczos(np.zeros((8, 8, 3), np.uint8), (8, 8), (4, 4))
+
+    allocator = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    with pytest.raises(MemoryError, match="can't allocate memory"):
+        fail(allocator)
+    with pytest.raises(RuntimeError, match=r"^another bug$"):
+        fail("another bug")
+
+
+@pytest.mark.parametrize("text", ["out of memory error when reading image file", "Insufficient memory (case 4)"])
+def test_a_decoder_without_memory_says_nothing_about_the_image(tmp_path, monkeypatch, text):
+    """It is skipped, since its bytes may be the reason; and tried again, since they may not."""
+    record = record_of(tmp_path / "cat.png", encode(noise(8, 8), "PNG"), buckets=["64x64"])
+
+    def fail(content):
+        raise OSError(text)
+
+    monkeypatch.setattr(images, "open_image", fail)
+    with pytest.raises(UnreadableImage, match=r"^cannot be decoded: ") as error:
+        load_pixels(record)
+    assert error.value.kind == "unreadable"
+
+
 def test_a_reason_travels_with_its_kind():
     error = pickle.loads(pickle.dumps(UnreadableImage("cannot be read: gone", "unreadable")))
     assert (str(error), error.kind) == ("cannot be read: gone", "unreadable")

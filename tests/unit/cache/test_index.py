@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdxl_ray.cache.index import SCHEMA, Index, write_index
+from sdxl_ray.cache.index import SCHEMA, Index, digest_of, write_index
 from sdxl_ray.errors import CacheError, StorageError
 from sdxl_ray.records import EncodedSample
 
@@ -183,6 +183,14 @@ def test_an_index_of_another_version(tmp_path):
     )
 
 
+def test_the_copy_of_an_earlier_version_is_read(tmp_path):
+    """A run has its own, and needs it when it is resumed or exported."""
+    path = tmp_path / "index.parquet"
+    table = Index.of([sample(0, mask_hash="")]).table.drop_columns(["mask_hash"])
+    pq.write_table(table, path)
+    assert Index.read(path)[0] == sample(0, mask_hash="")
+
+
 @pytest.mark.parametrize("name", ["a\nb 😺.png", "x" * 255, "tab\there", '"quoted", comma', "\u202eright to left"])
 def test_names_survive(tmp_path, name):
     made = sample(0, path=f"/images/{name}", dataset=name, captions=(name, ""), mask=name)
@@ -216,3 +224,46 @@ def test_images_are_counted_once_in_each_dataset():
 def test_an_empty_index_has_no_images():
     index = Index(SCHEMA.empty_table())
     assert (index.num_images(), index.num_crops().tolist()) == ({}, [])
+
+
+# ---- digest ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_digest_is_of_what_the_rows_say_however_they_are_held(tmp_path):
+    table = Index.of(SAMPLES).table
+    digest = digest_of([table])
+    assert digest_of([table.slice(0, 1), table.slice(1)]) == digest
+    assert digest_of([pa.concat_tables([table.slice(row, 1) for row in range(len(table))])]) == digest
+    path = f"{tmp_path}/index.parquet"
+    write_index(path, [table])
+    assert digest_of([Index.read(path).table]) == digest
+    for name in ("dataset", "bucket"):  # numbered the other way round
+        names = sorted({*table.column(name).to_pylist(), "another"}, reverse=True)
+        codes = pa.array([names.index(value) for value in table.column(name).to_pylist()], pa.int32())
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.field(name), pa.DictionaryArray.from_arrays(codes, names))
+    assert digest_of([table]) == digest
+    assert digest_of([]) == digest_of([Index.of([]).table]) != digest
+
+
+@pytest.mark.parametrize("name", SCHEMA.names)
+def test_every_value_of_every_column_counts(name):
+    kind = SCHEMA.field(name).type
+    values = {pa.string(): ["ab", "c"], pa.bool_(): [False, True], pa.int32(): [1, 2]}
+    plain = kind.value_type if pa.types.is_list(kind) or pa.types.is_dictionary(kind) else kind
+    first, second = values[plain]
+    rows = [[first], [first, second], [], [first, first]] if pa.types.is_list(kind) else [first, second, first]
+    others = [list(reversed(rows)), rows[:-1], [rows[0], *rows[:-1]]]
+    if plain == pa.string() and kind == plain:
+        others.append(["a", "bc", "ab"])  # the same text, cut elsewhere
+    if pa.types.is_list(kind):
+        others.append([[first, first], [second], [], [first, first]])
+    table = Index.of([sample(0)]).table
+
+    def digest(values):
+        repeated = pa.concat_tables([table] * len(values)).unify_dictionaries()
+        column = pa.array(values, pa.list_(plain) if pa.types.is_list(kind) else plain).cast(kind)
+        return digest_of([repeated.set_column(table.schema.get_field_index(name), table.field(name), column)])
+
+    digests = [digest(values) for values in (rows, *others) if values is rows or values != rows]
+    assert len(set(digests)) == len(digests) > 2

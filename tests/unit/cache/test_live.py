@@ -187,6 +187,17 @@ def test_an_image_that_has_changed_is_nothing(live, told, tmp_path):
     assert len(told) == 1 and "changed" in told[0]
 
 
+def test_a_machine_without_memory_is_an_error_and_no_image_that_does_not_count(live, told, tmp_path, monkeypatch):
+    def fail(record):
+        raise MemoryError("can't allocate memory: you tried to allocate 402653184 bytes")
+
+    sample = sample_of(write_image(tmp_path))
+    monkeypatch.setattr(reading, "load_pixels", fail)
+    with pytest.raises(CacheError, match=r"0\.png: this machine has too little memory to decode it \(can't allocate"):
+        live.latents(sample, 0)
+    assert told == []
+
+
 def test_an_image_that_this_machine_does_not_see_is_an_error(live, told, tmp_path):
     path = write_image(tmp_path)
     sample = sample_of(path)

@@ -278,3 +278,65 @@ def test_the_folder_of_copies_may_begin_with_a_tilde(remote, tmp_path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     copies = LocalCopies(remote, "~/copies", limit_gib=1, report=pytest.fail)
     assert tmp_path / "copies" in copies.fetch("text/0.safetensors").parents
+
+
+# ---- a folder that several users share -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_another_user(monkeypatch):
+    """Names of files that only somebody else may delete."""
+    names, unlink = set(), Path.unlink
+
+    def refuse(self, missing_ok=False):
+        if self.name in names:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    return names
+
+
+def test_copies_of_another_user_stay_and_ours_go_in_their_stead(remote, tmp_path, of_another_user):
+    of_another_user |= {f"{number}.safetensors" for number in (0, 1)}
+    copies = copies_of(remote, tmp_path, limit_kib=5)
+    fetch(copies, 0, 1, 2, 3, 4, 5)
+    assert held(tmp_path) == ["0", "1", "4", "5"]
+    fetch(copies, 2, 3)
+    assert held(tmp_path) == ["0", "1", "2", "3"]
+
+
+def test_where_copies_of_another_user_leave_no_room_reading_goes_on_and_that_is_told_once(
+    remote, tmp_path, of_another_user
+):
+    of_another_user |= {f"{number}.safetensors" for number in range(6)}
+    fetch(copies_of(remote, tmp_path), *range(6))
+    said = []
+    copies = LocalCopies(remote, str(tmp_path / "copies"), limit_gib=4 * KIB / GIB, report=said.append)
+    fetch(copies, 6, 7, 8, 6)
+    assert held(tmp_path) == [*"012345", "6"]
+    (text,) = said
+    assert text.startswith(f"cache.local_path = {tmp_path}/copies on {socket.gethostname()}: 0.0 GiB of copies there")
+    assert text.endswith("raise cache.local_gib, or set cache.local_path to a folder of your own.")
+
+
+def test_others_copies_are_not_counted_with_every_shard(remote, tmp_path, of_another_user, monkeypatch):
+    """That is a look at every file below the folder."""
+    of_another_user |= {f"{number}.safetensors" for number in range(10)}
+    copies = LocalCopies(remote, str(tmp_path / "copies"), limit_gib=160 * KIB / GIB, report=lambda text: None)
+    (copies.root / "text").mkdir(parents=True)
+    (copies.root / "text" / "0.safetensors").write_bytes(bytes(200 * KIB))
+    os.utime(copies.root / "text" / "0.safetensors", (1, 1))
+    counted, count = [], copies._held
+    monkeypatch.setattr(copies, "_held", lambda: counted.append(1) or count())
+    fetch(copies, *range(1, 10))
+    assert 1 <= len(counted) <= 5
+
+
+def test_a_damaged_copy_of_another_user_is_read_around(remote, tmp_path, of_another_user):
+    of_another_user.add("3.safetensors")
+    copies = copies_of(remote, tmp_path)
+    fetch(copies, 3)
+    copies.remove("text/3.safetensors")
+    assert copies.fetch("text/3.safetensors") == b"\3" * KIB
+    assert held(tmp_path) == ["3"]

@@ -10,14 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sdxl_ray.cache import maintenance, pipeline
+from sdxl_ray.cache import maintenance
+from sdxl_ray.cache.generations import finish
 from sdxl_ray.cache.maintenance import GIB, prune, stats, verify
 from sdxl_ray.cache.shard_reader import ShardReader
 from sdxl_ray.cache.shards import DAMAGED_SUFFIX, FORMAT_VERSION, mark_damaged, shard_name, write_shard
 from sdxl_ray.errors import CacheError
 from sdxl_ray.storage import open_folder
 from tests.remote import RemoteFolder
-from tests.unit.cache.planned import add_image, add_images, changed, config_of, fill, missing, plan_of, samples_of
+from tests.unit.cache.planned import add_image, add_images, config_of, fill, missing, plan_of, samples_of
 
 DAY_S = 24 * 3600
 
@@ -42,7 +43,7 @@ def cached(config, **changes):
     plan = plan_of(config, **changes)
     fill(plan)
     plan = plan_of(config, **changes)
-    pipeline._write_index(changed(config, **changes), plan)
+    finish(plan)
     return plan
 
 
@@ -133,12 +134,26 @@ def test_the_table_for_a_person(config, cache):
     assert lines[0].split() == ["bucket", "entries", "GiB"]
     assert [line.split()[0] for line in lines[1:6]] == [*sorted(plan_of(config).buckets), "text", "all"]
     assert lines[5].split()[1] == "20"
-    assert lines[6].startswith("dataset images-")
-    assert lines[6].endswith(": 9 samples, used 3 days ago")
-    assert lines[7:] == [
+    assert lines[6:] == [
+        "dataset images: 9 samples, used 3 days ago",
         "0 entries are in no dataset (sdxl-ray cache --prune)",
         "cannot be used: text/bad.safetensors",
     ]
+
+
+def test_states_of_one_dataset_are_one_line(config, cache, images, tmp_path):
+    for number in range(3):
+        add_image(images, f"new {number}.png", colour=500 + number)
+        cached(config)
+        age(cache, 5)
+    cached(config_of(tmp_path, config.model.path, add_images(tmp_path / "others", 2)))
+    found = stats(str(cache))
+    assert [line for line in found.lines() if line.startswith("dataset")] == [
+        "dataset images: 12 samples, used 5 days ago; 2 other states of it, the oldest used 15 days ago",
+        "dataset others: 2 samples, used 0 days ago",
+    ]
+    pruned = prune(str(cache), keep_days=7, dry_run=True)
+    assert pruned.lines(done=False)[0] == "would delete 2 states of dataset images"
 
 
 def test_no_cache_at_all(tmp_path):
@@ -273,7 +288,7 @@ def test_a_shard_of_another_version_is_told_apart_and_kept(config, cache):
         ours = f'"sdxl_ray.version":"{FORMAT_VERSION}"'.encode()
         path.write_bytes(path.read_bytes().replace(ours, b'"sdxl_ray.version":"1"'))
     age(cache, 90)
-    pipeline._write_index(config, plan_of(config))
+    finish(plan_of(config))
     before = files(cache)
     found = stats(str(cache))
     assert (found.unusable, sorted(found.other_versions)) == ([], sorted(names))
@@ -357,7 +372,7 @@ def test_a_shard_with_one_entry_in_use_stays_whole(config, cache, images):
         path.unlink()
     plan = plan_of(config)
     assert missing(plan) == (0, 0)
-    pipeline._write_index(config, plan)
+    finish(plan)
     kept = {*samples_of(plan)[0].latent_shards, *samples_of(plan)[0].text_shards}
     age(cache, 2)
     prune(str(cache), keep_days=30, dry_run=False)
@@ -395,7 +410,7 @@ def test_datasets_that_no_run_has_used_for_long_go_with_what_only_they_need(conf
     cached(config)
     old = cached(config, dataset__resolution=128)
     age(cache, 31)
-    pipeline._write_index(config, plan_of(config))  # as every run does
+    finish(plan_of(config))  # as every run does
     name = Path(old.folder.path).name
     assert prune(str(cache), keep_days=40, dry_run=True).datasets == []
     found = prune(str(cache), keep_days=30, dry_run=False)
@@ -405,6 +420,50 @@ def test_datasets_that_no_run_has_used_for_long_go_with_what_only_they_need(conf
     assert not (cache / "datasets" / name).exists()  # nor the lock in it
     assert missing(plan_of(config)) == (0, 0)
     assert missing(plan_of(config, dataset__resolution=128)) == (9, 0)
+
+
+def test_what_a_running_run_needs_stays_although_its_dataset_has_changed_since(config, cache, images):
+    """Its copy of the index is in its own folder, which `--prune` does not know."""
+    began = cached(config)
+    for number in range(9):
+        add_image(images, f"{number:02d}.png", colour=300 + number)
+    cached(config)
+    age(cache, 2)
+    assert prune(str(cache), keep_days=30, dry_run=False).shards == []
+    needed = {shard for sample in samples_of(began) for shard in (*sample.latent_shards, *sample.text_shards)}
+    assert needed <= shards(cache)
+    age(cache, 30)
+    cached(config)
+    assert len(prune(str(cache), keep_days=30, dry_run=False).datasets) == 1
+
+
+def test_hidden_folders_of_earlier_versions_count(config, cache):
+    plan = cached(config)
+    folder = Path(plan.folder.path)
+    folder.rename(folder.with_name(".images-0123456789"))
+    age(cache, 2)
+    found = stats(str(cache))
+    assert list(found.datasets) == [".images-0123456789"]
+    assert found.num_unused == 0
+    before = files(cache)
+    assert prune(str(cache), keep_days=30, dry_run=False).shards == []
+    assert files(cache) == before
+    age(cache, 30)
+    assert prune(str(cache), keep_days=30, dry_run=False).datasets == [".images-0123456789"]
+    assert files(cache) == {"scan.parquet"}
+
+
+def test_the_list_of_a_run_that_was_refused_goes_in_time(config, cache):
+    cached(config)
+    for name in ("refused-0123456789abcdef", "not ours"):
+        (cache / "datasets" / name).mkdir()
+        (cache / "datasets" / name / "skipped.csv").touch()
+    (cache / "datasets" / "not ours" / "notes.txt").touch()
+    assert prune(str(cache), keep_days=30, dry_run=False).datasets == []
+    age(cache, 31)
+    cached(config)
+    assert prune(str(cache), keep_days=30, dry_run=False).datasets == ["refused-0123456789abcdef"]
+    assert (cache / "datasets" / "not ours" / "skipped.csv").exists()
 
 
 def test_no_empty_folders_of_datasets_stay(config, cache):
@@ -428,7 +487,7 @@ def test_the_embeddings_of_prompts_are_kept(config, cache):
     """Only the manifest knows of them."""
     plan = plan_of(config, cache__text="online")
     fill(plan)
-    pipeline._write_index(changed(config, cache__text="online"), plan_of(config, cache__text="online"))
+    finish(plan_of(config, cache__text="online"))
     age(cache, 2)
     assert prune(str(cache), keep_days=30, dry_run=False).shards == []
     (manifest,) = (cache / "datasets").glob("*/manifest.json")
@@ -456,8 +515,8 @@ def test_where_an_index_cannot_be_read_nothing_is_deleted(config, cache, content
         prune(str(cache), keep_days=30, dry_run=False)
     assert str(error.value).startswith(f"{path}: cannot be read (")
     assert str(error.value).endswith(
-        "so that nobody knows what it uses. Nothing was deleted. Run `sdxl-ray cache` for its dataset, or delete its "
-        "folder."
+        "so that nobody knows what it uses. Nothing was deleted. Delete its folder, and run `sdxl-ray cache` for its "
+        "dataset."
     )
     assert files(cache) == before
 

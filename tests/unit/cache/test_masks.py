@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -119,6 +120,22 @@ def test_a_damaged_mask_is_named(tmp_path):
     with pytest.raises(UnreadableImage, match=r"^its mask .*cat-mask\.png cannot be decoded: ") as error:
         load_mask_file(record)
     assert error.value.kind == "mask"
+
+
+def test_a_mask_that_was_edited_since_the_scan_is_not_the_one_that_is_meant(tmp_path):
+    """It would be stored as the old one."""
+    record = with_mask(tmp_path, half_white(256, 384))
+    digest = hashlib.sha256((tmp_path / "cat-mask.png").read_bytes()).hexdigest()
+    known = dataclasses.replace(record, mask_hash=digest)
+    assert np.array_equal(load_mask_file(known), load_mask_file(record))
+    (tmp_path / "cat-mask.png").write_bytes(encode(Image.new("L", (384, 256), 255), "PNG"))
+    with pytest.raises(UnreadableImage) as error:
+        load_mask_file(known)
+    assert (str(error.value), error.value.kind) == (
+        f"its mask {record.mask} changed while it was being cached; run `sdxl-ray cache` again",
+        "changed",
+    )
+    assert load_mask_file(record).min() == 255  # where nobody knows its bytes, it is taken as it is
 
 
 def test_a_bomb_of_a_mask_is_not_decoded(tmp_path, monkeypatch):

@@ -142,6 +142,20 @@ def test_the_later_of_two_findings_counts(tmp_path):
     assert pq.read_metadata(tmp_path / FILE_NAME).num_rows == 6
 
 
+def test_what_is_not_written_yet_is_known_already(tmp_path):
+    """Two sections over one folder: the second need not read it again."""
+    memo = memo_of(tmp_path)
+    memo.add(FILES[3:][::-1], [False] * 3, FOUND[3:][::-1])
+    assert find(memo, FILES) == [None] * 3 + FOUND[3:]
+    memo.add(FILES[:4], [False] * 4, [*FOUND[:3], scanned(9)])
+    assert find(memo, FILES) == [*FOUND[:3], scanned(9), *FOUND[4:]]
+    assert find(memo, FILES[:2], limit=1) == [None] * 2
+    assert find(memo, FILES, trusted=True) == [None] * 6
+    assert not (tmp_path / FILE_NAME).exists()
+    memo.add(FILES[:1], [False], [scanned(0, "cannot be read: gone", "unreadable")])
+    assert find(memo, FILES[:2]) == [None, FOUND[1]]
+
+
 def test_what_cannot_be_decoded_is_marked_wherever_it_lies(tmp_path):
     files, found = [*FILES, listed(9)], [*FOUND, scanned(3)]  # a copy of image 3
     remember(tmp_path, files, found)

@@ -7,6 +7,7 @@ import pytest
 
 from sdxl_ray.cache import missing
 from sdxl_ray.cache.missing import missing_latents, missing_text, shard_length, text_ranks
+from sdxl_ray.cache.ragged import Ragged
 
 
 def keys_of(*letters):
@@ -22,8 +23,7 @@ def latents(keys, counts, *, buckets=(0, 0, 0, 0), masked=(0, 0, 0, 0), order=No
     """The missing shards of rows in two buckets."""
     rows = len(counts)
     shards = missing_latents(
-        keys_of(*keys),
-        np.array(counts),
+        Ragged(keys_of(*keys), np.array(counts)),
         np.array(buckets[:rows]),
         ["64x64", "64x128"],
         np.array(masked[:rows], bool),
@@ -63,10 +63,13 @@ def test_in_an_order_of_need_the_first_crops_come_first(monkeypatch):
 
 
 def test_captions_are_needed_with_the_first_crop_of_their_row_and_prompts_before_them():
-    order = np.array([5, 2, 4, 0, 3])
-    assert text_ranks(np.array([2, 1, 2]), np.array([1, 2, 1]), order, 6).tolist() == [2, 4, 4, 0, -1, -1]
-    assert text_ranks(np.array([2, 1, 2]), np.array([1, 2, 1]), None, 4).tolist() == [0, 1, 1, 2]
-    assert text_ranks(np.array([], int), np.array([], int), np.array([], int), 1).tolist() == [-1]
+    def ranks(latent_counts, text_counts, order, num_entries):
+        captions = Ragged(np.zeros(num_entries, "S16"), np.array(text_counts, int))
+        return text_ranks(np.array(latent_counts, int), captions, order).tolist()
+
+    assert ranks([2, 1, 2], [1, 2, 1], np.array([5, 2, 4, 0, 3]), 6) == [2, 4, 4, 0, -1, -1]
+    assert ranks([2, 1, 2], [1, 2, 1], None, 4) == [0, 1, 1, 2]
+    assert ranks([], [], np.array([], int), 1) == [-1]
 
 
 def test_captions_are_cut_in_the_order_of_their_ranks(monkeypatch):

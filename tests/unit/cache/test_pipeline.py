@@ -25,7 +25,9 @@ from sdxl_ray.cache.shards import write_shard
 from sdxl_ray.cache.skipped import Skipped
 from sdxl_ray.errors import CacheError, DatasetError, StorageError
 from sdxl_ray.records import Listed
+from sdxl_ray.storage import open_folder
 from sdxl_ray.train.data import load_data
+from sdxl_ray.train.folder import keep_index
 from tests.unit.cache.planned import add_image, add_images, changed, config_of, fill, plan_of
 
 
@@ -141,11 +143,12 @@ def test_a_second_run_encodes_nothing_and_needs_no_ray(config, jobs):
     assert len(jobs.encoded) == len(set(jobs.encoded)) == 20
 
 
-def test_a_run_with_other_prompts_adds_theirs(config, jobs):
-    build(config, jobs)
+def test_a_run_with_other_prompts_encodes_theirs_and_leaves_those_of_others_alone(config, jobs):
+    first = build(config, jobs)
     result = build(changed(config, validation__prompts=["trees"], validation__negative_prompt="blurry"), jobs)
     assert (result.num_latents_encoded, result.num_captions_encoded) == (0, 2)
-    assert manifest_of(result)["prompts"].keys() == {"", "a red house", "trees", "blurry"}
+    assert manifest_of(result)["prompts"].keys() == {"", "trees", "blurry"}
+    assert manifest_of(first)["prompts"].keys() == {"", "a red house"}
 
 
 def test_images_that_cannot_be_decoded_leave_the_index_and_are_remembered(config, jobs):
@@ -183,15 +186,29 @@ def test_what_was_wrong_with_a_mask_is_not_remembered_of_its_image(config, jobs,
 
 def test_too_many_that_cannot_be_decoded_stop_the_run_but_keep_what_is_encoded(config, jobs):
     jobs.bad = {f"{number:02d}.png": "cannot be decoded: truncated" for number in range(4)}
-    with pytest.raises(DatasetError, match=r": 4 of 9 images cannot be used, more than dataset\.max_unreadable"):
+    too_many = r": 4 of 9 images cannot be used, more than dataset\.max_unreadable"
+    with pytest.raises(DatasetError, match=too_many) as error:
         build(config, jobs)
     assert_unfinished(config)
+    (listed,) = Path(config.cache.path).glob("datasets/*/skipped.csv")
+    assert str(listed) in str(error.value)
+    assert listed.read_text(encoding="utf-8").count("truncated") == 4
     before = len(jobs.encoded)
     result = build(changed(config, dataset__max_unreadable=0.5), jobs)
     assert (result.num_samples, len(jobs.encoded)) == (5, before)
 
 
-def test_a_cache_that_the_machines_do_not_share_is_found_out(config, jobs):
+def test_where_so_many_fail_that_a_machine_may_be_at_fault_none_is_remembered(config, jobs):
+    jobs.bad = {f"{number:02d}.png": "cannot be decoded: no memory" for number in range(4)}
+    with pytest.raises(DatasetError):
+        build(config, jobs)
+    jobs.bad = {}
+    assert build(config, jobs).num_samples == 9
+
+
+def test_a_cache_that_the_machines_do_not_share_is_found_out(config, jobs, monkeypatch):
+    monkeypatch.setattr(pipeline, "LATE_S", 0)
+    monkeypatch.setattr(pipeline, "_LOOK_EVERY_S", 0)
     jobs.writes = False
     with pytest.raises(CacheError) as error:
         build(config, jobs)
@@ -201,9 +218,22 @@ def test_a_cache_that_the_machines_do_not_share_is_found_out(config, jobs):
     )
 
 
+def test_what_a_network_drive_shows_late_is_waited_for(config, jobs, monkeypatch):
+    monkeypatch.setattr(pipeline, "_LOOK_EVERY_S", 0.05)
+    folder = type(open_folder("/"))
+    listed = folder.list
+
+    def late(self, *args, **kwargs):
+        return [each for each in listed(self, *args, **kwargs) if time.time_ns() - each.mtime_ns > 3e8]
+
+    monkeypatch.setattr(folder, "list", late)
+    assert build(config, jobs).num_samples == 9
+
+
 def assert_unfinished(config):
-    """The one index is there, and nobody can train with it."""
-    (path,) = Path(config.cache.path).glob("datasets/*/index.parquet")
+    """There is one index that nobody can train with."""
+    indexes = Path(config.cache.path).glob("datasets/*/index.parquet")
+    (path,) = (path for path in indexes if not path.with_name("manifest.json").exists())
     with pytest.raises(CacheError, match=r"manifest\.json: cannot be read .*Run `sdxl-ray cache`"):
         load_data(config, path)
     return Index.read(path)
@@ -219,9 +249,9 @@ def test_an_error_while_encoding_is_raised_and_the_index_stays_unfinished(config
 
 
 def test_the_index_names_what_a_job_counts_on_before_it_encodes(config, jobs, images):
-    """So that `--prune` of another process leaves it alone; of an earlier, finished one the manifest is taken back."""
+    """So that `--prune` of another process leaves it alone. That of an earlier state stays as it is."""
     first = build(config, jobs)
-    prompts = manifest_of(first)["prompts"].keys()
+    before = {name: Path(first.index_path).with_name(name).read_bytes() for name in ("index.parquet", "manifest.json")}
     known = {key for sample in index_of(first) for key in sample.latent_keys}
     add_image(images, "new.png", colour=500)
     seen = []
@@ -231,10 +261,40 @@ def test_the_index_names_what_a_job_counts_on_before_it_encodes(config, jobs, im
             index = assert_unfinished(config)
             seen.extend(key for row in range(len(index)) for key in index[row].latent_keys)
 
-    result = build(changed(config, validation__prompts=["a blue house"]), jobs, progress=look)
+    result = build(config, jobs, progress=look)
     assert len(set(seen)) == result.num_samples == 10
     assert known < set(seen)
-    assert manifest_of(result)["prompts"].keys() == {*prompts, "a blue house"}
+    assert {name: Path(first.index_path).with_name(name).read_bytes() for name in before} == before
+    assert result.index_path != first.index_path
+
+
+def test_a_run_trains_with_its_own_index_whatever_others_cache_meanwhile(config, jobs, images, tmp_path):
+    """Between caching and the copy of the index, a run connects to Ray, which may take minutes."""
+    result = build(config, jobs)
+    add_image(images, "new.png", colour=500)
+    seen = []
+
+    def look(*_):
+        seen.append(len(load_data(config, keep_index(tmp_path / "run", result.index_path)).train.whole))
+
+    build(config, jobs, progress=look)
+    look()
+    assert set(seen) == {9}
+
+
+def test_two_runs_that_differ_in_their_order_each_have_the_shards_that_they_make(config, jobs, tmp_path):
+    ours = on_demand(config, jobs)
+    theirs = on_demand(config, jobs, ranks=np.arange(9)[::-1].copy())
+    for result in (ours, theirs):
+        made = {shard.name for shard in result.background.plan.latent_shards()}
+        copy = Index.read(keep_index(tmp_path / "run", result.index_path))
+        assert {copy[row].latent_shards[0] for row in range(9)} == made
+
+
+def test_nothing_stays_of_an_index_whose_images_turned_out_damaged(config, jobs):
+    jobs.bad = {"03.png": "cannot be decoded: truncated"}
+    result = build(config, jobs)
+    assert [str(path) for path in Path(config.cache.path).glob("datasets/*")] == [str(Path(result.index_path).parent)]
 
 
 def test_what_disappears_while_encoding_is_encoded_in_a_second_pass(config, jobs, images, monkeypatch):
@@ -256,7 +316,9 @@ def test_what_disappears_while_encoding_is_encoded_in_a_second_pass(config, jobs
         reader.read(sample.latent_shards[0], sample.latent_keys[0])
 
 
-def test_what_is_encoded_and_is_not_there_is_an_error_at_once(config, jobs, images, monkeypatch):
+def test_what_is_encoded_and_is_not_there_is_an_error(config, jobs, images, monkeypatch):
+    monkeypatch.setattr(pipeline, "LATE_S", 0)
+    monkeypatch.setattr(pipeline, "_LOOK_EVERY_S", 0)
     build(config, jobs)
     add_image(images, "new.png", colour=500)
     encode_latents, tries = jobs.latents, []

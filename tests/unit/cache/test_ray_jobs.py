@@ -1,19 +1,23 @@
 """What the Ray Data jobs make of errors that no encoder has told. With Ray: tests/integration/test_cache.py"""
 
-import json
+import itertools
+import threading
+import time
 import warnings
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
 from ray.data import ExecutionOptions
 
-from sdxl_ray.cache import lost_shards, ray_jobs
-from sdxl_ray.cache.actors import error_text
-from sdxl_ray.cache.lost_shards import look_into
+from sdxl_ray.cache import lost_shards, missing, ray_jobs, waves
 from sdxl_ray.cache.pools import Share
-from sdxl_ray.cache.ray_jobs import Clock, Reserved, _results, _rows, encode_latents
+from sdxl_ray.cache.ray_jobs import Clock, Reserved, encode_latents, encode_text
+from sdxl_ray.cache.ray_rows import InThread, reports_of, rows_of
+from sdxl_ray.cache.reports import ShardReport, error_text, unpacked
 from sdxl_ray.errors import CacheError, StorageError
 from tests.unit.cache.planned import add_image, add_images, config_of, plan_of
 
@@ -60,7 +64,7 @@ class Dataset:
 
 def error_of(error):
     with pytest.raises(CacheError) as raised:
-        list(_results(Dataset(error)))
+        list(reports_of(Dataset(error)))
     assert raised.value.__cause__ is error
     return str(raised.value)
 
@@ -104,17 +108,17 @@ def test_what_ray_found_is_told_in_its_first_line():
 
 
 def test_what_an_encoder_has_told_stays_what_it_is_and_a_bug_of_ours_too():
-    told = {"error": error_text(StorageError("no space"))}
+    told = ShardReport("", error=error_text(StorageError("no space"))).to_row()
     with pytest.raises(StorageError, match="no space"):
-        list(_results(Dataset(AssertionError(), told)))
+        list(reports_of(Dataset(AssertionError(), told)))
     with pytest.raises(ZeroDivisionError):
-        list(_results(Dataset(ZeroDivisionError(), {"error": ""})))
+        list(reports_of(Dataset(ZeroDivisionError(), ShardReport("").to_row())))
 
 
 def test_a_scan_that_fails_is_no_encoding():
     died = ray.exceptions.WorkerCrashedError()
     with pytest.raises(CacheError, match=r"^scanning failed: .*\. What was found is kept; run again to go on\."):
-        list(_rows(Dataset(died), "scanning failed", "What was found is kept"))
+        list(rows_of(Dataset(died), "scanning failed", "What was found is kept"))
 
 
 # ---- shards that do not come back ------------------------------------------------------------------------------------
@@ -133,58 +137,75 @@ def config(tmp_path, images, tiny_model):
     return config_of(tmp_path, tiny_model, images)
 
 
-class Work:
-    """Stands in for Ray Data: what decoding says of each work item, and how many of them may be lost.
+SHARE = Share(device="cpu", num_actors=1, max_actors=1, cpus_per_actor=0.5, cpus_per_decode=0.5, gpus_per_actor=0)
 
-    `deadly`: keys of images that end their decoder; `told`: those that a node cannot read -> why.
+
+class Work:
+    """Stands in for Ray Data: what becomes of each work item, and how many of them may be lost.
+
+    `deadly`: keys of images that end their decoder; `told`: those that a node cannot read -> why; `stumbles`: how often
+    a node cannot read a shard of that name although it can read its images. `there`: names of shards that another job
+    has written.
     """
 
     def __init__(self, monkeypatch):
-        self.deadly, self.told = set(), {}
+        self.deadly, self.told, self.stumbles, self.there = set(), {}, Counter(), set()
         self.passes = []  # of each job: how many shards, and may be lost
+        self.made = []  # of each job: the names of its shards, once it is made
+        self.rows = []  # names of the shards of which a row has come
         self.options = {}
-        self.context = SimpleNamespace(max_errored_blocks=0)
-        share = Share(device="cpu", num_actors=1, max_actors=1, cpus_per_actor=0.5, cpus_per_decode=0.5,
-                      gpus_per_actor=0, threads=1)  # fmt: skip
-        monkeypatch.setattr(ray_jobs, "_share", lambda *args, **kwargs: share)
-        monkeypatch.setattr(ray_jobs, "_from_items", self.from_items)
+        self.share = SHARE
+        self.before_row = lambda shard: None
+        monkeypatch.setattr(ray_jobs, "_share", lambda *args, **kwargs: self.share)
+        for module in (ray_jobs, waves):
+            monkeypatch.setattr(module, "dataset_of", self.dataset_of)
         monkeypatch.setattr(lost_shards, "_dying", self.dying)
 
-    def from_items(self, items, reserved):
-        self.items = [json.loads(item["shard"]) for item in items]
-        return self
+    def dataset_of(self, wave, reserved):
+        self.made.append(list(wave))
+        return Job(self, [unpacked(shard) for shard in wave.values()])
+
+    def dying(self, shard, keys, num_cpus, *, max_retries):
+        return [key for key in keys if key in self.deadly]
+
+
+class Job:
+    def __init__(self, work, items):
+        self.work, self.items = work, items
+        self.context = SimpleNamespace(max_errored_blocks=0)
 
     def map(self, function, **options):
-        self.options["decode"] = options
+        self.work.options["decode"] = options
         return self
 
     def map_batches(self, function, **options):
-        self.options["encode"] = options
+        self.work.options["encode"] = options
         return self
 
-    def left(self, shard):
-        return [key for key in shard["keys"] if key not in shard.get("without", ())]
-
     def iter_rows(self):
-        may_lose = self.context.max_errored_blocks
-        self.passes.append((len(self.items), may_lose))
+        work, may_lose = self.work, self.context.max_errored_blocks
+        work.passes.append((len(self.items), may_lose))
         for shard in self.items:
-            keys = self.left(shard)
-            if self.deadly & set(keys):
+            work.before_row(shard)
+            keys = [key for key in shard["keys"] if key not in shard.get("without", ())]
+            if work.deadly & set(keys):
                 may_lose -= 1
                 if may_lose < 0:
                     raise ray.exceptions.WorkerCrashedError
                 continue
-            row = {"name": shard["name"], "num": 0, "skipped": "[]", "error": "", "unreadable": "", "tiled": 0}
-            unreadable = [key for key in keys if key in self.told]
-            if unreadable:
-                told = {"key": unreadable[0], "node": "node-7", "reason": self.told[unreadable[0]]}
-                yield {**row, "unreadable": json.dumps(told)}
+            report = ShardReport(shard["name"], node="node-7")
+            unreadable = [key for key in keys if key in work.told]
+            work.stumbles[shard["name"]] -= 1
+            if unreadable or work.stumbles[shard["name"]] >= 0:
+                key = (unreadable or keys)[0]
+                told = {"key": key, "node": "node-7", "reason": work.told.get(key, "Stale file handle")}
+                report = replace(report, unreadable=told)
+            elif shard["name"] in work.there:
+                report = replace(report, num_there=len(keys), node="")
             else:
-                yield {**row, "num": len(keys), "encode_s": 0.0, "decode_s": 0.0}
-
-    def dying(self, shard, keys, num_cpus, *, max_retries):
-        return [key for key in keys if key in self.deadly]
+                report = replace(report, num=len(keys))
+            work.rows.append(shard["name"])
+            yield report.to_row()
 
 
 @pytest.fixture
@@ -238,23 +259,6 @@ def test_more_shards_than_a_job_may_lose_end_it(tmp_path, tiny_model, work, monk
     assert work.passes == [(3, 2)]
 
 
-def test_an_image_dies_of_its_neighbours_only_once(config, monkeypatch):
-    """All at once may be more than the memory takes; alone, only one of the two that died dies again."""
-    (shard,) = plan_of(config).latent_shards()
-    asked = []
-
-    def dying(shard, keys, num_cpus, *, max_retries):
-        asked.append((list(keys), max_retries))
-        return [key for key in keys if key in (asked[0][0][1:3] if len(asked) == 1 else asked[0][0][1])]
-
-    monkeypatch.setattr(lost_shards, "_dying", dying)
-    undecodable = []
-    again = look_into(json.dumps(asdict(shard)), undecodable, num_cpus=0.5)
-    assert asked == [(list(shard.keys), 0), ([shard.keys[1]], 1), ([shard.keys[2]], 1)]
-    assert [item.key for item in undecodable] == [shard.keys[1]]
-    assert json.loads(again)["without"] == [shard.keys[1]]
-
-
 def test_images_that_are_gone_are_skipped_and_their_neighbours_encoded(config, images, work):
     """The node names the first; the driver sees that another one of its shard is gone too."""
     plan = plan_of(config)
@@ -270,19 +274,17 @@ def test_images_that_are_gone_are_skipped_and_their_neighbours_encoded(config, i
     ]
 
 
-def test_images_that_go_one_after_another_are_all_found(config, images, work, monkeypatch):
+def test_images_that_go_one_after_another_are_all_found(config, images, work):
     plan = plan_of(config)
     (shard,) = plan.latent_shards()
     work.told = dict.fromkeys(shard.keys[:2], "No such file or directory")
     (images / "0.png").unlink()
-    from_items = work.from_items
 
-    def and_another(items, reserved):
-        if work.passes:
+    def and_another(shard):
+        if work.rows:
             (images / "1.png").unlink(missing_ok=True)
-        return from_items(items, reserved)
 
-    monkeypatch.setattr(ray_jobs, "_from_items", and_another)
+    work.before_row = and_another
     num, found = encode(config, plan)
     assert (num, [item.key for item in found]) == (2, list(shard.keys[:2]))
     assert work.passes == [(1, 100), (1, 0), (1, 0)]
@@ -303,17 +305,9 @@ def test_a_folder_that_a_node_does_not_see_is_an_error_with_the_first_shard(tmp_
     """Not after the others, of which each image takes the node seconds."""
     plan = plan_of(config := config_of(tmp_path, tiny_model, add_images(tmp_path / "three", 9)))
     work.told = {key: "No such file or directory" for shard in plan.latent_shards() for key in shard.keys}
-    rows, all_rows = [], work.iter_rows
-
-    def watched():
-        for row in all_rows():
-            rows.append(row)
-            yield row
-
-    work.iter_rows = watched
     with pytest.raises(CacheError, match="node node-7 cannot read"):
         encode(config, plan)
-    assert len(rows) == 1
+    assert len(work.rows) == 1
 
 
 def test_a_mask_that_is_gone_is_told_as_that(tmp_path, images, tiny_model, work):
@@ -346,7 +340,7 @@ def test_what_an_encoder_did_not_expect_is_told_with_its_traceback():
     except KeyError as error:
         text = error_text(error)
     with pytest.raises(CacheError) as raised:
-        list(_results(Dataset(AssertionError(), {"error": text})))
+        list(reports_of(Dataset(AssertionError(), ShardReport("", error=text).to_row())))
     assert str(raised.value) == (
         "encoding failed: KeyError: 'name'. Finished shards are kept; run again to go on. With --traceback, the whole "
         "error is shown."
@@ -354,7 +348,7 @@ def test_what_an_encoder_did_not_expect_is_told_with_its_traceback():
     assert '{}["name"]' in str(raised.value.__cause__)
     for error in (MemoryError(), MemoryError("Unable to allocate 4.00 GiB")):
         with pytest.raises(CacheError, match="A node has too little memory"):
-            list(_results(Dataset(AssertionError(), {"error": error_text(error)})))
+            list(reports_of(Dataset(AssertionError(), ShardReport("", error=error_text(error)).to_row())))
 
 
 def test_what_is_deprecated_in_ray_is_not_told_the_user(monkeypatch):
@@ -363,6 +357,230 @@ def test_what_is_deprecated_in_ray_is_not_told_the_user(monkeypatch):
     monkeypatch.setattr(ray.data, "from_items", lambda items, override_num_blocks: made)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        ray_jobs._from_items([{}], Reserved(cpus=1.0, gpus=2.0))
+        waves.dataset_of({"latents/x": b""}, Reserved(cpus=1.0, gpus=2.0))
     assert not [str(warning.message) for warning in told if "exclude_resources" in str(warning.message)]
     assert (options.exclude_resources.cpu, options.exclude_resources.gpu) == (1.0, 2.0)
+
+
+# ---- what a node reads once in a while not ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path, tiny_model, monkeypatch):
+    """30 shards of two images each, one bucket; the config."""
+    monkeypatch.setattr(missing, "shard_length", lambda bucket: 2)
+    for number in range(60):
+        add_image(tmp_path / "many", f"{number:02d}.png", colour=number)
+    return config_of(tmp_path, tiny_model, tmp_path / "many")
+
+
+def in_order(monkeypatch):
+    monkeypatch.setattr(waves, "_from_anywhere", lambda wave: wave)
+
+
+def test_a_shard_that_a_node_could_not_read_once_is_encoded_as_it_is(many, work, monkeypatch):
+    in_order(monkeypatch)
+    plan = plan_of(many)
+    names = [shard.name for shard in plan.latent_shards()]
+    work.stumbles = Counter(dict.fromkeys(names[1:21], 1))
+    assert encode(many, plan) == (60, [])
+    assert work.passes == [(30, 100), (20, 0)]
+
+
+def test_more_than_twenty_such_shards_are_no_stumbling(many, work, monkeypatch):
+    in_order(monkeypatch)
+    plan = plan_of(many)
+    names = [shard.name for shard in plan.latent_shards()]
+    work.stumbles = Counter(dict.fromkeys(names[1:22], 1))
+    with pytest.raises(CacheError, match=r"node node-7 cannot read .*: Stale file handle\. Is dataset\.path the same"):
+        encode(many, plan)
+    assert work.rows == names[:22]
+
+
+def test_a_shard_that_comes_back_a_second_time_is_no_stumbling(many, work, monkeypatch):
+    in_order(monkeypatch)
+    plan = plan_of(many)
+    names = [shard.name for shard in plan.latent_shards()]
+    work.stumbles = Counter({names[5]: 2})
+    with pytest.raises(CacheError, match="node node-7 cannot read"):
+        encode(many, plan)
+    assert work.passes == [(30, 100), (1, 0)]
+
+
+# ---- beside a training run -------------------------------------------------------------------------------------------
+
+
+def first_image_gone(plan, work):
+    """Of the first shard, which is also told; its name."""
+    shard = next(plan.latent_shards())
+    work.told[shard.keys[0]] = "No such file or directory"
+    Path(shard.records[0].path).unlink()
+    return shard.name
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + 20
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_shard_that_training_waits_for_is_encoded_again_beside_the_others(many, work):
+    plan = plan_of(many)
+    name = first_image_gone(plan, work)
+    wave = [shard.name for shard in plan.latent_shards()]
+    # The third of the others waits until the first has come a second time: it is not after them.
+    work.before_row = lambda shard: shard["name"] == wave[2] and wait_until(lambda: work.rows.count(name) == 2)
+    work.share = replace(SHARE, num_actors=8, max_actors=9)
+    undecodable = []
+    num = encode_latents(many, plan, lambda *_: None, Clock(), undecodable, reserved=Reserved(1.0, 0.0))
+    assert (num, len(undecodable)) == (59, 1)
+    assert work.rows.index(name, 1) < work.rows.index(wave[2])
+    assert work.passes == [(30, 100), (1, 0)]
+    pool = work.options["encode"]["compute"]
+    assert (pool.min_size, pool.max_size) == (1, 1)  # no eight encoders for it
+
+
+def test_a_shard_whose_decoder_has_died_is_missed_long_before_the_wave_ends(tmp_path, tiny_model, work, monkeypatch):
+    monkeypatch.setattr(missing, "shard_length", lambda bucket: 2)
+    for number in range(200):
+        add_image(tmp_path / "many", f"{number:03d}.png", colour=number)
+    plan = plan_of(config := config_of(tmp_path, tiny_model, tmp_path / "many"))
+    shards = list(plan.latent_shards())
+    name, last = shards[3].name, shards[-1].name
+    work.deadly = {shards[3].keys[1]}
+    work.before_row = lambda shard: shard["name"] == last and wait_until(lambda: name in work.rows)
+    undecodable = []
+    num = encode_latents(config, plan, lambda *_: None, Clock(), undecodable, reserved=Reserved(1.0, 0.0))
+    assert (num, [item.key for item in undecodable]) == (199, [shards[3].keys[1]])
+    assert 64 <= work.rows.index(name) < work.rows.index(last)
+    assert work.passes == [(100, 100), (1, 0)]
+
+
+def test_a_slow_shard_that_was_given_up_is_counted_once(tmp_path, tiny_model, work, monkeypatch):
+    monkeypatch.setattr(missing, "shard_length", lambda bucket: 1)
+    for number in range(70):
+        add_image(tmp_path / "many", f"{number:03d}.png", colour=number)
+    plan = plan_of(config := config_of(tmp_path, tiny_model, tmp_path / "many"))
+    rows = Job.iter_rows
+
+    def first_comes_last(job):
+        first, *others = rows(job)
+        yield from (*others, first)
+
+    monkeypatch.setattr(Job, "iter_rows", first_comes_last)
+    said = []
+    num = encode_latents(config, plan, lambda *told: said.append(told), Clock(), [], reserved=Reserved(1.0, 0.0))
+    assert (num, said[-1]) == (70, ("images", 70, 70))
+    assert work.passes == [(70, 100), (1, 0)]
+
+
+def test_an_error_beside_the_others_is_the_jobs(many, work):
+    plan = plan_of(many)
+    name = first_image_gone(plan, work)
+    names = [shard.name for shard in plan.latent_shards()]
+
+    def die(shard):
+        if shard["name"] == name and work.rows:
+            raise ray.exceptions.WorkerCrashedError
+
+    work.before_row = die
+    with pytest.raises(CacheError, match=r"encoding failed: .*died"):
+        encode_latents(many, plan, lambda *_: None, Clock(), [], reserved=Reserved(1.0, 0.0))
+    assert set(names) >= set(work.rows)
+
+
+def test_otherwise_it_is_encoded_after_the_others(many, work, monkeypatch):
+    in_order(monkeypatch)
+    plan = plan_of(many)
+    name = first_image_gone(plan, work)
+    assert encode(many, plan)[0] == 59
+    assert work.rows[-1] == name
+
+
+# ---- waves -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_wave_is_as_long_as_its_encoders_need(many, work, monkeypatch):
+    for name, number in (("_SHARDS_AT_FIRST", 2), ("_SHARDS_PER_ENCODER", 5), ("_SHARDS_AT_MOST", 12)):
+        monkeypatch.setattr(waves, name, number)
+    for num_actors, sizes in ((1, [2, 5, 5, 5, 5, 5, 3]), (2, [2, 10, 10, 8]), (9, [2, 12, 12, 4])):
+        work.share, work.passes = replace(SHARE, num_actors=num_actors, max_actors=num_actors), []
+        assert encode(many, plan_of(many)) == (60, [])
+        assert [size for size, _ in work.passes] == sizes
+
+
+def test_the_next_wave_is_made_while_one_runs_and_no_further_ahead(many, work, monkeypatch):
+    monkeypatch.setattr(waves, "_SHARDS_AT_FIRST", 5)
+    monkeypatch.setattr(waves, "_SHARDS_PER_ENCODER", 5)
+    made = []
+
+    def look(shard):
+        wait_until(lambda: len(work.made) > len(work.passes))  # of the last wave, until there is none to come
+        made.append((len(work.passes), len(work.made)))
+
+    work.before_row = lambda shard: len(work.passes) < 6 and look(shard)
+    assert encode(many, plan_of(many)) == (60, [])
+    assert {number for number, _ in made} == {1, 2, 3, 4, 5}
+    assert all(ahead == number + 1 for number, ahead in made)
+
+
+def test_two_jobs_side_by_side_begin_at_different_shards(many, work, monkeypatch):
+    """Else each would encode what the other one encodes at the same time."""
+    plan = plan_of(many)
+    names = [shard.name for shard in plan.latent_shards()]
+    for _ in range(8):
+        encode(many, plan)
+    starts = {names.index(made[0]) for made in work.made}
+    assert len(starts) > 1
+    for made in work.made:
+        start = names.index(made[0])
+        assert made == names[start:] + names[:start]
+    work.made.clear()  # training waits for them in their order
+    encode_latents(many, plan, lambda *_: None, Clock(), [], reserved=Reserved(1.0, 0.0))
+    assert work.made == [names]
+
+
+def test_what_another_job_has_written_counts_as_done_and_not_as_encoded(many, work):
+    plan = plan_of(many)
+    work.there = {shard.name for shard in itertools.islice(plan.latent_shards(), 10)}
+    work.there |= {shard.name for shard in plan.text_shards()}
+    said, clock = [], Clock()
+    assert encode_latents(many, plan, lambda *progress: said.append(progress), clock, []) == 40
+    assert said[-1] == ("images", 60, 60)
+    assert clock.counts["there"] == 20
+    assert encode_text(many, plan, lambda *progress: said.append(progress), clock) == 0
+    assert said[-1][1] == said[-1][2] == clock.counts["there"] - 20
+
+
+def test_who_stops_ends_the_job_at_once(many, work, monkeypatch):
+    """And not when somebody drops the error, which holds on to all that was running."""
+    ended, rows = [], Job.iter_rows
+
+    def watched(job):
+        try:
+            yield from rows(job)
+        finally:
+            ended.append(True)
+
+    def stop(stage, done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "iter_rows", watched)
+    for encode_some in (lambda *a: encode_latents(*a, Clock(), []), lambda *a: encode_text(*a, Clock())):
+        ended.clear()
+        with pytest.raises(KeyboardInterrupt) as error:
+            encode_some(many, plan_of(many), stop)
+        assert ended == [True]
+        del error
+
+
+def test_a_call_in_a_thread_gives_its_result_or_its_error():
+    release = threading.Event()
+    call = InThread(lambda: release.wait(20) and 7)
+    assert not call.done
+    release.set()
+    assert call.result() == 7
+    assert call.done
+    with pytest.raises(ZeroDivisionError):
+        InThread(lambda: 1 // 0).result()

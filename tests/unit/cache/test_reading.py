@@ -77,7 +77,7 @@ def test_each_file_is_read_once(record_of, reads, monkeypatch, mask, files, colu
     pixels, cells = load_image(record_of(mask))
     # White below what is transparent, unless that is the mask.
     assert pixels[0, :, 0].tolist() == [0] * 64 if mask == "alpha" else [0] * 32 + [255] * 32
-    assert (reads.names, len(opened)) == (files, 1)
+    assert (reads.names, len(opened)) == (files, len(files))
     assert (cells is None) == (columns is None)
     if columns:
         assert (cells[0].tolist(), cells[:, 0].tolist()) == columns

@@ -2,16 +2,26 @@
 
 import csv
 import hashlib
+import io
 import math
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from sdxl_ray.cache import skipped
 from sdxl_ray.cache.planning import drop_undecodable, find_missing
-from sdxl_ray.cache.skipped import Skipped, UnreadableLimit, check_readable, unreadable_of, write_skipped
+from sdxl_ray.cache.skipped import (
+    Skipped,
+    SkippedImages,
+    UnreadableLimit,
+    check_readable,
+    is_listed,
+    unreadable_of,
+    write_skipped,
+)
 from sdxl_ray.errors import DatasetError
 from tests.unit.cache.planned import (
     add_image,
@@ -83,7 +93,7 @@ def test_as_many_as_allowed_are_allowed(config, images):
     plan = plan_of(config)
     assert plan.num_samples == 16
     plan.collection.num_images["images"] = 100
-    plan.collection.skipped = [Skipped(str(number), "y", "images") for number in range(29)]
+    plan.collection.skipped = SkippedImages(Skipped(str(number), "y", "images") for number in range(29))
     check_readable(plan, changed(config, dataset__max_unreadable=0.29).datasets)  # 0.29 * 100 is 28.999999999999996
     with pytest.raises(DatasetError, match=r"29 of 100 images .* more than dataset\.max_unreadable = 0\.28 allows"):
         check_readable(plan, changed(config, dataset__max_unreadable=0.28).datasets)
@@ -157,7 +167,9 @@ def test_what_cannot_be_decoded_is_not_compared_with_everything_that_was_skipped
             return str.__eq__(self, other)
 
     plan = plan_of(config)
-    plan.collection.skipped = [Skipped(Counted(number), "cannot be decoded: cut", "images") for number in range(1000)]
+    plan.collection.skipped = SkippedImages(
+        Skipped(Counted(number), "cannot be decoded: cut", "images") for number in range(1000)
+    )
     bad = samples_of(plan)
     drop_undecodable(plan, {each.latent_keys[0]: Skipped(each.path, "cannot be decoded: cut") for each in bad})
     assert len(plan.skipped) == 1020
@@ -168,8 +180,81 @@ def test_too_many_that_cannot_be_decoded_stop_the_run(config):
     plan = plan_of(config)
     bad = samples_of(plan)[:5]
     drop_undecodable(plan, {each.latent_keys[0]: Skipped(each.path, "cannot be decoded: cut") for each in bad})
+    find_missing(plan)
     with pytest.raises(DatasetError, match="5 of 20 images cannot be used, more than"):
         check_readable(plan, config.datasets)
+
+
+# ---- many of them ----------------------------------------------------------------------------------------------------
+
+
+def some(num):
+    """Of three datasets, every fifth unreadable."""
+    return [
+        Skipped(f"/images/猫 {number}\n.png", f"{number % 7} is wrong", "abc"[number % 3])
+        if number % 5 == 0
+        else Skipped(f"/images/{number}.png", f"it has {number % 500} pixels", "abc"[number % 3], by_choice=True)
+        for number in range(num)
+    ]
+
+
+@pytest.mark.parametrize("pack", [1, 7, 100, 10_000])
+def test_columns_of_them_are_as_good_as_a_list(monkeypatch, pack):
+    monkeypatch.setattr(skipped, "_PACK", pack)
+    expected = [*some(99), Skipped("x", "cannot be decoded", "b", kind="damaged")]
+    found = SkippedImages(expected[:40])
+    found.extend(expected[40:])
+    assert len(found) == 100
+    assert list(found) == expected
+    assert [found[at] for at in (0, 13, 98, 99, -1)] == [expected[at] for at in (0, 13, 98, 99, -1)]
+    assert (found[95:], found[:7:3], found[::-9]) == (expected[95:], expected[:7:3], expected[::-9])
+    assert found == expected
+    assert found != expected[:-1]
+    assert found != [*expected[:-1], expected[0]]
+    with pytest.raises(IndexError):
+        found[100]
+    for name in "abc":
+        here = [item for item in expected if item.dataset == name]
+        assert (found.num(name), list(found.of(name))) == (len(here), here)
+        assert list(found.unreadable(name)) == [item for item in here if not item.by_choice]
+    assert found.counts["b", False, "damaged"] == 1
+    assert not SkippedImages()
+
+
+def test_an_image_that_is_left_out_takes_little_more_than_its_path():
+    """Ten million of them, and the driver has 4 GiB."""
+    num = 50_000
+    paths = [f"s3://my-bucket/laion/part-{number // 10_000:05d}/{number:09d}.jpg" for number in range(num)]
+    reasons = [f"its shorter edge has {number % 500} pixels, dataset.min_size is 512" for number in range(num)]
+    tracemalloc.start()
+    found = SkippedImages(Skipped(*item, "laion", by_choice=True) for item in zip(paths, reasons, strict=True))
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(found) == num
+    assert taken / num < len(paths[0])
+
+
+def test_the_list_of_them_is_never_whole_in_memory(config, monkeypatch):
+    plan = plan_of(config)
+    plan.collection.skipped = SkippedImages(some(30_000))
+    tracemalloc.start()
+    write_skipped(plan)
+    assert is_listed(plan)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    content = Path(plan.skipped_path).read_bytes()
+    assert len(list(csv.reader(io.StringIO(content.decode(), newline="")))) == 30_001
+    assert peak < 10_000 * 1000
+    plan.collection.skipped.append(Skipped("one more.png", "too small", "a", by_choice=True))
+    assert not is_listed(plan)
+    Path(plan.skipped_path).write_bytes(content.replace(b"1.png", b"2.png"))
+    plan.collection.skipped = SkippedImages(some(30_000))
+    assert not is_listed(plan)
+    Path(plan.skipped_path).write_bytes(content + b"a,b,c\r\n")
+    assert not is_listed(plan)
+    Path(plan.skipped_path).unlink()
+    with pytest.raises(FileNotFoundError):
+        is_listed(plan)
 
 
 # ---- damaged images that are still rows ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,7 @@ def test_every_setting_that_differs_is_listed():
         ("train.micro_batch_size", 3),
         ("eval.holdout", 0.5),
         ("dataset.repeats", 2),
+        ("cache.vae_dtype", "bf16"),
     ],
 )
 def test_what_decides_the_data_or_the_weights_may_not_change(config, index_path, key, value):
@@ -200,6 +202,26 @@ def test_what_decides_the_data_or_the_weights_may_not_change(config, index_path,
     before, after = (run_identity(each, load_data(each, index_path)) for each in (config, changed))
     with pytest.raises(ConfigError, match='  dataset "' if key.startswith("dataset") else f"  {key}: "):
         check_resumable(before, after, Path("runs/cat"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("vae", "model (VAE, with cache.vae_dtype)"), ("text", "model (text encoders)")]
+)
+def test_a_run_is_not_continued_with_another_vae_or_other_text_encoders(config, index_path, tmp_path, kind, name):
+    """The ids of its samples are the same: they say nothing of what encodes them."""
+    config = with_overrides(config, {"eval.holdout": 0.2})
+    folder = Path(shutil.copytree(Path(index_path).parent, tmp_path / "data"))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    expected = manifest[f"{kind}_fingerprint"]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, f"{kind}_fingerprint": "f" * 16}), encoding="utf-8")
+    before, after = (
+        run_identity(config, load_data(config, place)) for place in (index_path, str(folder / "index.parquet"))
+    )
+    with pytest.raises(ConfigError) as error:
+        check_resumable(before, after, Path("runs/cat"))
+    assert str(error.value).splitlines()[1:-1] == [
+        f"  {name}: the checkpoint has '{expected}', the config says '{'f' * 16}'"
+    ]
 
 
 @pytest.mark.parametrize(

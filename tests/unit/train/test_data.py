@@ -54,7 +54,9 @@ def images_of(samples):
 
 def data_of(config, index):
     parts = split(config, index)
-    return Data(parts.train, parts.held_out, parts.num_left_out, parts.sections, reader=None, prompts={})
+    return Data(
+        parts.train, parts.held_out, parts.num_left_out, parts.sections, None, {}, vae="vae", text_encoders="text"
+    )
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

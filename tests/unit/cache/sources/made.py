@@ -3,6 +3,8 @@
 import io
 import tarfile
 
+import pytest
+
 from sdxl_ray.cache.sources import list_dataset, read_bytes
 from sdxl_ray.config.schema import DatasetSection
 
@@ -36,3 +38,11 @@ def tar_bytes(members, format=tarfile.PAX_FORMAT):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def note_of(call):
+    """What the call warns of, which is one thing."""
+    with pytest.warns(UserWarning) as warned:
+        call()
+    (warning,) = warned
+    return str(warning.message)

@@ -6,7 +6,7 @@ import pytest
 
 from sdxl_ray.cache.sources import list_dataset, read_bytes
 from sdxl_ray.errors import DatasetError
-from tests.unit.cache.sources.made import contents, listed, section, write
+from tests.unit.cache.sources.made import contents, listed, note_of, section, write
 
 
 def names(images, folder):
@@ -90,6 +90,7 @@ def test_a_folder_that_cannot_be_used(tmp_path, make, text, name, format):
     [
         ("list.txt", "ends in .tar .parquet .csv .tsv .jsonl .ndjson .arrow .feather."),
         ("meta.json", ".feather. Write it as .jsonl: one object a line."),
+        ("cats.ZIP", ".feather. Unpack it, and give the folder."),
         ("cat.jpg", "cat.jpg is one image, expected a folder of images."),
     ],
 )
@@ -186,6 +187,84 @@ def test_other_files_of_the_name_are_told_where_there_is_no_caption(tmp_path):
     assert {image.beside for image in listed(tmp_path, captions=["filename"])} == {()}
 
 
+def test_what_is_called_like_an_image_and_more_is_its_own(tmp_path):
+    write(tmp_path, "a.jpg", "a.caption.txt", "a.jpg.tags", "a.v2.jpg", "a.v2.tags", "a.v2.json", "b.jpg", "b.c.txt")
+    write(tmp_path, "b.c.png")
+    found = {Path(image.path).name: image.beside for image in listed(tmp_path)}
+    assert found == {
+        "a.jpg": ("a.caption.txt", "a.jpg.tags"),
+        "a.v2.jpg": ("a.v2.json", "a.v2.tags"),
+        "b.jpg": (),
+        "b.c.png": (),
+    }
+
+
+# ---- what other programs make of a folder ----------------------------------------------------------------------------
+
+
+def test_kohyas_repeats_are_not_read_and_that_is_said(tmp_path):
+    write(tmp_path, "10_sks dog/a.jpg", "2_cat/deep/b.jpg", "2_cat/c.jpg", "2024_holiday/d.jpg", "5_empty/x.txt")
+    assert note_of(lambda: listed(tmp_path)) == (
+        f'{tmp_path} has folders "10_sks dog", "2_cat": the number is not read as repeats. For them, give each folder '
+        "a [[dataset]] of its own with dataset.repeats = 10 and so on"
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_repeats_that_are_as_the_folders_say(tmp_path):
+    write(tmp_path, "10_sks dog/a.jpg", "2024_holiday/d.jpg")
+    assert len(listed(tmp_path, repeats=10)) == 2
+    assert len(listed(tmp_path / "10_sks dog")) == 1
+    write(tmp_path / "ones", "1_dog/a.jpg")
+    assert len(listed(tmp_path / "ones")) == 1
+
+
+@pytest.mark.parametrize(
+    ("tables", "text"),
+    [
+        ({"captions.csv": "file_name,caption\na.jpg,x\n"}, "a table, {}/captions.csv, which is not read. For its "),
+        ({"metadata.csv": "image,caption\na.jpg,x\n"}, "captions, set dataset.path to it$"),
+        (
+            {"list.tsv": "Filename\tPrompt\na.jpg\tx\n"},
+            r", and dataset.image_column to the column that names the images \(it has Filename, Prompt\)$",
+        ),
+        ({"x.jsonl": '{"file_name": "a.jpg"}\n', "y.csv": "image\n"}, "set dataset.path to the one that is meant$"),
+        (
+            {"cats/metadata.jsonl": '{"file_name": "a.jpg"}', "dogs/metadata.jsonl": '{"file_name": "b.jpg"}'},
+            'tables, such as {}/cats/metadata.jsonl, .* dataset.format = "table" reads all of them$',
+        ),
+    ],
+)
+def test_a_table_beside_images_that_is_not_read_is_told(tmp_path, tables, text):
+    write(tmp_path, "a.jpg", "a.txt", "cats/a.jpg", "dogs/b.jpg")
+    for name, content in tables.items():
+        (tmp_path / name).write_text(content)
+    with pytest.warns(UserWarning, match=text.format(tmp_path)):
+        found = listed(tmp_path)
+    assert len(found) == 3
+    without = [image for image in found if not image.text_file]
+    assert set(without[-1].beside) == {f"{tmp_path}/{name}" for name in tables}
+    assert found[0].beside == ()
+
+
+def test_the_tables_that_are_told_can_be_read_as_is_said(tmp_path):
+    for sub in ("cats", "dogs"):
+        write(tmp_path, f"{sub}/a.jpg")
+        (tmp_path / sub / "metadata.jsonl").write_text(f'{{"file_name": "a.jpg", "text": "{sub}"}}\n')
+    assert [image.texts for image in listed(tmp_path, format="table")] == [("cats",), ("dogs",)]
+    assert [image.texts for image in listed(tmp_path / "cats/metadata.jsonl")] == [("cats",)]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("content", [b"step,loss\n1,2\n", b"", b"\xff\xfe\xfa", b'"unclosed\n'])
+def test_a_table_of_something_else_is_not_told(tmp_path, content):
+    write(tmp_path, "a.jpg", "0.parquet")
+    (tmp_path / "log.csv").write_bytes(content)
+    assert [image.beside for image in listed(tmp_path)] == [()]
+    (tmp_path / "captions.csv").write_text("image,caption\n")
+    assert [image.beside for image in listed(tmp_path, format="folder")] == [()]  # "without the table"
+
+
 def test_a_link_to_a_caption_counts_if_it_leads_somewhere(tmp_path):
     write(tmp_path, "images/a.png", "images/b.png", "elsewhere/a.txt")
     (tmp_path / "images" / "a.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
@@ -228,21 +307,41 @@ def test_nothing_is_listed_any_more_once_captions_are_ambiguous(tmp_path):
 
 
 def test_masks_are_paired_and_are_no_images(tmp_path):
-    write(tmp_path, "a.jpg", "a-mask.png", "b.png", "b-MASK.png", "c.png", "deep/a-mask.png")
+    write(tmp_path, "a.jpg", "a-mask.png", "b.png", "b-MASK.PNG", "c.png", "deep/a-mask.png")
     found = {Path(image.path).name: image.mask_file for image in listed(tmp_path, mask="file")}
-    assert found == {
-        "a.jpg": f"{tmp_path}/a-mask.png",
-        "b.png": "",
-        "b-MASK.png": "",
-        "c.png": "",
-    }  # on which all counts
-    for mask in ("none", "alpha"):
-        found = listed(tmp_path, mask=mask)
-        assert "deep/a-mask.png" in names(found, tmp_path)
-        assert {image.mask_file for image in found} == {""}
+    assert found == {"a.jpg": f"{tmp_path}/a-mask.png", "b.png": f"{tmp_path}/b-MASK.PNG", "c.png": ""}  # all counts
     (tmp_path / "a.png").touch()
     found = {Path(image.path).name: image.mask_file for image in listed(tmp_path, mask="file", mask_suffix=".png")}
     assert found == {"a.jpg": f"{tmp_path}/a.png"}
+
+
+@pytest.mark.parametrize("mask", ["none", "alpha"])
+@pytest.mark.parametrize("captions", [["textfile", "empty"], ["filename"]])
+def test_masks_are_no_images_where_none_are_asked_for(tmp_path, mask, captions):
+    write(tmp_path, "a.jpg", "a-mask.png", "b.png", "b-MASK.PNG", "c-mask.png", "-mask.png", "deep/a-mask.png")
+    settings = {"mask": mask, "captions": captions}
+    assert note_of(lambda: listed(tmp_path, **settings)) == (
+        f"{tmp_path}: 2 images such as {tmp_path}/a-mask.png are masks of others by their names, and are left out. "
+        'dataset.mask = "file" uses them; if they are pictures, set another dataset.mask_suffix'
+    )
+    with pytest.warns(UserWarning, match="left out"):
+        found = listed(tmp_path, **settings)
+    assert names(found, tmp_path) == ["-mask.png", "a.jpg", "b.png", "c-mask.png", "deep/a-mask.png"]
+    assert contents(found) == [name.encode() for name in names(found, tmp_path)]
+    assert {image.mask_file for image in found} == {""}
+    assert len(listed(tmp_path, mask_suffix="-matte.png", **settings)) == 7
+
+
+def test_images_in_a_folder_of_masks_are_pictures_and_that_is_said(tmp_path):
+    write(tmp_path, "images/a.jpg", "masks/a.png", "masks/b.png")
+    note = (
+        f"the images in {tmp_path}/masks are trained on as pictures. If they are masks, move the folder out of "
+        "dataset.path; a mask lies beside its image, as cat-mask.png beside cat.jpg"
+    )
+    assert note_of(lambda: listed(tmp_path)) == note
+    assert len(listed(tmp_path / "masks")) == 2  # the user's own choice
+    with pytest.warns(UserWarning, match="move the folder"), pytest.raises(DatasetError, match="not one image"):
+        listed(tmp_path, mask="file")
 
 
 def test_where_not_one_image_has_a_mask(tmp_path):

@@ -11,7 +11,7 @@ from sdxl_ray.cache.sources.layouts import hub_address
 from sdxl_ray.cache.sources.splits import split_of
 from sdxl_ray.errors import DatasetError, StorageError
 from sdxl_ray.storage import clouds
-from tests.unit.cache.sources.made import contents, listed, tar_bytes, write
+from tests.unit.cache.sources.made import contents, listed, note_of, tar_bytes, write
 from tests.unit.cache.sources.test_tables import write_table
 
 CARD = "---\nlicense: mit\nconfigs:\n- config_name: default\n---\n# Cats\n"  # what the Hub needs to know, on top
@@ -115,8 +115,6 @@ def test_a_clone_of_a_dataset_with_splits(tmp_path):
         for number in range(2):
             name = f"data/{split}-{number:05d}-of-00002.parquet"
             write_table(tmp_path / name, {"image": [f"{split} {number}".encode()]})
-    (tmp_path / "README.md").write_text("# My pictures\n\nconfigs: none\n")
-    assert len(listed(tmp_path)) == 4  # tables in a folder
     (tmp_path / "README.md").write_text(CARD)
     assert contents(listed(tmp_path)) == [b"train 0", b"train 1"]
     assert contents(listed(tmp_path, split="test")) == [b"test 0", b"test 1"]
@@ -129,8 +127,8 @@ def test_a_clone_with_folders_of_images(tmp_path):
     (tmp_path / "README.md").write_text(CARD)
     assert contents(listed(tmp_path)) == [b"train/a.jpg"]
     assert contents(listed(tmp_path, split="")) == [b"test/b.jpg", b"train/a.jpg"]
-    (tmp_path / "README.md").unlink()
-    assert len(listed(tmp_path)) == 2
+    with pytest.raises(DatasetError, match=r'^dataset\.split is "validation", and nothing in '):
+        listed(tmp_path, split="validation")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +148,104 @@ def test_a_folder_of_ones_own_is_read_whole(tmp_path, name, text, is_clone):
     write(tmp_path, "train/a.jpg", "extra/b.jpg", "cats/c.jpg")
     (tmp_path / name).write_text(text, newline="")
     assert len(listed(tmp_path)) == (1 if is_clone else 3)
+
+
+# ---- splits of a folder of one's own ---------------------------------------------------------------------------------
+
+
+def test_shards_tell_their_split_in_any_folder(tmp_path):
+    for split in ("train", "test"):
+        write_table(tmp_path / f"data/{split}-00000-of-00001.parquet", {"image": [split.encode()]})
+    left_out = '1 of 2 files are left out, since they are not of dataset.split = "train"; dataset.split = "" takes all'
+    for path in (tmp_path, tmp_path / "data", tmp_path / "data/*.parquet"):
+        assert note_of(lambda path=path: listed(path)) == f"{path}: {left_out}"
+        assert contents(listed(path, split="test")) == [b"test"]
+        assert len(listed(path, split="")) == 2
+        with pytest.raises(DatasetError) as error:
+            listed(path, split="validation")
+        assert str(error.value) == (
+            f'dataset.path: {path} has no split "validation". It has test, train. Set dataset.split.'
+        )
+    assert contents(listed(tmp_path / "data/test-*.parquet")) == [b"test"]  # the user's own choice
+    assert contents(listed(tmp_path / "data/test-00000-of-00001.parquet")) == [b"test"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_in_the_names_of_ones_own_files_are_no_splits(tmp_path):
+    for number in range(2):
+        write_table(tmp_path / f"images-{number:05d}-of-00002.parquet", {"image": [b"%d" % number]})
+    assert len(listed(tmp_path)) == 2
+    assert len(listed(tmp_path, split="images")) == 2
+
+
+@pytest.mark.parametrize("parent", ["", "data/"])
+def test_folders_called_like_splits_and_nothing_beside_them(tmp_path, parent):
+    write(tmp_path, f"{parent}train/a.jpg", f"{parent}train/a.txt", f"{parent}val/deep/b.jpg", "notes/x.txt")
+    train, val = f"{parent}train/a.jpg".encode(), f"{parent}val/deep/b.jpg".encode()
+    assert note_of(lambda: listed(tmp_path)) == (
+        f'{tmp_path}: the files in val/ are left out, since they are not of dataset.split = "train"; '
+        'dataset.split = "" takes all'
+    )
+    with pytest.warns(UserWarning, match="left out"):
+        assert contents(listed(tmp_path)) == [train]
+    for split in ("validation", "val", "dev"):
+        assert contents(listed(tmp_path, split=split)) == [val]
+        assert contents(listed(tmp_path, split=split, format="folder")) == [val]
+    assert len(listed(tmp_path, split="")) == len(listed(tmp_path, format="folder")) == 2
+    with pytest.raises(DatasetError, match=r'has no split "test"\. It has train, validation\. Set dataset\.split'):
+        listed(tmp_path, split="test")
+    write(tmp_path, f"{parent}extra/c.jpg")
+    assert len(listed(tmp_path)) == 3  # "train" is meant only where it is plain
+    assert contents(listed(tmp_path, split="validation")) == [val]
+
+
+def test_folders_of_splits_with_their_own_tables(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path, f"{split}/{split}.jpg")
+        write_table(tmp_path / split / "metadata.jsonl", {"file_name": [f"{split}.jpg"], "text": [split]})
+    with pytest.warns(UserWarning, match="the files in test/ are left out"):
+        assert [image.texts for image in listed(tmp_path)] == [("train",)]
+    assert [image.texts for image in listed(tmp_path, split="test")] == [("test",)]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "train/a.jpg", "0.tar", "data/0.parquet", "metadata.csv", "*.tar"])
+def test_a_split_that_chooses_nothing(tmp_path, name):
+    if name.endswith(".tar"):
+        (tmp_path / "0.tar").write_bytes(tar_bytes([("a.jpg", b"a")]))
+    elif name.endswith(".jpg"):
+        write(tmp_path, name)
+    else:
+        write(tmp_path, "a.jpg") if name == "metadata.csv" else None
+        write_table(tmp_path / name, {"file_name": ["a.jpg"]})
+    path = tmp_path / name if "*" in name else tmp_path
+    assert len(listed(path)) == 1
+    with pytest.raises(DatasetError) as error:
+        listed(path, split="validation", name="cats")
+    if name == "train/a.jpg":
+        assert str(error.value).endswith('has no split "validation". It has train. Set dataset.split.')
+        return
+    assert str(error.value) == (
+        f'dataset.split of cats is "validation", and nothing in {path} tells which images that is: no folder '
+        "validation/ and no file such as validation-00000-of-00002.parquet. Give the path of these images, or take "
+        "dataset.split out."
+    )
+
+
+def test_a_split_of_a_copy_saved_without_splits(tmp_path):
+    write_saved(tmp_path, [b"0"])
+    with pytest.raises(DatasetError, match=r'^dataset\.split is "validation", and nothing in '):
+        listed(tmp_path, split="validation")
+    state = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(json.dumps(state | {"_split": "validation"}))
+    assert len(listed(tmp_path, split="validation")) == len(listed(tmp_path)) == 1
+
+
+def test_a_path_that_is_not_there_is_not_called_a_wrong_split(tmp_path):
+    with pytest.raises(DatasetError, match=r"nowhere does not exist\."):
+        listed(tmp_path / "nowhere", split="test")
+
+
+# ---- tables in subfolders, and beside other things -------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.* are left out")
@@ -173,7 +269,12 @@ def test_a_table_in_a_subfolder_is_not_taken_for_all_there_is(tmp_path):
 def test_images_win_over_tables_and_tar_files_among_them(tmp_path):
     write(tmp_path, "deep/a.jpg", "deep/a.txt")
     write_table(tmp_path / "list.csv", {"image": ["deep/a.jpg"]})
-    assert listed(tmp_path)[0].text_file.endswith("a.txt")
+    assert note_of(lambda: listed(tmp_path)) == (
+        f"{tmp_path} holds images and a table, {tmp_path}/list.csv, which is not read. For its captions, set "
+        "dataset.path to it"
+    )
+    with pytest.warns(UserWarning, match="which is not read"):
+        assert listed(tmp_path)[0].text_file.endswith("a.txt")
     assert listed(tmp_path, format="table")[0].path.endswith("deep/a.jpg")
 
 
@@ -356,6 +457,29 @@ def test_nothing_on_the_hub(hub):
     write(hub, "README.md")
     with pytest.raises(DatasetError, match="hf://datasets/org/cats holds no images, tar files or tables"):
         listed("hf://org/cats")
+
+
+def test_the_hub_without_a_network(hub, monkeypatch):
+    class ConnectError(OSError):
+        pass
+
+    def refuse(self, *args, **options):
+        raise ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(Hub, "find", refuse)
+    with pytest.raises(StorageError) as error:
+        listed("hf://org/cats")
+    assert str(error.value) == (
+        "hf://datasets/org/cats: cannot be reached while listing. Check the address, the endpoint (HF_ENDPOINT), "
+        "whether HF_HUB_OFFLINE is set, and the network, then run again: what is done is kept."
+    )
+
+
+def test_a_split_that_nothing_on_the_hub_tells(hub):
+    write(hub, "cats/a.jpg")
+    assert len(listed("hf://org/cats")) == 1
+    with pytest.raises(DatasetError, match=r'^dataset\.split is "validation", and nothing in hf://org/cats tells'):
+        listed("hf://org/cats", split="validation")
 
 
 def test_without_a_token_for_what_is_not_public(hub, monkeypatch):

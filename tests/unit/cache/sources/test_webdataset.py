@@ -7,7 +7,7 @@ import pytest
 
 from sdxl_ray.cache.sources import list_dataset, read_bytes, read_start
 from sdxl_ray.errors import DatasetError
-from tests.unit.cache.sources.made import contents, listed, section, tar_bytes
+from tests.unit.cache.sources.made import contents, listed, note_of, section, tar_bytes
 
 
 def write_tar(path, members, format=tarfile.PAX_FORMAT):
@@ -127,14 +127,41 @@ def test_names_that_are_in_no_json(tmp_path):
     assert len(listed(tmp_path, caption_columns=["captions"])) == 2
 
 
-def test_only_what_is_an_image_on_its_own_is_one(tmp_path):
+def test_only_what_is_an_image_on_its_own_is_one_and_the_others_are_counted(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.jpg", b"a"), ("a.depth.png", b"depth"), ("a.mask.png", b"mask")])
-    assert contents(listed(tmp_path)) == [b"a"]
+    write_tar(tmp_path / "1.tar", [("0.jpg", b"0"), ("0.jpeg", b"0e"), ("0.1.jpg", b"01"), ("0.png.jpg", b"0p")])
+    assert note_of(lambda: listed(tmp_path)) == (
+        f"{tmp_path}/0.tar and 1 more tar files: 4 images are left out, such as a.depth.png beside a.jpg: members "
+        "whose names are the same up to the first dot are one sample, and what has a word more is no picture of its own"
+    )
+    with pytest.warns(UserWarning, match="4 images are left out"):
+        assert contents(listed(tmp_path)) == [b"a", b"0e", b"0"]
+    assert "such as 0.1.jpg beside 0.jpg" in note_of(lambda: listed(tmp_path / "1.tar"))
+    with pytest.warns(UserWarning, match="3 images are left out"):
+        listed(tmp_path, mask="file")
     write_tar(tmp_path / "0.tar", [("a.b.jpg", b"a"), ("a.b.mask.png", b"mask")])
-    (image,) = listed(tmp_path, mask="file")
+    (image,) = listed(tmp_path / "0.tar", mask="file")
     assert (read_bytes(image.address), read_bytes(image.mask_file)) == (b"a", b"mask")
 
 
+@pytest.mark.filterwarnings("ignore:.*1 images are left out, such as b.mask.png")
+@pytest.mark.parametrize("mask", ["none", "file"])
+def test_masks_called_as_in_a_folder_are_no_images(tmp_path, mask):
+    members = ["a.jpg", "a-mask.png", "b.jpg", "b-MASK.PNG", "b.mask.png", "c-mask.png", "d-mask.png", "d.txt"]
+    write_tar(tmp_path / "0.tar", [(name, name.encode()) for name in members])
+    with pytest.warns(UserWarning, match=r"0\.tar: 2 images such as a-mask\.png are masks of others by their names"):
+        found = listed(tmp_path, mask=mask)
+    assert contents(found) == [b"a.jpg", b"b.jpg", b"c-mask.png", b"d-mask.png"]
+
+
+def test_the_names_in_the_json_are_told_where_there_is_no_caption(tmp_path):
+    notes = [b'{"tags": ["x"], "url": "y"}', b'{"caption": "x", "url": "y"}']
+    members = [(f"{number}.{kind}", notes[number]) for number in range(2) for kind in ("jpg", "json")]
+    write_tar(tmp_path / "0.tar", members)
+    assert [image.columns for image in listed(tmp_path)] == [("tags", "url"), ()]
+
+
+@pytest.mark.filterwarnings("ignore:.*images are left out")
 def test_a_mask_that_is_rewritten_has_another_stamp(tmp_path):
     stamps = []
     for number, content in enumerate((b"mask", b"ksam")):  # of the same size, in the same place

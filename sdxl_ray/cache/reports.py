@@ -1,0 +1,105 @@
+"""What travels between the driver and the nodes, as text: work items, reports of shards, errors. No Ray in here.
+
+An error that is raised inside an actor would come back wrapped three times, and one raised in a constructor would be
+tried again and again. So it travels in a report, and `raise_error` on the driver makes of it what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import traceback
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from sdxl_ray import errors
+from sdxl_ray.errors import CacheError, SdxlRayError
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What became of one shard: from the actor that writes it to the driver, as a row of a Ray Data job."""
+
+    name: str
+    num: int = 0  # entries that were encoded and written
+    num_there: int = 0  # entries that somebody else has written meanwhile; then nothing was done
+    skipped: tuple[Mapping[str, Any], ...] = ()  # images without pixels: "key", "path", "image_hash", "reason", "kind"
+    # An image that a node could not read: its "key", the "node", the "reason". Then nothing was written.
+    unreadable: Mapping[str, str] | None = None
+    error: str = ""  # for `raise_error`
+    node: str = ""  # that decoded it
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+    tiled: int = 0  # images for which an accelerator had too little memory
+    long: int = 0  # captions of which the encoders see only a part
+
+    def to_row(self) -> dict[str, Any]:
+        """A batch of one row, as Ray Data expects it."""
+        return {"report": np.array([json.dumps(asdict(self))])}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> ShardReport:
+        """Of a row, or of such a batch."""
+        fields = json.loads(str(np.asarray(row["report"]).item()))
+        return cls(**{**fields, "skipped": tuple(fields["skipped"])})
+
+
+def packed(shard: Mapping[str, Any]) -> bytes:
+    """A work item's shard, a fifth of its JSON: thousands wait on the driver and in the object store."""
+    return zlib.compress(json.dumps(shard).encode(), 1)
+
+
+def unpacked(shard: bytes | str) -> dict[str, Any]:
+    """What `packed` was given; also of JSON that was never packed."""
+    text = zlib.decompress(shard) if isinstance(shard, bytes) else str(shard)
+    fields: dict[str, Any] = json.loads(text)
+    return fields
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def failure(failed: str, reason: str, kept: str, *, memory: bool) -> str:
+    """What a person is told of an error that nobody expected.
+
+    Args:
+        failed: "encoding failed".
+        kept: what is not lost.
+        memory: whether it was for want of memory.
+    """
+    cure = (
+        "A node has too little memory. Let fewer tasks run there at once: fewer encoders (cache.num_encoders, "
+        "cache.max_encoders), fewer CPUs for Ray, or nothing else beside them. "
+        if memory
+        else ""
+    )
+    return f"{failed}: {reason}. {cure}{kept}; run again to go on. With --traceback, the whole error is shown."
+
+
+def error_text(error: Exception) -> str:
+    """An error as part of a row."""
+    message, shown = str(error), ""
+    if not isinstance(error, SdxlRayError):
+        first = next(iter(message.splitlines()), "")
+        reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        memory = isinstance(error, MemoryError)
+        message = failure("encoding failed", reason.rstrip("."), "Finished shards are kept", memory=memory)
+        shown = "".join(traceback.format_exception(error))
+    return json.dumps([type(error).__name__, message, socket.gethostname(), shown])
+
+
+def raise_error(text: str) -> None:
+    """Nothing if there was none; else raise it as the kind it was, with its node where that is another machine.
+
+    One that is none of ours becomes a CacheError, with its traceback as the cause.
+    """
+    if not text:
+        return
+    name, message, node, shown = json.loads(text)
+    kind = getattr(errors, name, CacheError)
+    told = kind(message if node == socket.gethostname() or node in message else f"on node {node}: {message}")
+    raise told from (RuntimeError(f"on node {node}:\n{shown}") if shown else None)
