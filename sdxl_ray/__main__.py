@@ -39,7 +39,8 @@ def main() -> None:
             if code is None:
                 traceback.print_exc()
                 print(
-                    f"error: {type(error).__name__}: {_shown(error)}\nThis is a bug in sdxl-ray: please report the text above.",
+                    f"error: {type(error).__name__}: {_shown(error)}\n"
+                    "This is a bug in sdxl-ray: please report the text above.",
                     file=sys.stderr,
                 )
                 code = 1

@@ -28,9 +28,10 @@ if TYPE_CHECKING:  # torch is slow to import, and stage 1's planning needs none 
 #     too_large      it has more pixels than dataset.max_pixels
 #     needs_package  Pillow reads its format with a package that is not installed
 #     changed        it is not what was scanned or listed
+#     other_size     its size is not what its table says
 #     mask           its mask is at fault
 # Empty: nothing is wrong.
-Problem = Literal["", "damaged", "unreadable", "too_large", "needs_package", "changed", "mask"]
+Problem = Literal["", "damaged", "unreadable", "too_large", "needs_package", "changed", "other_size", "mask"]
 
 
 @dataclass(frozen=True, slots=True)

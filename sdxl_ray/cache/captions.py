@@ -14,8 +14,7 @@ import functools
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -92,14 +91,18 @@ class CaptionRules:
 # ---- base captions ---------------------------------------------------------------------------------------------------
 
 
-def read_captions(
-    listed: Sequence[Listed], rules: CaptionRules, memo: TextMemo | None = None
-) -> tuple[list[tuple[str, ...]], dict[int, str], Counter[str]]:
-    """(base captions of each image; why images are skipped, by position in `listed`; how many captions each of
-    `rules.sources` gave).
+class Captions(NamedTuple):
+    """What an image has. Neither texts nor a problem: it simply has none, and is left out where the rules say so
+    (`skips`), else see `no_captions_error`.
+    """
 
-    An image that is skipped has no captions. One without captions that is not skipped simply has none: it is left out
-    where the rules say so (`skips`), else see `no_captions_error`.
+    texts: tuple[str, ...]  # base captions
+    source: str = ""  # which of `CaptionRules.sources` they are from; empty where there are none
+    problem: str = ""  # why they cannot be read, so that the image is skipped
+
+
+def read_captions(listed: Sequence[Listed], rules: CaptionRules, memo: TextMemo | None = None) -> list[Captions]:
+    """Those of each image.
 
     Args:
         memo: what earlier runs have read of caption files in buckets.
@@ -118,33 +121,23 @@ def read_captions(
         size = max(1, min(256, len(listed) // num_threads))
         pieces = [listed[start : start + size] for start in range(0, len(listed), size)]
 
-        def read(piece: Sequence[Listed]) -> list[_Found | UnreadableCaption]:
+        def read(piece: Sequence[Listed]) -> list[Captions]:
             return [_captions_or_problem(image, rules, files) for image in piece]
 
         with ThreadPoolExecutor(num_threads) as threads:
             found = [item for piece in threads.map(read, pieces) for item in piece]
     files.remember()
-    captions = [() if isinstance(item, UnreadableCaption) else item.captions for item in found]
-    given = Counter(dict.fromkeys(rules.sources, 0))
-    for item in found:
-        if not isinstance(item, UnreadableCaption) and item.captions:
-            given[item.source] += len(item.captions)
-    return captions, {at: str(item) for at, item in enumerate(found) if isinstance(item, UnreadableCaption)}, given
+    return found
 
 
-class _Found(NamedTuple):
-    captions: tuple[str, ...]
-    source: str  # which one they are from; empty where there are none
-
-
-def _captions_or_problem(image: Listed, rules: CaptionRules, files: CaptionFiles) -> _Found | UnreadableCaption:
+def _captions_or_problem(image: Listed, rules: CaptionRules, files: CaptionFiles) -> Captions:
     try:
         return _find(image, rules, files)
     except UnreadableCaption as error:
-        return error
+        return Captions((), problem=str(error))
 
 
-def _find(image: Listed, rules: CaptionRules, files: CaptionFiles) -> _Found:
+def _find(image: Listed, rules: CaptionRules, files: CaptionFiles) -> Captions:
     """The base captions of one image, from the first source that has any; none if none has. The source "empty" has "".
 
     Raises:
@@ -152,11 +145,11 @@ def _find(image: Listed, rules: CaptionRules, files: CaptionFiles) -> _Found:
     """
     for source in rules.sources:
         if source == "empty":
-            return _Found(("",), source)
+            return Captions(("",), source)
         captions = _unique(filter(None, (_clean(text, rules.replace) for text in _texts(source, image, rules, files))))
         if captions:
-            return _Found(captions, source)
-    return _Found((), "")
+            return Captions(captions, source)
+    return Captions((), "")
 
 
 def _texts(source: str, image: Listed, rules: CaptionRules, files: CaptionFiles) -> Iterable[str]:
@@ -188,12 +181,12 @@ def _unique(captions: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(captions))
 
 
-def several_captions_note(num: int, num_images: int, rules: CaptionRules, given: Counter[str]) -> str:
-    """For `num` of `num_images` images that have more than one caption; `given` as `read_captions` tells it."""
+def several_captions_note(num: int, num_images: int, rules: CaptionRules, given: Mapping[str, int]) -> str:
+    """For `num` of `num_images` images that have more than one caption; `given`: how many captions each source gave."""
     cures = []
-    if given["textfile"] and rules.lines == "alternatives":
+    if given.get("textfile") and rules.lines == "alternatives":
         cures.append('the lines of a caption file are one caption, set dataset.caption_lines = "whole"')
-    if given["column"]:
+    if given.get("column"):
         cures.append('a list is one caption, set dataset.caption_lists = "tags"')
     text = f"{num} of {num_images} images have several captions, of which each epoch draws one"
     return f"{text}; if {'; if '.join(cures)}" if cures else text

@@ -185,12 +185,11 @@ def _collect_one(section: DatasetSection, collection: Collection, context: _Cont
     tally = Tally(rules)
     for files in _pieces(list_dataset(section, context.texts)):
         scanned = _scan(files, [rules.identifies_by_listing(file) for file in files], section.max_pixels, context)
-        captions, problems, sources = read_captions(files, rules.captions, context.texts)
-        tally.captions.update(sources)
+        captions = read_captions(files, rules.captions, context.texts)
         masks = _masks(files, section, context)
         rows = _Rows(rules, context.encoded_with)
-        for at, (file, image) in enumerate(zip(files, scanned, strict=True)):
-            verdict = judge(file, image, captions[at], problems.get(at, ""), masks[at], rules)
+        for file, image, words, mask in zip(files, scanned, captions, masks, strict=True):
+            verdict = judge(file, image, words, mask, rules)
             tally.add(verdict)
             if isinstance(verdict, Skipped):
                 collection.skipped.append(verdict)
@@ -272,14 +271,14 @@ class _Rows:
     def add(self, used: Used) -> None:
         """The image in each of its sizes, as it is and mirrored."""
         captions, bases, texts = self._captions_of(used)
-        seen = [decorate(caption, self.rules.captions) for caption in used.captions]
+        seen = [decorate(caption, self.rules.captions) for caption in used.captions.texts]
         for placement, flip in itertools.product(used.placements, self.rules.flips):
             self._add_one(used, placement, flip, seen, captions=captions, caption_bases=bases, text_keys=texts)
 
     def _captions_of(self, used: Used) -> tuple[list[str], list[int], list[bytes]]:
         """(captions or their variants, which caption each is of, their keys) of all of an image's samples."""
         is_evaluated, encoded_with = self.rules.section.role == "eval", self.encoded_with
-        captions = used.captions[:1] if is_evaluated else used.captions  # the first is evaluated with
+        captions = used.captions.texts[:1] if is_evaluated else used.captions.texts  # the first is evaluated with
         if encoded_with.text_online:
             return list(captions), list(range(len(captions))), []
         captions, bases = expand_variants(captions, self.rules.captions, used.image.image_hash)

@@ -206,7 +206,7 @@ def _decode(content: bytes, record: ImageRecord) -> tuple[Image.Image, _Turn, tu
 def _not_as_listed(found_hw: tuple[int, int], record: ImageRecord) -> UnreadableImage:
     (height, width), (listed_height, listed_width) = found_hw, record.original_hw
     return UnreadableImage(
-        f"is {height}x{width} pixels (height x width), but was listed as {listed_height}x{listed_width}", "changed"
+        f"is {height}x{width} pixels (height x width), but was listed as {listed_height}x{listed_width}", "other_size"
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from sdxl_ray.cache.buckets import Geometry, Placement, Unfit, place_all
-from sdxl_ray.cache.captions import NO_CAPTION, CaptionRules, no_captions_error, several_captions_note
+from sdxl_ray.cache.captions import NO_CAPTION, CaptionRules, Captions, no_captions_error, several_captions_note
 from sdxl_ray.cache.scan import ScannedFile
 from sdxl_ray.cache.skipped import Skipped
 from sdxl_ray.cache.sources import as_shares
@@ -60,7 +60,7 @@ class Used:
     file: Listed
     image: ScannedFile
     mask: Mask
-    captions: tuple[str, ...]
+    captions: Captions
     placements: tuple[Placement, ...]
 
 
@@ -72,14 +72,11 @@ class Uncaptioned:
 
 
 def judge(
-    file: Listed, image: ScannedFile, captions: Sequence[str], problem: str, mask: Mask, rules: DatasetRules
+    file: Listed, image: ScannedFile, captions: Captions, mask: Mask, rules: DatasetRules
 ) -> Used | Skipped | Uncaptioned:
-    """
-    Args:
-        problem: why its caption cannot be read; empty: nothing is wrong.
-    """
+    """Of several reasons to leave it out the first is told: what cannot be read, what does not fit, no caption."""
     name = rules.section.name
-    problem = image.problem or problem or mask.problem
+    problem = image.problem or captions.problem or mask.problem
     if problem:
         return Skipped(file.path, problem, name, kind=image.kind)
     original_hw = (image.height, image.width)
@@ -87,11 +84,11 @@ def judge(
     placements = place_all(original_hw, image.image_hash, rules.geometries, focus_yx)
     if isinstance(placements, Unfit):
         return Skipped(file.path, placements.reason, name, by_choice=True)
-    if not captions and rules.captions.skips:
+    if not captions.texts and rules.captions.skips:
         return Skipped(file.path, NO_CAPTION, name, by_choice=True)
-    if not captions:  # after the sizes: what is left out needs no caption
+    if not captions.texts:  # after the sizes: what is left out needs no caption
         return Uncaptioned(file)
-    return Used(file, image, mask, tuple(captions), tuple(placements))
+    return Used(file, image, mask, captions, tuple(placements))
 
 
 @dataclass
@@ -105,7 +102,7 @@ class Tally:
     pointed: int = 0  # with a point of interest inside
     several: int = 0  # with more than one caption
     uncaptioned: int = 0
-    captions: Counter[str] = field(default_factory=Counter)  # by source
+    captions: Counter[str] = field(default_factory=Counter)  # of images that are used, by source
     _named: list[Listed] = field(default_factory=list)
 
     def add(self, verdict: Used | Skipped | Uncaptioned) -> None:
@@ -116,7 +113,8 @@ class Tally:
         elif isinstance(verdict, Used):
             self.used += 1
             self.masked += bool(verdict.file.mask_file)
-            self.several += len(verdict.captions) > 1
+            self.several += len(verdict.captions.texts) > 1
+            self.captions[verdict.captions.source] += len(verdict.captions.texts)
             original_hw = (verdict.image.height, verdict.image.width)
             self.pointed += as_shares(verdict.file.focus_yx, original_hw) is not None
 

@@ -59,6 +59,7 @@ class CacheResult:
     worker_seconds: dict[str, float] = field(default_factory=dict)  # "decode", "encode", summed over tasks and actors
     num_tiled: int = 0  # images for which the accelerator had too little memory to encode them whole
     num_tried: int = 0  # latents and captions that were missing; of images that turned out damaged, none was encoded
+    num_there: int = 0  # of these, those that another job had written by then
     notes: tuple[str, ...] = ()  # what a person may want to know about the datasets
     background: Background | None = None  # with cache.mode = "ondemand": what is still missing, to be started
 
@@ -120,6 +121,7 @@ def build_cache(
         worker_seconds=dict(clock.workers),
         num_tiled=clock.counts["tiled"],
         num_tried=num_tried,
+        num_there=clock.counts["there"],
         notes=tuple(plan.collection.notes),
         background=background,
     )
@@ -151,7 +153,7 @@ def _encode(config: Config, plan: CachePlan, progress: Progress, clock: Clock) -
         without = {item.key: item.skipped for item in undecodable}
         # First: where most images fail, a machine or a mount is at fault, and none of them is to be remembered.
         check_readable(plan, config.datasets, also=unreadable_of(plan, without))
-        _remember(config, undecodable)
+        _remember(config, plan, undecodable)
         drop_undecodable(plan, without)
 
 
@@ -264,10 +266,13 @@ class _Stopped(Exception):
     """Nobody needs the rest."""
 
 
-def _remember(config: Config, undecodable: Sequence[Undecodable]) -> None:
+def _remember(config: Config, plan: CachePlan, undecodable: Sequence[Undecodable]) -> None:
     """Damaged images are not tried again until they change. What was wrong only with a mask, or now, is."""
     problems = {item.image_hash: item.skipped.reason for item in undecodable if item.skipped.kind == "damaged"}
-    changed = {item.image_hash for item in undecodable if item.skipped.kind == "changed"}
+    keys = {item.key for item in undecodable if item.skipped.kind in ("changed", "other_size")}
+    rows = plan.collection.rows(list(plan.collection.rows_with(keys))) if keys else []
+    # Image or mask: a look at both tells.
+    changed = {row["image_hash"].hex() for row in rows} | {row["mask_hash"] for row in rows if row["mask_hash"]}
     if problems or changed:
         memo = Memo(open_folder(config.cache.path))
         memo.mark(problems)

@@ -259,16 +259,21 @@ def _at_least(num: int, tried: int, share: float) -> float:
 
 
 _NOTHING_LEFT = "which leaves none"
+_CURES_OF_SOUND: dict[Problem, str] = {
+    "too_large": "Raise dataset.max_pixels, or shrink what is larger.",
+    "other_size": (
+        "The sizes in the table are not those of the images, as they are shown after any rotation in their EXIF: "
+        "correct them, or set dataset.size_columns = [], so that the images are read."
+    ),
+}
 _CURE = "Repair or remove them, or raise dataset.max_unreadable."
 
 
 def _cure(cure: str, unreadable: Iterable[Problem]) -> str:
-    """What to do about images with these problems, of which some may be sound, but too large."""
+    """What to do about images with these problems; `cure` for those that are not sound."""
     kinds = set(unreadable)
-    if "too_large" not in kinds:
-        return cure
-    large = "Raise dataset.max_pixels, or shrink what is larger."
-    return large if kinds == {"too_large"} else f"{large} {cure}"
+    cures = [text for kind, text in _CURES_OF_SOUND.items() if kind in kinds]
+    return " ".join([*cures, *([] if kinds <= _CURES_OF_SOUND.keys() else [cure])])
 
 
 def _more_than(max_unreadable: float) -> str:

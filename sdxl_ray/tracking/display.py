@@ -37,10 +37,12 @@ class RunDisplay:
             self.console.line(f"       stages: {stages}; work of all tasks together: {worked}")
         elif result.background is not None:
             self.console.line("       what is missing is encoded while training")
-        elif result.num_tried:
-            self.console.line("       nothing was encoded: what was missing cannot be used")
-        else:
+        elif not result.num_tried:
             self.console.line("       nothing to encode: all of it was there")
+        elif not result.num_there:
+            self.console.line("       nothing was encoded: what was missing cannot be used")
+        if result.num_there:
+            self.console.line(f"       {result.num_there} entries were encoded by another job at the same time")
         if result.skipped:
             self.console.line(
                 f"       skipped {len(result.skipped)} images, reasons in {result.skipped_path}", style="yellow"

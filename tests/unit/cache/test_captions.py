@@ -22,8 +22,15 @@ HASH = "5" * 64
 TAGS = "one, two, three, four, five, six, seven, eight"
 
 
+def read_all(listed, rules):
+    """Captions, problems by position, how many of each source."""
+    found = read_captions(listed, rules)
+    problems = {at: each.problem for at, each in enumerate(found) if each.problem}
+    return [each.texts for each in found], problems, dict(Counter(each.source for each in found for _ in each.texts))
+
+
 def find_captions(image, rules):
-    return _find(image, rules, CaptionFiles([])).captions
+    return _find(image, rules, CaptionFiles([])).texts
 
 
 def variants_of(captions, rules, image_hash=HASH):
@@ -149,7 +156,7 @@ def test_the_whole_file_can_be_one_caption(image):
 )
 def test_what_is_no_caption_is_skipped_with_its_reason(image, content, reason):
     good = image("dog.jpg", "a dog")
-    found = read_captions([good, image(content=content)], CaptionRules(sources=("textfile",)))
+    found = read_all([good, image(content=content)], CaptionRules(sources=("textfile",)))
     assert found == (
         [("a dog",), ()],
         {1: reason},
@@ -173,7 +180,7 @@ def test_a_megabyte_is_still_a_caption(image):
 def test_a_caption_file_that_cannot_be_read_is_skipped(image, tmp_path):
     (tmp_path / "dog.txt").mkdir()
     folder, gone = image("dog.jpg", text_file=str(tmp_path / "dog.txt")), image(text_file=str(tmp_path / "cat.txt"))
-    assert read_captions([folder, gone], CaptionRules())[1] == {
+    assert read_all([folder, gone], CaptionRules())[1] == {
         0: "caption file dog.txt cannot be read: Is a directory",
         1: "caption file cat.txt cannot be read: No such file or directory",
     }
@@ -181,7 +188,7 @@ def test_a_caption_file_that_cannot_be_read_is_skipped(image, tmp_path):
 
 def test_a_named_pipe_is_no_caption_and_is_not_waited_for(image, tmp_path):
     os.mkfifo(tmp_path / "cat.txt")
-    _, reasons, _ = read_captions([image(text_file=str(tmp_path / "cat.txt"))], CaptionRules())
+    _, reasons, _ = read_all([image(text_file=str(tmp_path / "cat.txt"))], CaptionRules())
     assert reasons == {0: "caption file cat.txt cannot be read: it is not a regular file, but a pipe, socket or device"}
 
 
@@ -191,7 +198,7 @@ def test_captions_in_buckets_and_tar_files(image, sources):
     sources["tar:1024+4:/data/00.tar"] = "été".encode("latin-1")
     sources["s3://bucket/cats/large.txt"] = bytes(2_000_000)
     sources["tar:0+3000000:/data/00.tar"] = bytes(3_000_000)
-    captions, reasons, _ = read_captions([image(text_file=address) for address in sources], CaptionRules())
+    captions, reasons, _ = read_all([image(text_file=address) for address in sources], CaptionRules())
     assert captions == [("from a bucket",), ("été",), (), (), ()]
     assert reasons == {
         2: "caption file at byte 1024 of 00.tar is not UTF-8: byte 0xe9 at offset 0.",
@@ -205,7 +212,7 @@ def test_a_tar_file_cut_short_is_a_reason(image, monkeypatch, sources):
         raise ValueError("/data/00.tar ends at byte 520, in the middle of this image")
 
     monkeypatch.setattr(sys.modules["sdxl_ray.cache.sources"], "read_start", read_start)
-    _, reasons, _ = read_captions([image(text_file="tar:512+10:/data/00.tar")], CaptionRules())
+    _, reasons, _ = read_all([image(text_file="tar:512+10:/data/00.tar")], CaptionRules())
     assert reasons == {
         0: "caption file at byte 512 of 00.tar cannot be read: "
         "/data/00.tar ends at byte 520, in the middle of this image"
@@ -218,7 +225,7 @@ def test_a_bucket_that_refuses_is_no_matter_of_single_images(image, monkeypatch,
 
     monkeypatch.setattr(sys.modules["sdxl_ray.cache.sources"], "read_start", read_start)
     with pytest.raises(StorageError):
-        read_captions([image(text_file="s3://bucket/cat.txt")], CaptionRules())
+        read_all([image(text_file="s3://bucket/cat.txt")], CaptionRules())
 
 
 def test_a_file_name_with_a_colon_is_a_file(image, sources, tmp_path, monkeypatch):
@@ -244,7 +251,7 @@ def test_captions_from_a_table_are_alternatives_and_each_is_one_line(image):
 
 
 def test_an_enormous_text_in_a_table_is_skipped(image):
-    _, reasons, _ = read_captions([image(texts=("x" * 2_000_000,))], CaptionRules())
+    _, reasons, _ = read_all([image(texts=("x" * 2_000_000,))], CaptionRules())
     assert reasons == {0: "its caption is too large: 2.0 MB or more, expected at most 1 MB."}
 
 
@@ -271,7 +278,7 @@ def test_the_first_source_that_has_a_caption_is_used(image, content, texts, expe
 @pytest.mark.parametrize(("content", "expected"), [("a cat", ("a cat",)), ("\n", ("",)), (None, ("",))])
 def test_an_image_may_have_no_words(image, content, expected):
     rules = CaptionRules(sources=("textfile", "column", "empty"), prefix="photo", suffix=", 8k")
-    captions, reasons, given = read_captions([image(content=content)], rules)
+    captions, reasons, given = read_all([image(content=content)], rules)
     assert (captions, reasons, sum(given.values())) == ([expected], {}, 1)
     assert given["textfile" if expected[0] else "empty"] == 1
     assert variants_of(("",), rules, HASH) == ("photo, 8k",)
@@ -283,12 +290,12 @@ def test_an_image_without_a_caption_may_be_skipped(image):
     rules = CaptionRules(sources=("textfile", "skip"))
     assert rules.skips
     assert not CaptionRules().skips
-    found = read_captions([image(content="a cat"), image("dog.jpg")], rules)
-    assert found == ([("a cat",), ()], {}, {"textfile": 1, "skip": 0})
+    found = read_all([image(content="a cat"), image("dog.jpg")], rules)
+    assert found == ([("a cat",), ()], {}, {"textfile": 1})
 
 
 def test_a_caption_file_that_is_no_text_is_not_an_empty_caption(image):
-    _, reasons, _ = read_captions([image(content=b"\xe9")], CaptionRules(sources=("textfile", "empty")))
+    _, reasons, _ = read_all([image(content=b"\xe9")], CaptionRules(sources=("textfile", "empty")))
     assert "is not UTF-8" in reasons[0]
 
 
@@ -330,7 +337,7 @@ def test_every_image_has_its_own_caption_among_failures(image, tmp_path):
             listed.append(image(name))
         expected.append((f"caption {number}", f"also {number}") if kind in ("good", "table") else ())
         failing |= {at} if kind in ("latin", "gone") else set()
-    captions, reasons, _ = read_captions(listed, CaptionRules())
+    captions, reasons, _ = read_all(listed, CaptionRules())
     assert captions == expected
     assert set(reasons) == failing
     for at, reason in reasons.items():
@@ -338,7 +345,7 @@ def test_every_image_has_its_own_caption_among_failures(image, tmp_path):
 
 
 def test_no_images():
-    assert read_captions([], CaptionRules()) == ([], {}, {"textfile": 0, "column": 0})
+    assert read_all([], CaptionRules()) == ([], {}, {})
 
 
 # ---- trigger word, prefix, suffix ------------------------------------------------------------------------------------
@@ -549,7 +556,7 @@ def error_of(tmp_path):
     def error_of(**settings):
         section = DatasetSection(path=str(tmp_path), **settings)
         listed, rules = list(list_dataset(section)), CaptionRules.of(section)
-        captions, _, _ = read_captions(listed, rules)
+        captions, _, _ = read_all(listed, rules)
         without = [image for image, found in zip(listed, captions, strict=True) if not found]
         return str(no_captions_error(without, len(without), len(listed), rules))
 

@@ -366,6 +366,21 @@ def test_an_image_that_changed_without_a_new_date_is_read_again_by_the_next_run(
     assert sample.image_hash == hashlib.sha256(image.read_bytes()).hexdigest()
 
 
+def test_a_mask_that_changed_without_a_new_date_is_read_again_by_the_next_run(config, jobs, images):
+    mask = add_image(images, "03-mask.png", colour=1)
+    masked = changed(config, dataset__mask="file")
+    (sample,) = [sample for sample in index_of(build(masked, jobs)) if sample.path == str(images / "03.png")]
+    status, content = mask.stat(), mask.read_bytes()
+    (Path(config.cache.path) / sample.latent_shards[0]).unlink()
+    mask.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(mask, ns=(status.st_atime_ns, status.st_mtime_ns))
+    jobs.bad, jobs.kind = {"03.png": "its mask changed while it was being cached: run again"}, "changed"
+    assert build(masked, jobs).num_samples == 8
+    jobs.bad = {}
+    (sample,) = [sample for sample in index_of(build(masked, jobs)) if sample.path == str(images / "03.png")]
+    assert sample.mask_hash == hashlib.sha256(mask.read_bytes()).hexdigest()
+
+
 def test_what_the_datasets_have_to_say_is_handed_on(config, jobs, images):
     add_image(images, "03-mask.png", colour=1)
     assert build(config, jobs).notes == ()

@@ -1,6 +1,7 @@
 """What is left out, and how much of it stops a run."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import math
@@ -118,6 +119,26 @@ def test_images_that_are_too_large_are_not_to_be_repaired(config, images, num_da
     assert lines[0] == f"{images}: 20 of 20 images cannot be used, which leaves none:"
     assert lines[20].endswith(" is more than dataset.max_pixels = 9")
     assert lines[-1] == f"Raise dataset.max_pixels, or shrink what is larger.{cure}"
+
+
+def test_images_of_another_size_than_listed_are_not_to_be_repaired(config):
+    """Tables often hold the stored size of photographs that EXIF turns; the images are sound."""
+    plan = plan_of(config)
+    turned = [
+        Skipped(f"{number}.jpg", "is 300x200 pixels", config.datasets[0].name, kind="other_size")
+        for number in range(10)
+    ]
+    sizes = (
+        "The sizes in the table are not those of the images, as they are shown after any rotation in their EXIF: "
+        "correct them, or set dataset.size_columns = [], so that the images are read."
+    )
+    with pytest.raises(DatasetError) as error:
+        check_readable(plan, config.datasets, also=turned)
+    assert str(error.value).splitlines()[-1] == sizes
+    damaged = dataclasses.replace(turned[0], path="cut.jpg", kind="damaged")
+    with pytest.raises(DatasetError) as error:
+        check_readable(plan, config.datasets, also=[*turned, damaged])
+    assert str(error.value).splitlines()[-1] == (f"{sizes} Repair or remove them, or raise dataset.max_unreadable.")
 
 
 def test_some_images_that_are_too_large(config, images):

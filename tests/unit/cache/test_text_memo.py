@@ -40,10 +40,10 @@ def images_in(contents, count, stamp="1"):
 
 def run(folder, images):
     memo = TextMemo(open_folder(str(folder)))
-    captions, reasons, _ = read_captions(images, CaptionRules(), memo)
-    assert reasons == {}
+    captions = read_captions(images, CaptionRules(), memo)
+    assert not any(found.problem for found in captions)
     memo.write()
-    return captions
+    return [found.texts for found in captions]
 
 
 def test_a_second_run_reads_what_has_changed_and_what_is_new(tmp_path, bucket):
@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_tried_again(tmp_path, bucket):
     (image,) = images_in(contents, 1)
     contents["s3://bucket/0.txt"] = b"\xe9"
     memo = TextMemo(open_folder(str(tmp_path)))
-    assert 0 in read_captions([image], CaptionRules(), memo)[1]
+    assert "is not UTF-8" in read_captions([image], CaptionRules(), memo)[0].problem
     memo.write()
     contents["s3://bucket/0.txt"] = b"mended, with the same date"
     assert run(tmp_path, [image]) == [("mended, with the same date",)]

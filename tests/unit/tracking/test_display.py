@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
+from sdxl_ray.cache.pipeline import CacheResult
 from sdxl_ray.tracking.console import Console
 from sdxl_ray.tracking.display import RunDisplay
 
@@ -30,6 +33,39 @@ def said(capsys):
 
 def evaluated(step, loss):
     return {"event": "metrics", "step": step, "max_steps": 100, "values": {"eval/loss": loss}}
+
+
+def cached(**changes):
+    """The event of a run of stage 1 that found all of it there, but for `changes`."""
+    result = CacheResult(
+        index_path="cache/datasets/cats-1/index.parquet",
+        num_samples=9,
+        num_latents_encoded=0,
+        num_captions_encoded=0,
+        num_long_captions=0,
+        max_tokens=77,
+        skipped=(),
+        skipped_path="cache/datasets/cats-1/skipped.csv",
+        buckets={"64x64": 9},
+        seconds=5.0,
+    )
+    return {"event": "cache", "result": replace(result, **changes)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["       nothing to encode: all of it was there"]),
+        ({"num_tried": 1}, ["       nothing was encoded: what was missing cannot be used"]),
+        ({"num_tried": 12, "num_there": 12}, ["       12 entries were encoded by another job at the same time"]),
+        (
+            {"notes": ("cats: 1 of 9 images have a mask",)},
+            ["       nothing to encode: all of it was there", "       cats: 1 of 9 images have a mask"],
+        ),
+    ],
+)
+def test_what_stage_1_has_done(said, changes, expected):
+    assert said(cached(**changes)) == ["cache: 9 samples (64x64 9)", *expected]
 
 
 def test_a_start_says_how_many_images_are_trained_on_and_evaluated(said):
