@@ -105,10 +105,10 @@ def bench_decode(options: argparse.Namespace) -> Table:
     import ray
     import ray.data
 
-    from sdxl_ray.cache.actors import decode_shard
+    from sdxl_ray.cache.jobs.actors import decode_shard
+    from sdxl_ray.cache.jobs.pools import Node, share_cluster
+    from sdxl_ray.cache.jobs.ray_jobs import quiet
     from sdxl_ray.cache.pipeline import build_cache
-    from sdxl_ray.cache.pools import Node, share_cluster
-    from sdxl_ray.cache.ray_jobs import quiet
     from sdxl_ray.connection import connect
 
     cores = os.cpu_count() or 1
@@ -167,7 +167,7 @@ class CountPixels:
 
 
 def _warm() -> None:
-    import sdxl_ray.cache.actors  # noqa: F401
+    import sdxl_ray.cache.jobs.actors  # noqa: F401
 
 
 def _load(model: str) -> None:
@@ -181,7 +181,7 @@ def _load(model: str) -> None:
 
 
 def _decode_and_encode(item: dict[str, str]) -> int:
-    from sdxl_ray.cache.actors import decode_shard
+    from sdxl_ray.cache.jobs.actors import decode_shard
 
     pixels = decode_shard(item)["pixels"]
     _encoder.encode(list(pixels), [""] * len(pixels))
@@ -193,7 +193,7 @@ def _nothing(_: int) -> None:
 
 
 def _decode(item: dict[str, str]) -> int:
-    from sdxl_ray.cache.actors import decode_shard
+    from sdxl_ray.cache.jobs.actors import decode_shard
 
     return len(decode_shard(item)["pixels"])
 

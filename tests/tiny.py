@@ -91,7 +91,7 @@ def cache_without_ray(config: Any) -> str:
 
 def encode_without_ray(config: Any, plan: Any) -> None:
     """Everything that the plan lacks. Images that cannot be decoded leave it, as in `pipeline.encode_missing`."""
-    from sdxl_ray.cache import actors, ray_jobs, reports
+    from sdxl_ray.cache.jobs import actors, ray_jobs, reports
     from sdxl_ray.cache.planning import drop_undecodable, find_missing
     from sdxl_ray.cache.skipped import Skipped
 

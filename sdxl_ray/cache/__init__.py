@@ -17,9 +17,7 @@ encode.py        pixels -> VAE posterior; captions -> embeddings of both text en
 shards.py        tensors -> content-addressed .safetensors files
 shard_reader.py  key -> the tensors of its entry, checked                                 local_copies.py: of a bucket's
 store.py         key -> shard
-actors.py        what runs on the nodes: scan and decode tasks, encoding actors (no Ray)  reports.py: what they tell
-pools.py         how much of a cluster they take                                          room.py: is it free?
-ray_jobs.py      the Ray Data jobs       waves.py: their work    ray_rows.py: their rows  lost_shards.py: why one failed
+jobs/            all of this on Ray Data: tasks and actors, their share of a cluster, what did not come back
 pipeline.py      the whole stage; in the background of a run with cache.mode = "ondemand"
 index.py         index.parquet: one row per sample                                        foreseen.py: of a plan
 generations.py   the folder of an index: named by its content, so written once

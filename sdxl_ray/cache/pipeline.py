@@ -22,10 +22,10 @@ from sdxl_ray import connection
 from sdxl_ray.cache.foreseen import index_of
 from sdxl_ray.cache.generations import begin, finish, in_use
 from sdxl_ray.cache.index import Index
-from sdxl_ray.cache.lost_shards import Undecodable
+from sdxl_ray.cache.jobs.lost_shards import Undecodable
+from sdxl_ray.cache.jobs.ray_jobs import Clock, Progress, Reserved, encode_latents, encode_text, scan_on_ray
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.planning import CachePlan, drop_undecodable, find_missing, plan_cache
-from sdxl_ray.cache.ray_jobs import Clock, Progress, Reserved, encode_latents, encode_text, scan_on_ray
 from sdxl_ray.cache.skipped import Skipped, check_readable, unreadable_of
 from sdxl_ray.cache.store import LATE_S
 from sdxl_ray.errors import CacheError, SdxlRayError

@@ -19,8 +19,8 @@ from ray.train.torch import TorchTrainer
 
 from sdxl_ray import errors
 from sdxl_ray.cache.generations import in_use
+from sdxl_ray.cache.jobs.ray_jobs import Reserved, check_spare
 from sdxl_ray.cache.pipeline import Background, build_cache
-from sdxl_ray.cache.ray_jobs import Reserved, check_spare
 from sdxl_ray.config.load import load_config, with_overrides
 from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import check_room, connect, is_local, worker_resources

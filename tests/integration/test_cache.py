@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
-from sdxl_ray.cache import ray_jobs
+from sdxl_ray.cache.jobs import ray_jobs
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.config.load import BUILTIN_PHOTOGRAPHS, dump_config, with_overrides
 from sdxl_ray.connection import connect
@@ -115,7 +115,7 @@ def test_an_image_that_only_a_node_cannot_read_is_an_error(config, monkeypatch):
     """As on a node that does not see the folder: not a skip, which would train on fewer images without a word."""
 
     def decode(row):  # made here, so that it travels by value
-        from sdxl_ray.cache import actors
+        from sdxl_ray.cache.jobs import actors
 
         load = actors.load_image
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from sdxl_ray.cache import actors, lost_shards, ray_jobs
+from sdxl_ray.cache.jobs import actors, lost_shards, ray_jobs
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.cache.store import ShardStore
 from sdxl_ray.config.load import dump_config
@@ -77,7 +77,7 @@ def decoder_that_dies_of(name: str):
         import os
         import signal
 
-        from sdxl_ray.cache import actors
+        from sdxl_ray.cache.jobs import actors
 
         load = actors.load_image
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sdxl_ray.cache import ray_jobs
+from sdxl_ray.cache.jobs import ray_jobs
+from sdxl_ray.cache.jobs.pools import share_cluster
 from sdxl_ray.cache.pipeline import build_cache
-from sdxl_ray.cache.pools import share_cluster
 from sdxl_ray.config.load import dump_config, with_overrides
 from sdxl_ray.errors import CacheError, ClusterError, ModelError
 from sdxl_ray.train.launch import FitResult, fit
@@ -60,7 +60,7 @@ def one_thread():
 ONE_THREAD = """
 from dataclasses import replace
 from sdxl_ray.__main__ import main
-from sdxl_ray.cache import pools, ray_jobs
+from sdxl_ray.cache.jobs import pools, ray_jobs
 ray_jobs.share_cluster = lambda *args, **kw: replace(pools.share_cluster(*args, **kw), threads=1)
 main()
 """

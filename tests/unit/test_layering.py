@@ -31,11 +31,11 @@ ROWS = [
 HOMES = {
     "ray": [
         "cache.pipeline",
-        "cache.lost_shards",
-        "cache.ray_jobs",
-        "cache.ray_rows",
-        "cache.room",
-        "cache.waves",
+        "cache.jobs.lost_shards",
+        "cache.jobs.ray_jobs",
+        "cache.jobs.ray_rows",
+        "cache.jobs.room",
+        "cache.jobs.waves",
         "train.launch",
         "train.worker",
         "sweeps.*",

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from sdxl_ray import connection
-from sdxl_ray.cache import pipeline, ray_jobs
+from sdxl_ray.cache import pipeline
 from sdxl_ray.cache.index import Index
-from sdxl_ray.cache.lost_shards import Undecodable
+from sdxl_ray.cache.jobs import ray_jobs
+from sdxl_ray.cache.jobs.lost_shards import Undecodable
+from sdxl_ray.cache.jobs.ray_jobs import scan_on_ray
 from sdxl_ray.cache.pipeline import Background, build_cache
-from sdxl_ray.cache.ray_jobs import scan_on_ray
 from sdxl_ray.cache.scan import scan_images
 from sdxl_ray.cache.shard_reader import ShardReader
 from sdxl_ray.cache.shards import write_shard

@@ -13,11 +13,12 @@ import pytest
 import ray
 from ray.data import ExecutionOptions
 
-from sdxl_ray.cache import lost_shards, missing, ray_jobs, waves
-from sdxl_ray.cache.pools import Share
-from sdxl_ray.cache.ray_jobs import Clock, Reserved, encode_latents, encode_text
-from sdxl_ray.cache.ray_rows import InThread, reports_of, rows_of
-from sdxl_ray.cache.reports import ShardReport, error_text, unpacked
+from sdxl_ray.cache import missing
+from sdxl_ray.cache.jobs import lost_shards, ray_jobs, waves
+from sdxl_ray.cache.jobs.pools import Share
+from sdxl_ray.cache.jobs.ray_jobs import Clock, Reserved, encode_latents, encode_text
+from sdxl_ray.cache.jobs.ray_rows import InThread, reports_of, rows_of
+from sdxl_ray.cache.jobs.reports import ShardReport, error_text, unpacked
 from sdxl_ray.errors import CacheError, StorageError
 from tests.unit.cache.planned import add_image, add_images, config_of, plan_of
 

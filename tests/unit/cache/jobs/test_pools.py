@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from sdxl_ray.cache.pools import Node, share_cluster
+from sdxl_ray.cache.jobs.pools import Node, share_cluster
 from sdxl_ray.config.schema import CacheSection
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
 
-from sdxl_ray.cache.pools import Share
+from sdxl_ray.cache.jobs.pools import Share
 
 Item = TypeVar("Item")
 

@@ -4,9 +4,9 @@ from dataclasses import asdict
 
 import pytest
 
-from sdxl_ray.cache import lost_shards
-from sdxl_ray.cache.lost_shards import LostShards
-from sdxl_ray.cache.reports import ShardReport, packed, unpacked
+from sdxl_ray.cache.jobs import lost_shards
+from sdxl_ray.cache.jobs.lost_shards import LostShards
+from sdxl_ray.cache.jobs.reports import ShardReport, packed, unpacked
 from sdxl_ray.errors import CacheError
 from tests.unit.cache.planned import add_image, config_of, plan_of
 

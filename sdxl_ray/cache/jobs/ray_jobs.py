@@ -19,16 +19,23 @@ import ray
 import ray.data
 
 from sdxl_ray import connection
-from sdxl_ray.cache.actors import ScanChunk, WriteLatentShard, WriteTextShard, decode_shard, files_as_row, scanned_files
-from sdxl_ray.cache.lost_shards import LostShards, Undecodable
+from sdxl_ray.cache.jobs.actors import (
+    ScanChunk,
+    WriteLatentShard,
+    WriteTextShard,
+    decode_shard,
+    files_as_row,
+    scanned_files,
+)
+from sdxl_ray.cache.jobs.lost_shards import LostShards, Undecodable
+from sdxl_ray.cache.jobs.pools import Node, Share, share_cluster
+from sdxl_ray.cache.jobs.ray_rows import InThread, quiet, reports_of, rows_of
+from sdxl_ray.cache.jobs.reports import ShardReport
+from sdxl_ray.cache.jobs.room import Reserved, Room, marked
+from sdxl_ray.cache.jobs.waves import Wave, dataset_of, waves_of
 from sdxl_ray.cache.planning import CachePlan
-from sdxl_ray.cache.pools import Node, Share, share_cluster
-from sdxl_ray.cache.ray_rows import InThread, quiet, reports_of, rows_of
-from sdxl_ray.cache.reports import ShardReport
-from sdxl_ray.cache.room import Reserved, Room, marked
 from sdxl_ray.cache.scan import ScannedFile, scan_each
 from sdxl_ray.cache.skipped import Skipped
-from sdxl_ray.cache.waves import Wave, dataset_of, waves_of
 from sdxl_ray.errors import ClusterError
 from sdxl_ray.records import Listed
 

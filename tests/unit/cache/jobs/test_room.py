@@ -7,9 +7,9 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from sdxl_ray.cache import room as module
-from sdxl_ray.cache.pools import Share
-from sdxl_ray.cache.room import Mark, Reserved, Room, marked
+from sdxl_ray.cache.jobs import room as module
+from sdxl_ray.cache.jobs.pools import Share
+from sdxl_ray.cache.jobs.room import Mark, Reserved, Room, marked
 
 ON_GPUS = Share(8, 8, 0.0, 1.0, 1.0, "cuda")
 ON_CPUS = Share(1, 1, 0.2, 0.0, 0.4, "cpu")

@@ -10,11 +10,11 @@ from dataclasses import asdict
 import ray.data
 from ray.data import ExecutionResources
 
+from sdxl_ray.cache.jobs.pools import Share
+from sdxl_ray.cache.jobs.ray_rows import InThread, quiet
+from sdxl_ray.cache.jobs.reports import packed
+from sdxl_ray.cache.jobs.room import Reserved
 from sdxl_ray.cache.planning import LatentShard, TextShard
-from sdxl_ray.cache.pools import Share
-from sdxl_ray.cache.ray_rows import InThread, quiet
-from sdxl_ray.cache.reports import packed
-from sdxl_ray.cache.room import Reserved
 
 Wave = dict[str, bytes]  # name of each shard -> its work item
 

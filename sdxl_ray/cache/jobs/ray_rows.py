@@ -12,7 +12,7 @@ import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
-from sdxl_ray.cache.reports import ShardReport, failure, raise_error
+from sdxl_ray.cache.jobs.reports import ShardReport, failure, raise_error
 from sdxl_ray.errors import CacheError
 
 Result = TypeVar("Result")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from sdxl_ray.cache.images import UnreadableImage
+from sdxl_ray.cache.jobs.reports import ShardReport, error_text, unpacked
 from sdxl_ray.cache.planning import TextShard, max_tokens
 from sdxl_ray.cache.reading import is_web, load_image, not_given, reason_of
-from sdxl_ray.cache.reports import ShardReport, error_text, unpacked
 from sdxl_ray.cache.scan import ScannedFile, scan_file, scan_images
 from sdxl_ray.cache.shards import DAMAGED_SUFFIX, OtherVersion, read_header, write_shard
 from sdxl_ray.errors import CacheError, SdxlRayError, StorageError

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_ray.cache import actors, encode, reading
-from sdxl_ray.cache.actors import (
+from sdxl_ray.cache import encode, reading
+from sdxl_ray.cache.images import load_pixels
+from sdxl_ray.cache.jobs import actors
+from sdxl_ray.cache.jobs.actors import (
     ScanChunk,
     WriteLatentShard,
     WriteTextShard,
@@ -22,10 +24,9 @@ from sdxl_ray.cache.actors import (
     scanned_files,
     torch_device,
 )
-from sdxl_ray.cache.images import load_pixels
+from sdxl_ray.cache.jobs.reports import ShardReport, error_text, packed, raise_error, unpacked
 from sdxl_ray.cache.masks import load_mask_file
 from sdxl_ray.cache.planning import TextShard
-from sdxl_ray.cache.reports import ShardReport, error_text, packed, raise_error, unpacked
 from sdxl_ray.cache.scan import scan_file, scan_images
 from sdxl_ray.cache.shard_reader import MissingEntry, ShardReader
 from sdxl_ray.cache.shards import mark_damaged
