@@ -75,10 +75,12 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
     for candidate in sorted(known, key=lambda name: name.startswith("text_encoder")):  # the U-Net's come first
         by_leaf.setdefault(candidate.rpartition(".")[2], candidate)
     of_section = {name.rpartition(".")[2]: name for name in known if name.startswith(f"{section}.")} if dot else {}
-    found = our_name(leaf)
-    if found not in {*known, *sections}:
+    ours = our_name(leaf)
+    found = of_section.get(ours.rpartition(".")[2], ours)  # text_encoder.lr is that of the text encoder
+    if found not in {*known, *sections} or (of_section and found not in of_section.values()):
         found = (
             _nearest(leaf, of_section, 0.7)
+            or (found if found in known else "")
             or ("" if dot else _nearest(key, {name: name for name in sections}, 0.8))
             or _nearest(leaf, by_leaf, 0.75)
             or ("" if dot else _nearest(key, {name: name for name in sections}, 0.6))

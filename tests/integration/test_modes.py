@@ -21,7 +21,7 @@ from sdxl_ray.cache.jobs import ray_jobs
 from sdxl_ray.cache.jobs.pools import share_cluster
 from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.config.load import dump_config, with_overrides
-from sdxl_ray.errors import CacheError, ClusterError, ModelError
+from sdxl_ray.errors import ClusterError, ModelError
 from sdxl_ray.train.launch import FitResult, fit
 from tests.s3 import answering
 
@@ -196,17 +196,21 @@ def test_encoding_that_fails_ends_the_run_with_its_error(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_image_that_a_node_cannot_read_ends_the_run_with_its_name(config, tmp_path):
+def test_an_image_that_is_gone_before_it_is_encoded_counts_nothing_and_the_run_goes_on(config, tmp_path):
     folder = Path(shutil.copytree(config.datasets[0].path, tmp_path / "drawings"))
-    config = another(config, tmp_path, "unreadable", mode="ondemand")
+    config = another(config, tmp_path, "gone", mode="ondemand")
     config = with_overrides(config, {"dataset.drawings.path": str(folder)})
+    heard = []
 
     def remove(event):
+        heard.append(event.get("text", ""))
         if event["event"] == "cache":
             (folder / "04.png").unlink()
 
-    with pytest.raises(CacheError, match=r"cannot read .*04\.png: No such file or directory\. Is dataset\.path"):
-        fit(config, on_event=remove)
+    assert fit(config, on_event=remove).exports
+    told = [line for line in heard if "04.png" in line]
+    assert any("does not count in training" in line for line in told)
+    assert any("is not there any more" in line for line in told)
 
 
 @pytest.mark.slow

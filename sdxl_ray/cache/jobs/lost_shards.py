@@ -45,12 +45,15 @@ class LostShards:
         """
         self.undecodable, self.num_cpus = undecodable, num_cpus
         self._sound: set[str] = set()  # nodes of which a shard has come back
+        self._suspects: set[str] = set()  # those that have not read an image
+        self._some_there = False  # shards that another job has written; nobody read images for them
         self._stumbled: set[str] = set()  # names of shards that were put back
 
     def finished(self, report: ShardReport) -> None:
         """This shard is done."""
         if report.num:
             self._sound.add(report.node)
+        self._some_there = self._some_there or report.num_there > 0
 
     def without_the_faulty(self, shard: bytes, report: ShardReport | None) -> bytes:
         """The work item without the images that kept it from being encoded; they are added to `undecodable`.
@@ -84,9 +87,11 @@ class LostShards:
         told = dict(report.unreadable or {})
         found = {told["key"]: _unreadable(records[told["key"]])}
         if not found[told["key"]]:
-            is_known = report.name in self._stumbled
+            is_known, is_suspect = report.name in self._stumbled, told["node"] in self._suspects
             self._stumbled.add(report.name)
-            if is_known or told["node"] not in self._sound or len(self._stumbled) > _STUMBLES_AT_MOST:
+            self._suspects.add(told["node"])
+            may_be_sound = told["node"] in self._sound or (self._some_there and not is_suspect)
+            if is_known or not may_be_sound or len(self._stumbled) > _STUMBLES_AT_MOST:
                 raise unreadable_on_node(told["node"], records[told["key"]].path, told["reason"])
             return {}
         others = [other for other in records if other != told["key"]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -210,7 +211,12 @@ class _LatentJob:
         left, again = dict(wave), Wave()
         places = {name: place for place, name in enumerate(wave)}
         beside: tuple[Wave, InThread[list[ShardReport]]] | None = None
-        with contextlib.closing(self._run(dataset, len(wave), _LOST_AT_MOST, is_wave=True)) as reports:
+        over = threading.Event()  # what runs beside the wave has to end with it, where that ends early
+        with contextlib.ExitStack() as stack:
+            stack.callback(over.set)
+            reports = stack.enter_context(
+                contextlib.closing(self._run(dataset, len(wave), _LOST_AT_MOST, is_wave=True))
+            )
             for report in reports:
                 if report.name not in left:  # it was given up too early
                     continue
@@ -221,10 +227,10 @@ class _LatentJob:
                     yield from self._done(beside[0], again, beside[1].result())
                     beside = None
                 if again and beside is None and self.reserved is not None:
-                    beside = again, InThread(functools.partial(list[ShardReport], self._run_again(again)))
+                    beside = again, InThread(functools.partial(list[ShardReport], self._run_again(again, over)))
                     again = Wave()
-        if beside is not None:
-            yield from self._done(beside[0], again, beside[1].result())
+            if beside is not None:
+                yield from self._done(beside[0], again, beside[1].result())
         again |= {name: self.lost.without_the_faulty(shard, None) for name, shard in left.items()}
         while again:
             items, again = again, Wave()
@@ -252,9 +258,14 @@ class _LatentJob:
             ]
             yield report
 
-    def _run_again(self, items: Wave) -> Iterator[ShardReport]:
+    def _run_again(self, items: Wave, over: threading.Event | None = None) -> Iterator[ShardReport]:
+        """Where nobody wants the rest any more, `over` is set."""
         # Their dead images are known: if another task dies, that is an error.
-        return self._run(dataset_of(items, self.reserved), len(items), 0)
+        with contextlib.closing(self._run(dataset_of(items, self.reserved), len(items), 0)) as reports:
+            for report in reports:
+                if over is not None and over.is_set():
+                    return
+                yield report
 
     def _run(
         self, dataset: ray.data.Dataset, num_shards: int, may_lose: int, *, is_wave: bool = False

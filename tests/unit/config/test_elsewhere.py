@@ -24,6 +24,9 @@ def test_every_row_names_a_setting_of_ours_and_no_name_has_two_meanings():
         ("datasets", "dataset"),
         ("dataset.keep_tokens", "dataset.keep_tags"),
         ("train.batch_size", "train.micro_batch_size"),
+        ("text_encoder.lr", "text_encoder.learning_rate"),
+        ("text_encoder.network_dim", "text_encoder.rank"),
+        ("validation.steps", "validation.num_steps"),
         # nothing of others: the nearest of ours, in the same section first
         ("adapter.rnak", "adapter.rank"),
         ("text_encoder.rnak", "text_encoder.rank"),

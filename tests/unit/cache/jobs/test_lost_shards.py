@@ -55,7 +55,6 @@ def test_what_the_driver_can_read_is_put_back_unchanged_where_the_node_has_read_
     "report",
     [
         ShardReport("latents/other", num=4, node="node-8"),  # of another node
-        ShardReport("latents/other", num_there=4),  # nothing was read
         ShardReport("latents/other", node="node-7"),  # nothing could be decoded
     ],
 )
@@ -73,3 +72,12 @@ def test_twenty_shards_may_be_put_back(shard):
         lost.without_the_faulty(item, unreadable(shard, name=f"latents/{number}"))
     with pytest.raises(CacheError, match="node node-7 cannot read"):
         lost.without_the_faulty(item, unreadable(shard, name="latents/20"))
+
+
+def test_beside_another_job_a_node_of_which_nothing_has_come_may_stumble_once(shard):
+    """What the other job has written, no node reads images for."""
+    lost, item = LostShards([]), packed(asdict(shard))
+    lost.finished(ShardReport("latents/other", num_there=4))
+    assert lost.without_the_faulty(item, unreadable(shard, name="latents/0")) == item
+    with pytest.raises(CacheError, match="node node-7 cannot read"):
+        lost.without_the_faulty(item, unreadable(shard, name="latents/1"))

@@ -490,6 +490,43 @@ def test_an_error_beside_the_others_is_the_jobs(many, work):
     assert set(names) >= set(work.rows)
 
 
+def test_where_the_run_stops_what_is_encoded_beside_the_others_stops_too(many, work):
+    """First one shard is encoded again, then two others; in the first of these two the run stops."""
+    plan = plan_of(many)
+    shards = list(plan.latent_shards())
+    for shard in shards[:3]:
+        work.told[shard.keys[0]] = "No such file or directory"
+        Path(shard.records[0].path).unlink()
+    others_told, stopped, again = threading.Event(), threading.Event(), []
+
+    def before_row(shard):
+        if "without" in shard:  # of a job beside the wave
+            again.append(shard["name"])
+            (others_told if len(again) == 1 else stopped).wait(20)
+        elif shard["name"] == shards[3].name:
+            others_told.set()
+            wait_until(lambda: work.rows.count(shards[0].name) == 2)
+            time.sleep(0.3)  # its thread ends
+        elif shard["name"] == shards[4].name:
+            wait_until(lambda: len(again) > 1)
+
+    class Stopped(Exception):
+        pass
+
+    def progress(stage, done, total):
+        if len(again) > 1:
+            raise Stopped
+
+    work.before_row = before_row
+    with pytest.raises(Stopped):
+        encode_latents(many, plan, progress, Clock(), [], reserved=Reserved(1.0, 0.0))
+    num_threads = threading.active_count()
+    stopped.set()
+    wait_until(lambda: threading.active_count() < num_threads)
+    assert threading.active_count() < num_threads
+    assert again == [shard.name for shard in shards[:2]]  # and not the third
+
+
 def test_otherwise_it_is_encoded_after_the_others(many, work, monkeypatch):
     in_order(monkeypatch)
     plan = plan_of(many)
