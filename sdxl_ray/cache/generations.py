@@ -34,6 +34,10 @@ MANIFEST = "manifest.json"
 _USED = "used"
 FILES = (index.FILE_NAME, MANIFEST, SKIPPED, _USED)
 _MARK_EVERY_S = 3600.0  # `--prune` keeps what was used within a day, whatever it is told
+_NOT_MARKED = (
+    "{} cannot be marked as in use here (read-only): a --prune of its owner does not see this run, and may delete what "
+    "it reads once nobody else has used it for --keep-days"
+)
 
 
 def begin(plan: CachePlan) -> Folder | None:
@@ -49,20 +53,25 @@ def begin(plan: CachePlan) -> Folder | None:
     return plan.folder
 
 
-def finish(plan: CachePlan, begun: Folder | None = None) -> None:
+def finish(plan: CachePlan, begun: Folder | None = None) -> tuple[str, ...]:
     """After encoding: index, list of skipped images and manifest. Where all are there, only their date is new, and
-    where nobody can write, they stay as they are.
+    whoever may only read them leaves them as they are.
 
     Args:
         begun: what `begin` has made for this plan. Images that turned out damaged have made it another plan since.
 
+    Returns:
+        what a person may want to know.
+
     Raises:
         StorageError: the disk is full or read-only, or the bucket refuses.
     """
-    folder = plan.folder
+    folder, notes = plan.folder, tuple[str, ...]()
     if _is_finished(plan):
-        with contextlib.suppress(StorageError):
+        try:
             _mark_used(folder)
+        except StorageError:
+            notes = (_NOT_MARKED.format(folder.path),)
     else:
         if not _has_index(plan):
             index.write_index(plan.index_path, index_tables(plan))
@@ -71,6 +80,7 @@ def finish(plan: CachePlan, begun: Folder | None = None) -> None:
     if begun is not None and begun.path != folder.path:
         with contextlib.suppress(OSError, StorageError):
             _discard(begun)
+    return notes
 
 
 @contextlib.contextmanager
@@ -80,7 +90,7 @@ def in_use(index_path: str) -> Iterator[None]:
 
     def work() -> None:
         while not done.wait(_MARK_EVERY_S):
-            with contextlib.suppress(OSError, StorageError):  # of a cache that nobody can write, nobody deletes
+            with contextlib.suppress(OSError, StorageError):  # `finish` has told who cannot write
                 if folder.exists(index.FILE_NAME):
                     _mark_used(folder)
 
@@ -92,8 +102,8 @@ def in_use(index_path: str) -> Iterator[None]:
 
 
 def _discard(begun: Folder) -> None:
-    """Unless it is what another process has finished."""
-    if begun.exists(MANIFEST):
+    """Unless another process has finished it, or counts on it: of a folder that it finds, `begin` marks the use."""
+    if begun.exists(MANIFEST) or begun.exists(_USED):
         return
     for name in FILES:
         begun.delete(name)

@@ -215,41 +215,51 @@ def prune(cache: str, *, keep_days: float, dry_run: bool) -> Pruned:
     mentions an entry, and files that are no shards. What is younger than a day stays: its job may still be running,
     and marks what it uses each hour.
 
-    A shard with one entry in use stays whole.
+    A shard with one entry in use stays whole, and one without entries for `keep_days`: it says that a shard is done,
+    and a run may wait for it. A run that cannot write to the cache cannot mark what it uses: it is not seen here.
 
     Raises:
-        CacheError: there is no cache; an index cannot be read, so that nobody knows what it uses. Nothing is deleted.
+        CacheError: there is no cache; an index cannot be read, so that nobody knows what it uses. No shard is deleted.
     """
     store = _open(cache)
-    folder, now = store.folder, time.time()
-    kept_days = max(keep_days, _YOUNG_S / DAY_S)
-    used, old = np.empty(0, KEY_DTYPE), _leftovers(folder, kept_days)
-    for found in _indexes(folder):
-        if found.problem:
-            raise CacheError(
-                f"{folder.path}/datasets/{found.name}/{index.FILE_NAME}: {found.problem}, so that nobody knows what it "
-                "uses. Nothing was deleted. Delete its folder, and run `sdxl-ray cache` for its dataset."
-            )
-        if found.days_unused > kept_days:
-            old.append(found.name)
-        else:
-            used = np.union1d(used, found.keys)
-    in_use = _in_use(store, np.isin(store.keys, used))
-    unused = {name for name, needed in zip(store.names, in_use.tolist(), strict=True) if not needed} | set(
-        store.damaged
-    )
-    entries = {entry.name: entry for entry in [*folder.list("latents"), *folder.list("text")]}
-    shards = sorted(name for name in unused if name in entries and now - entries[name].mtime_ns / 1e9 > _YOUNG_S)
+    folder, kept_days = store.folder, max(keep_days, _YOUNG_S / DAY_S)
+    old = _old(folder, kept_days)
+    shards, entries = _unused(store, old, kept_days)
     if not dry_run:
+        # Reading all indexes takes a while: a run may have begun to use something since.
+        old = sorted(set(old) & set(_old(folder, kept_days)))
+        for name in old:
+            for entry in folder.list(f"datasets/{name}"):
+                folder.delete(entry.name)
+        shards, entries = _unused(store, (), kept_days)
         for name in shards:
             folder.delete(name)
             if name + DAMAGED_SUFFIX in entries:
                 folder.delete(name + DAMAGED_SUFFIX)
-        for name in old:
-            for entry in folder.list(f"datasets/{name}"):
-                folder.delete(entry.name)
         _remove_empty_folders(folder, old)
     return Pruned(shards, old, sum(entries[name].size for name in shards) / GIB)
+
+
+def _unused(store: ShardStore, old: Sequence[str], kept_days: float) -> tuple[list[str], dict[str, FileEntry]]:
+    """The shards that no dataset needs but those of the folders `old`; and all files beside them."""
+    folder, used = store.folder, np.empty(0, KEY_DTYPE)
+    for found in _indexes(folder):
+        if found.problem:
+            raise CacheError(
+                f"{folder.path}/datasets/{found.name}/{index.FILE_NAME}: {found.problem}, so that nobody knows what it "
+                "uses. No shard was deleted. Delete its folder, and run `sdxl-ray cache` for its dataset."
+            )
+        if found.name not in old:
+            used = np.union1d(used, found.keys)
+    in_use = _in_use(store, np.isin(store.keys, used))
+    num_entries = np.bincount(store.shard_numbers, minlength=len(store.names))
+    kept_s: dict[str, float] = dict.fromkeys(store.damaged, _YOUNG_S)
+    for name, needed, num in zip(store.names, in_use.tolist(), num_entries.tolist(), strict=True):
+        if not needed:
+            kept_s[name] = _YOUNG_S if num else kept_days * DAY_S
+    entries, now = {entry.name: entry for entry in [*folder.list("latents"), *folder.list("text")]}, time.time()
+    shards = [name for name, kept in kept_s.items() if name in entries and now - entries[name].mtime_ns / 1e9 > kept]
+    return sorted(shards), entries
 
 
 def _remove_empty_folders(folder: Folder, emptied: Sequence[str]) -> None:
@@ -287,14 +297,14 @@ def _days_unused(files: Iterable[FileEntry]) -> float:
     return (time.time() - max(file.mtime_ns for file in files) / 1e9) / DAY_S
 
 
-def _leftovers(folder: Folder, days: float) -> list[str]:
-    """Folders with files of ours and no index, of runs that were refused."""
-    return [
-        name
-        for name, files in _files(folder).items()
-        if {file.name.rpartition("/")[2] for file in files} <= {*generations.FILES} - {index.FILE_NAME}
-        and _days_unused(files) > days
-    ]
+def _old(folder: Folder, days: float) -> list[str]:
+    """Folders that no run has used for so long: with an index, or only files of ours, of runs that were refused."""
+    old = []
+    for name, files in _files(folder).items():
+        inside = {file.name.rpartition("/")[2] for file in files}
+        if (index.FILE_NAME in inside or inside <= {*generations.FILES}) and _days_unused(files) > days:
+            old.append(name)
+    return old
 
 
 def _indexes(folder: Folder) -> Iterator[_Found]:

@@ -105,7 +105,7 @@ def build_cache(
         with in_use(plan.index_path):
             connect()
             encode_missing(config, plan, progress, clock)
-    finish(plan, begun)
+    notes = finish(plan, begun)
     return CacheResult(
         index_path=plan.index_path,
         num_samples=plan.num_samples,
@@ -122,7 +122,7 @@ def build_cache(
         num_tiled=clock.counts["tiled"],
         num_tried=num_tried,
         num_there=clock.counts["there"],
-        notes=tuple(plan.collection.notes),
+        notes=(*plan.collection.notes, *notes),
         background=background,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import math
@@ -20,9 +21,11 @@ from sdxl_ray.records import Problem
 if TYPE_CHECKING:
     from sdxl_ray.cache.planning import CachePlan
     from sdxl_ray.config.schema import DatasetSection
+    from sdxl_ray.storage import Folder
 
 FILE_NAME = "skipped.csv"
 _SHOWN = 20
+_PIECE_BYTES = 2**20
 _TRIED_AT_LEAST = 20
 _ACCIDENT = 1e-6  # the probability below which it is none
 _TRIED_AT_MOST = 100_000  # they tell what the others are like; more would take memory
@@ -308,17 +311,30 @@ def write_skipped(plan: CachePlan, *, also: Sequence[Skipped] = ()) -> None:
 
 
 def is_listed(plan: CachePlan) -> bool:
-    """Whether skipped.csv says all this already.
+    """Whether skipped.csv says all this already, in any order: what turned out damaged while it was encoded is at the
+    end of that run's list, and among the others in the next.
 
     Raises:
         OSError, StorageError: it cannot be read; FileNotFoundError, it is not there.
     """
+    return _sum_of(_pieces(plan.folder)) == _sum_of(_csv_of(plan.skipped))
+
+
+def _pieces(folder: Folder) -> Iterator[bytes]:
     at = 0
-    for piece in _csv_of(plan.skipped):
-        if plan.folder.read_range(FILE_NAME, at, len(piece)) != piece:
-            return False
+    while piece := folder.read_range(FILE_NAME, at, _PIECE_BYTES):
+        yield piece
         at += len(piece)
-    return not plan.folder.read_range(FILE_NAME, at, 1)
+
+
+def _sum_of(pieces: Iterable[bytes]) -> tuple[int, int]:
+    """The number of lines and the sum of their hashes, which their order does not change."""
+    num, total, rest = 0, 0, b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        num += len(lines)
+        total += sum(int.from_bytes(hashlib.blake2b(line, digest_size=16).digest(), "big") for line in lines)
+    return (num, total) if not rest else (-1, 0)  # cut short
 
 
 def _csv_of(items: Iterable[Skipped]) -> Iterator[bytes]:

@@ -187,6 +187,18 @@ def test_what_another_process_has_finished_stays(config):
     assert {"index.parquet", "manifest.json"} <= {path.name for path in Path(begun.path).iterdir()}
 
 
+def test_what_another_process_counts_on_stays(config):
+    plan = plan_of(config)
+    begun = begin(plan)
+    assert begin(plan_of(config)) is None  # the other one, which encodes still
+    fill(plan)
+    drop_undecodable(plan, {samples_of(plan)[0].latent_keys[0]: Skipped("00.png", "cut")})
+    plan.store.refresh()
+    find_missing(plan)
+    finish(plan, begun)
+    assert {path.name for path in Path(begun.path).iterdir()} == {"index.parquet", "used"}
+
+
 def test_jobs_that_begin_and_finish_at_once_do_each_other_no_harm(config):
     fill(plan_of(config))
     errors = []

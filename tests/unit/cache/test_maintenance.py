@@ -422,6 +422,34 @@ def test_datasets_that_no_run_has_used_for_long_go_with_what_only_they_need(conf
     assert missing(plan_of(config, dataset__resolution=128)) == (9, 0)
 
 
+def test_what_a_run_has_begun_to_use_meanwhile_stays(config, cache, monkeypatch):
+    cached(config)
+    age(cache, 31)
+    before, look = files(cache), maintenance._unused
+
+    def slowly(*args):
+        found = look(*args)
+        monkeypatch.setattr(maintenance, "_unused", look)
+        finish(plan_of(config))
+        return found
+
+    monkeypatch.setattr(maintenance, "_unused", slowly)
+    found = prune(str(cache), keep_days=30, dry_run=False)
+    assert (found.shards, found.datasets) == ([], [])
+    assert before <= files(cache)
+
+
+def test_a_shard_without_entries_stays_since_a_run_may_wait_for_it(config, cache):
+    cached(config)
+    name = "latents/64x64/empty.safetensors"
+    write_shard(open_folder(str(cache)), name, (), {"mean": torch.zeros(0, 4)}, {})
+    age(cache, 29)
+    assert prune(str(cache), keep_days=30, dry_run=False).shards == []
+    finish(plan_of(config))
+    age(cache, 2)
+    assert prune(str(cache), keep_days=30, dry_run=False).shards == [name]
+
+
 def test_what_a_running_run_needs_stays_although_its_dataset_has_changed_since(config, cache, images):
     """Its copy of the index is in its own folder, which `--prune` does not know."""
     began = cached(config)
@@ -515,7 +543,7 @@ def test_where_an_index_cannot_be_read_nothing_is_deleted(config, cache, content
         prune(str(cache), keep_days=30, dry_run=False)
     assert str(error.value).startswith(f"{path}: cannot be read (")
     assert str(error.value).endswith(
-        "so that nobody knows what it uses. Nothing was deleted. Delete its folder, and run `sdxl-ray cache` for its "
+        "so that nobody knows what it uses. No shard was deleted. Delete its folder, and run `sdxl-ray cache` for its "
         "dataset."
     )
     assert files(cache) == before

@@ -425,6 +425,9 @@ def test_a_complete_cache_may_lie_where_nobody_can_write(config, jobs, images, r
     result = build_cache(config, connect=lambda: pytest.fail("nothing is missing"))
     assert index_of(result) == index_of(first)
     assert load_data(config, result.index_path)
+    assert first.notes == ()
+    (note,) = result.notes
+    assert note.startswith(f"{Path(first.index_path).parent} cannot be marked as in use here (read-only): a --prune")
 
 
 @pytest.mark.parametrize("change", ["a caption", "another prompt", "a skipped image", "a missing shard"])

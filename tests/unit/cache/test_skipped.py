@@ -266,6 +266,8 @@ def test_the_list_of_them_is_never_whole_in_memory(config, monkeypatch):
     content = Path(plan.skipped_path).read_bytes()
     assert len(list(csv.reader(io.StringIO(content.decode(), newline="")))) == 30_001
     assert peak < 10_000 * 1000
+    plan.collection.skipped = SkippedImages(reversed(list(some(30_000))))  # what was found late is at the end
+    assert is_listed(plan)
     plan.collection.skipped.append(Skipped("one more.png", "too small", "a", by_choice=True))
     assert not is_listed(plan)
     Path(plan.skipped_path).write_bytes(content.replace(b"1.png", b"2.png"))
