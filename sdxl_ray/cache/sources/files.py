@@ -118,7 +118,10 @@ def names_below(root: str) -> Iterator[str]:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir():
+                    is_folder = False
+                    with contextlib.suppress(OSError):  # a link to itself
+                        is_folder = entry.is_dir()
+                    if is_folder:
                         waiting.append(f"{folder}{entry.name}/")
                     else:
                         yield f"{folder}{entry.name}"

@@ -78,7 +78,7 @@ def find_layout(section: DatasetSection) -> Layout:
     return _of_folder(section, path)
 
 
-def _of_files(section: DatasetSection, files: _Files) -> Layout:
+def _of_files(section: DatasetSection, files: _Files, *, of_repository: str = "") -> Layout:
     kinds = {kind_of(path) for path, _ in files}
     first = files[0][0]
     if len(files) == 1 and kinds & {"", "folder"} and not is_pattern(section.path):
@@ -89,7 +89,7 @@ def _of_files(section: DatasetSection, files: _Files) -> Layout:
             f"tables ({' '.join(TABLE_SUFFIXES)}). For images, give their folder."
         )
     kind = _agreed(section, kinds.pop())
-    return Layout(kind, _root_of(section.path), of_split(section, files))
+    return Layout(kind, _root_of(section.path), of_split(section, files, root=of_repository))
 
 
 def _agreed(section: DatasetSection, kind: str) -> str:
@@ -141,7 +141,7 @@ def _of_folder(section: DatasetSection, root: str) -> Layout:
     chosen = [(storage.join(root, entry.name), entry) for entry in files if kind_of(entry.name) == wanted]
     if not chosen:
         raise DatasetError(f'{setting_of(section)}: {root} holds no files for dataset.format = "{wanted}".')
-    return Layout(wanted, root, of_split(section, chosen, of_hub=is_clone), within=root)
+    return Layout(wanted, root, of_split(section, chosen, root=root, of_hub=is_clone), within=root)
 
 
 _FRONT_MATTER = re.compile(rb"---\s*\n(?:.*\n)??(?:dataset_info|configs)\s*:", re.DOTALL)
@@ -273,7 +273,7 @@ def _of_hub(section: DatasetSection) -> Layout:
     root, pattern = hub_address(section.path, section.revision)
     if pattern:
         located = section.model_copy(update={"path": storage.join(root, pattern)})
-        return _of_files(section, find_files(located))
+        return _of_files(section, find_files(located), of_repository=root)
     files = storage.open_folder(root).list()
     if not files:
         raise DatasetError(

@@ -68,11 +68,13 @@ def of_split(
     section: DatasetSection,
     files: Sequence[tuple[str, FileEntry]],
     *,
+    root: str = "",
     of_hub: bool = False,
 ) -> list[tuple[str, FileEntry]]:
     """Those of dataset.split, of (path, entry); all of them where no name tells one.
 
     Args:
+        root: what the paths begin with and tells nothing: a clone may lie below a folder called "dev".
         of_hub: every part of a name tells, and what tells no split is left out beside what does. Otherwise a pattern
             may be of another split than "train", where dataset.split is not set.
 
@@ -81,9 +83,14 @@ def of_split(
     """
     if not section.split:
         return list(files)
-    tell = split_of if of_hub or section.path.startswith("hf://") else _of_shard
+    prefix = f"{storage.split_options(root)[0].rstrip('/')}/" if root else ""
+    by_name = split_of if of_hub or section.path.startswith("hf://") else _of_shard
+
+    def tell(path: str) -> str:
+        return by_name(path.removeprefix(prefix))
+
     wanted = _canonical(section.split)
-    told = {tell(name) for name, _ in files}
+    told = {tell(path) for path, _ in files}
     others = sorted(told - {""})
     if wanted in told:
         kept = [file for file in files if tell(file[0]) in ((wanted,) if of_hub else (wanted, ""))]
@@ -148,16 +155,14 @@ def split_folder(section: DatasetSection, root: str, image: str, *, is_clone: bo
         return ""
     if image and "/" not in image and not is_clone and not _is_set(section):
         return ""  # known without listing a bucket again
-    for parent in (root, storage.join(root, "data")):
-        if is_clone:
-            folder = storage.join(parent, section.split)
-            if _is_folder(folder):
-                return folder
-            continue
-        found = _chosen(section, parent)
-        if found:
-            return found
-    return ""
+    data = storage.join(root, "data")
+    if is_clone:
+        folders = [storage.join(parent, section.split) for parent in (root, data)]
+        return next(filter(_is_folder, folders), "")
+    found = _chosen(section, root)
+    if found or (not _is_set(section) and _holds_other_data(root)):
+        return found
+    return _chosen(section, data)
 
 
 def _chosen(section: DatasetSection, parent: str) -> str:
@@ -199,6 +204,15 @@ def _level(folder: str) -> Iterator[tuple[str, bool]]:
                 with contextlib.suppress(OSError):  # a link to itself
                     is_folder = entry.is_dir()
                 yield entry.name, is_folder
+
+
+def _holds_other_data(root: str) -> bool:
+    """Whether there is something to train on beside `data/`."""
+    return any(
+        _holds_data(storage.join(root, name)) if is_folder else bool(kind_of(name))
+        for name, is_folder in _level(root)
+        if (name, is_folder) != ("data", True)
+    )
 
 
 def _holds_data(folder: str) -> bool:

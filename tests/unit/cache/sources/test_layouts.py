@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 
@@ -7,6 +8,8 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 
 from sdxl_ray import storage
+from sdxl_ray.cache.sources import files
+from sdxl_ray.cache.sources.files import names_below
 from sdxl_ray.cache.sources.layouts import hub_address
 from sdxl_ray.cache.sources.splits import split_of
 from sdxl_ray.errors import DatasetError, StorageError
@@ -122,6 +125,19 @@ def test_a_clone_of_a_dataset_with_splits(tmp_path):
         listed(tmp_path, split="validation")
 
 
+@pytest.mark.parametrize("above", ["dev", "test/sets", "training", "my-eval"])
+def test_the_folders_above_a_clone_tell_no_split(tmp_path, above):
+    root = tmp_path / above / "cats"
+    for name in ("train", "test", "part"):
+        write_table(root / f"{name}.parquet", {"image": [name.encode()]})
+    (root / "README.md").write_text(CARD)
+    assert contents(listed(root)) == [b"train"]
+    assert contents(listed(root, split="test")) == [b"test"]
+    (root / "train.parquet").unlink()
+    (root / "test.parquet").unlink()
+    assert contents(listed(root)) == [b"part"]
+
+
 def test_a_clone_with_folders_of_images(tmp_path):
     write(tmp_path, "train/a.jpg", "test/b.jpg")
     (tmp_path / "README.md").write_text(CARD)
@@ -197,6 +213,32 @@ def test_folders_called_like_splits_and_nothing_beside_them(tmp_path, parent):
     write(tmp_path, f"{parent}extra/c.jpg")
     assert len(listed(tmp_path)) == 3  # "train" is meant only where it is plain
     assert contents(listed(tmp_path, split="validation")) == [val]
+
+
+@pytest.mark.parametrize("beside", ["extra/c.jpg", "c.jpg", "0.tar"])
+def test_folders_of_splits_below_data_with_something_beside_it(tmp_path, beside):
+    """The word is chosen where it is plain, and nothing is left out that no note tells of."""
+    write(tmp_path, "data/train/a.jpg", "data/val/b.jpg", beside)
+    settings = {"format": "folder"} if beside.endswith(".tar") else {}
+    assert len(listed(tmp_path, **settings)) == (2 if settings else 3)
+    assert contents(listed(tmp_path, split="validation", **settings)) == [b"data/val/b.jpg"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_link_to_itself_hides_nothing(tmp_path, first, monkeypatch):
+    write(tmp_path, "train/a.jpg", "val/b.jpg", "extra/c.jpg")
+    (tmp_path / "extra" / "loop").symlink_to("loop")
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def in_order(path):
+        with scandir(path) as entries:
+            yield iter(sorted(entries, key=lambda entry: (entry.name == "loop") != first))
+
+    monkeypatch.setattr(files.os, "scandir", in_order)
+    assert list(names_below(str(tmp_path / "extra"))) == (["loop", "c.jpg"] if first else ["c.jpg", "loop"])
+    monkeypatch.undo()
+    assert len(listed(tmp_path)) == 3
 
 
 def test_folders_of_splits_with_their_own_tables(tmp_path):
@@ -400,6 +442,16 @@ def test_parquet_of_the_hub(hub):
         DatasetError, match=r'hf://org/cats has no split "dev"\. It has test, train\. Set dataset\.split'
     ):
         listed("hf://org/cats", split="dev")
+
+
+@pytest.mark.parametrize("name", ["cats-train", "my-test-set"])
+def test_a_repositorys_name_tells_no_split(hub, name):
+    root = hub.parent / name
+    for split in ("train", "test"):
+        write_table(root / f"{split}.parquet", {"image": [split.encode()]})
+    for path in (f"hf://org/{name}", f"hf://org/{name}/*.parquet"):
+        assert contents(listed(path)) == [b"train"]
+        assert contents(listed(path, split="test")) == [b"test"]
 
 
 def test_the_stamp_changes_with_the_content(hub):
