@@ -77,7 +77,7 @@ def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
         with open_local(local) as file:
             file.seek(offset)
             return file.read(length)
-    with cloud_errors(path, "reading"), open_arrow(path) as file:
+    with open_arrow(path) as file, cloud_errors(path, "reading"):  # side by side: a wait is told of as one of the two
         size = file.size()
         return bytes(
             file.read_at(max(0, size - offset if length < 0 else min(length, size - offset)), min(offset, size))
