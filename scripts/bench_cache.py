@@ -107,7 +107,8 @@ def bench_decode(options: argparse.Namespace) -> Table:
 
     from sdxl_ray.cache.jobs.actors import decode_shard
     from sdxl_ray.cache.jobs.pools import Node, share_cluster
-    from sdxl_ray.cache.jobs.ray_jobs import quiet
+    from sdxl_ray.cache.jobs.ray_rows import quiet
+    from sdxl_ray.cache.jobs.reports import packed, unpacked
     from sdxl_ray.cache.pipeline import build_cache
     from sdxl_ray.connection import connect
 
@@ -119,10 +120,10 @@ def bench_decode(options: argparse.Namespace) -> Table:
         (Path(folder) / "once").mkdir()
         once = argparse.Namespace(**{**vars(options), "copies": 1})
         items = [
-            {"shard": json.dumps(asdict(shard))}
+            {"shard": packed(asdict(shard))}
             for shard in _plan(_config(Path(folder) / "once", once, model=model)).latent_shards()
         ]
-        num = sum(len(json.loads(item["shard"])["keys"]) for item in items)
+        num = sum(len(unpacked(item["shard"])["keys"]) for item in items)
         with multiprocessing.get_context("forkserver").Pool(cores, initializer=_warm) as pool:
             pool.map(_nothing, range(4 * cores))  # every worker has started and imported
             bare = num / _timed(lambda: pool.map(_decode, items, chunksize=1))

@@ -6,7 +6,6 @@ Heavy imports are inside the functions, since every worker process imports this 
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import pickle
 import tempfile
@@ -101,9 +100,9 @@ def encode_without_ray(config: Any, plan: Any) -> None:
         **arguments, fingerprint=plan.vae_fingerprint, dtype=config.cache.vae_dtype, compile=config.cache.compile
     )
     wait([write_text.loading, write_latents.loading])  # transformers' loading changes torch for as long as it lasts
-    results = [write_text({"shard": [json.dumps(asdict(shard))]}) for shard in plan.text_shards()]
+    results = [write_text({"shard": [reports.packed(asdict(shard))]}) for shard in plan.text_shards()]
     for shard in plan.latent_shards():
-        decoded = actors.decode_shard({"shard": json.dumps(asdict(shard))})
+        decoded = actors.decode_shard({"shard": reports.packed(asdict(shard))})
         results.append(write_latents({name: [value] for name, value in decoded.items()}))
     for result in results:
         reports.raise_error(reports.ShardReport.from_row(result).error)

@@ -114,7 +114,7 @@ def test_an_image_that_is_gone_when_it_is_decoded_is_skipped(config, photographs
 def test_an_image_that_only_a_node_cannot_read_is_an_error(config, monkeypatch):
     """As on a node that does not see the folder: not a skip, which would train on fewer images without a word."""
 
-    def decode(row):  # made here, so that it travels by value
+    def decode(row, cache=""):  # made here, so that it travels by value
         from sdxl_ray.cache.jobs import actors
 
         load = actors.load_image
@@ -126,7 +126,7 @@ def test_an_image_that_only_a_node_cannot_read_is_an_error(config, monkeypatch):
 
         actors.load_image = load_some
         try:
-            return actors.decode_shard(row)
+            return actors.decode_shard(row, cache)
         finally:
             actors.load_image = load
 

@@ -73,7 +73,7 @@ def assert_each_once(cache: str) -> None:
 def decoder_that_dies_of(name: str):
     """Of an image of that name its process dies, as by a segmentation fault. Made here, so that it travels by value."""
 
-    def decode(row):
+    def decode(row, cache=""):
         import os
         import signal
 
@@ -88,7 +88,7 @@ def decoder_that_dies_of(name: str):
 
         actors.load_image = load_or_die
         try:
-            return actors.decode_shard(row)
+            return actors.decode_shard(row, cache)
         finally:
             actors.load_image = load
 

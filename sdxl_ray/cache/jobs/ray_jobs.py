@@ -20,19 +20,13 @@ import ray
 import ray.data
 
 from sdxl_ray import connection
-from sdxl_ray.cache.jobs.actors import (
-    ScanChunk,
-    WriteLatentShard,
-    WriteTextShard,
-    decode_shard,
-    files_as_row,
-    scanned_files,
-)
+from sdxl_ray.cache.jobs.actors import WriteLatentShard, WriteTextShard, decode_shard
 from sdxl_ray.cache.jobs.lost_shards import LostShards, Undecodable
 from sdxl_ray.cache.jobs.pools import Node, Share, share_cluster
 from sdxl_ray.cache.jobs.ray_rows import InThread, quiet, reports_of, rows_of
 from sdxl_ray.cache.jobs.reports import ShardReport
 from sdxl_ray.cache.jobs.room import Reserved, Room, marked
+from sdxl_ray.cache.jobs.scanning import ScanChunk, files_as_row, scanned_files
 from sdxl_ray.cache.jobs.waves import Wave, dataset_of, waves_of
 from sdxl_ray.cache.planning import CachePlan
 from sdxl_ray.cache.scan import ScannedFile, scan_each
@@ -70,6 +64,13 @@ class Clock:
         now = time.monotonic()
         self.stages[name] = self.stages.get(name, 0.0) + now - self._last
         self._last = now
+
+    def add(self, report: ShardReport, encoding: str) -> None:
+        """What workers did for a shard. `encoding`: the name for the time of those that encode."""
+        self.counts += Counter(there=report.num_there, long=report.long, tiled=report.tiled)
+        self.workers[encoding] += report.encode_s
+        if report.decode_s:
+            self.workers["decode"] += report.decode_s
 
 
 # ---- (1) scan: CPU tasks, for folders that are worth it --------------------------------------------------------------
@@ -130,19 +131,12 @@ def encode_text(
     }
     for wave, dataset in waves_of(plan.text_shards(), share, reserved):
         room = Room("text", share, reserved)
-        dataset = dataset.map_batches(
-            WriteTextShard,
-            fn_constructor_kwargs={**arguments, "began": room.encoding.set},
-            batch_size=1,
-            **_pool(config, share, len(wave)),
-        )
+        dataset = _written_by(WriteTextShard, arguments, dataset, room, config, len(wave))
         with contextlib.closing(room.watched(reports_of(dataset))) as reports:  # an error ends the job, and at once
             for report in reports:
                 num_encoded += report.num
                 done += report.num + report.num_there
-                clock.counts["there"] += report.num_there
-                clock.counts["long"] += report.long
-                clock.workers["encode_text"] += report.encode_s
+                clock.add(report, "encode_text")
                 progress("text", done, total)
     return num_encoded
 
@@ -172,10 +166,7 @@ def encode_latents(
             for report in reports:
                 num_encoded += report.num
                 done += report.num + report.num_there
-                clock.counts["there"] += report.num_there
-                clock.workers["encode"] += report.encode_s
-                clock.workers["decode"] += report.decode_s
-                clock.counts["tiled"] += report.tiled
+                clock.add(report, "encode")
                 progress("images", done, total - len(undecodable))
     return num_encoded
 
@@ -273,18 +264,13 @@ class _LatentJob:
         """Encode these shards, of which some may be lost: no report comes of them."""
         room = Room("images", self.share, self.reserved)
         dataset.context.max_errored_blocks = may_lose
-        cache, decode = self.config.cache.path, decode_shard
+        decode = functools.partial(decode_shard, cache=self.config.cache.path)
         dataset = dataset.map(
-            marked(lambda row: decode({**row, "cache": cache}), room.decoding, name="decode_shard"),
+            marked(decode, room.decoding, name="decode_shard"),
             num_cpus=self.share.cpus_per_decode,
             max_retries=_TASK_RETRIES,
         )
-        dataset = dataset.map_batches(
-            WriteLatentShard,
-            fn_constructor_kwargs={**self.arguments, "began": room.encoding.set},
-            batch_size=1,
-            **_pool(self.config, self.share, num_shards),
-        )
+        dataset = _written_by(WriteLatentShard, self.arguments, dataset, room, self.config, num_shards)
         reports = reports_of(dataset)
         yield from room.watched(reports) if is_wave else reports  # beside a wave, it waits until that is over
 
@@ -303,7 +289,11 @@ def encoder_arguments(config: Config, plan: CachePlan, share: Share | None = Non
     }
 
 
-def _pool(config: Config, share: Share, num_items: int) -> dict[str, Any]:
+def _written_by(
+    writer: type, arguments: Mapping[str, Any], dataset: ray.data.Dataset, room: Room, config: Config, num_shards: int
+) -> ray.data.Dataset:
+    """The dataset's shards through a pool of such actors."""
+    share = room.share
     needs: dict[str, Any] = {
         "num_cpus": share.cpus_per_actor,
         "max_restarts": _ACTOR_RETRIES,
@@ -316,8 +306,14 @@ def _pool(config: Config, share: Share, num_items: int) -> dict[str, Any]:
         needs["num_gpus"] = share.gpus_per_actor
         if config.cache.accelerator_type:
             needs["accelerator_type"] = config.cache.accelerator_type
-    num_actors, max_actors = (min(number, num_items) for number in (share.num_actors, share.max_actors))
-    return {"compute": ray.data.ActorPoolStrategy(min_size=num_actors, max_size=max_actors), **needs}
+    num_actors, max_actors = (min(number, num_shards) for number in (share.num_actors, share.max_actors))
+    return dataset.map_batches(
+        writer,
+        fn_constructor_kwargs={**arguments, "began": room.encoding.set},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=num_actors, max_size=max_actors),
+        **needs,
+    )
 
 
 def check_spare(reserved: Reserved) -> None:

@@ -53,10 +53,9 @@ def packed(shard: Mapping[str, Any]) -> bytes:
     return zlib.compress(json.dumps(shard).encode(), 1)
 
 
-def unpacked(shard: bytes | str) -> dict[str, Any]:
-    """What `packed` was given; also of JSON that was never packed."""
-    text = zlib.decompress(shard) if isinstance(shard, bytes) else str(shard)
-    fields: dict[str, Any] = json.loads(text)
+def unpacked(shard: bytes) -> dict[str, Any]:
+    """What `packed` was given."""
+    fields: dict[str, Any] = json.loads(zlib.decompress(shard))
     return fields
 
 
@@ -103,3 +102,11 @@ def raise_error(text: str) -> None:
     kind = getattr(errors, name, CacheError)
     told = kind(message if node == socket.gethostname() or node in message else f"on node {node}: {message}")
     raise told from (RuntimeError(f"on node {node}:\n{shown}") if shown else None)
+
+
+def unreadable_on_node(node: str, path: str, reason: str) -> CacheError:
+    """A node cannot read what the driver can."""
+    return CacheError(
+        f"node {node} cannot read {path}: {reason}. Is dataset.path the same folder on all machines, and allowed to "
+        "the user that Ray runs as? For a cloud address: do all nodes have the keys?"
+    )

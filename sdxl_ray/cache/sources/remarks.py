@@ -34,7 +34,7 @@ class Remarks:
         self.tables: list[str] = []
         self._section, self._root = section, root
         self._columns: dict[str, tuple[str, ...]] = {}  # of each of those
-        self._num_tables = self._num_opened = self._num_masks = 0
+        self._num_opened = self._num_masks = 0
         self._mask = ""  # the first
         self._mask_folders: list[str] = []
         self._numbered: dict[str, int] = {}  # name of a folder -> the number

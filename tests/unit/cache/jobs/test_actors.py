@@ -14,25 +14,19 @@ from sdxl_ray.cache import encode, reading
 from sdxl_ray.cache.images import load_pixels
 from sdxl_ray.cache.jobs import actors
 from sdxl_ray.cache.jobs.actors import (
-    ScanChunk,
     WriteLatentShard,
     WriteTextShard,
     decode_shard,
-    files_as_row,
     limit_threads,
-    listed_from,
-    scanned_files,
     torch_device,
 )
-from sdxl_ray.cache.jobs.reports import ShardReport, error_text, packed, raise_error, unpacked
+from sdxl_ray.cache.jobs.reports import ShardReport, packed, raise_error, unpacked
 from sdxl_ray.cache.masks import load_mask_file
 from sdxl_ray.cache.planning import TextShard
-from sdxl_ray.cache.scan import scan_file, scan_images
 from sdxl_ray.cache.shard_reader import MissingEntry, ShardReader
 from sdxl_ray.cache.shards import mark_damaged
 from sdxl_ray.cache.store import ShardStore
-from sdxl_ray.errors import CacheError, ClusterError, DatasetError, ModelError, StorageError
-from sdxl_ray.records import Listed
+from sdxl_ray.errors import CacheError, ModelError, StorageError
 from tests.unit.cache.planned import config_of, plan_of
 
 
@@ -41,27 +35,15 @@ def no_pauses(monkeypatch):
     monkeypatch.setattr(reading, "PAUSE_S", 0.0)
 
 
-@pytest.fixture
-def images(tmp_path):
-    """Three images of one bucket; the folder."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(3):
-        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"caption {number}")
-    return folder
-
-
 def work_item(images, model, **dataset):
     """(the one shard of these images, its work item)"""
     config = config_of(images.parent / "planned", model, images, max_unreadable=0.9, **dataset)
     (shard,) = plan_of(config).latent_shards()
-    return shard, {"shard": json.dumps(asdict(shard))}
+    return shard, {"shard": packed(asdict(shard))}
 
 
 def text_batch():
-    return {"shard": [json.dumps(asdict(TextShard("text/x.safetensors", ("0a" * 16,), ("a cat",))))]}
+    return {"shard": [packed(asdict(TextShard("text/x.safetensors", ("0a" * 16,), ("a cat",))))]}
 
 
 def settings(cache, model, actor=WriteLatentShard, **changes):
@@ -191,42 +173,7 @@ def test_a_shard_without_any_image_is_written_where_somebody_waits_for_it(images
     assert ShardStore(tmp_path / "cache").damaged == []
 
 
-# ---- errors in rows --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [CacheError, StorageError, ModelError, DatasetError, ClusterError])
-def test_an_error_comes_back_as_what_it_was(kind):
-    with pytest.raises(kind, match=r"^it went wrong$") as error:
-        raise_error(error_text(kind("it went wrong")))
-    assert type(error.value) is kind
-
-
-def test_an_error_of_another_machine_names_it(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(socket, "gethostname", lambda: "node-7")
-        text = error_text(ModelError("no token"))
-    with pytest.raises(ModelError, match=r"^on node node-7: no token$"):
-        raise_error(text)
-
-
-def test_no_error():
-    assert raise_error("") is None
-
-
-def test_a_report_travels_as_a_row_of_ray_data():
-    report = ShardReport("latents/x", num=3, skipped=({"path": "x", "reason": "y"},), unreadable={"key": "k"}, tiled=1)
-    row = report.to_row()
-    assert all(isinstance(column, np.ndarray) and len(column) == 1 for column in row.values())
-    assert (
-        ShardReport.from_row(row) == ShardReport.from_row({name: column[0] for name, column in row.items()}) == report
-    )
-
-
-def test_a_work_item_is_packed_to_a_fraction_and_comes_out_the_same(images, tiny_model):
-    fields = {**asdict(work_item(images, tiny_model)[0]), "without": ["ä"]}
-    plain = json.dumps(fields)
-    assert unpacked(packed(fields)) == unpacked(plain) == json.loads(plain)
-    assert len(packed(fields)) < len(plain) / 2
+# ---- errors in reports -----------------------------------------------------------------------------------------------
 
 
 def batch_of(actor, images, model):
@@ -291,11 +238,10 @@ def test_the_encoder_is_loaded_once(tmp_path, tiny_model, monkeypatch):
 def test_a_shard_of_images_that_is_there_by_now_is_not_decoded(images, tmp_path, tiny_model, monkeypatch):
     shard, row = work_item(images, tiny_model)
     cache = tmp_path / "cache"
-    row = {**row, "cache": str(cache)}
-    assert encoded(decode_shard(row), cache, tiny_model).num == 3
+    assert encoded(decode_shard(row, str(cache)), cache, tiny_model).num == 3
     written = (cache / shard.name).stat().st_mtime_ns
     monkeypatch.setattr(actors, "load_image", lambda record: pytest.fail("decoded"))
-    result = encoded(decode_shard(row), cache, tiny_model, write_empty=True)
+    result = encoded(decode_shard(row, str(cache)), cache, tiny_model, write_empty=True)
     assert (result.name, result.num, result.num_there, result.error) == (shard.name, 0, 3, "")
     assert (cache / shard.name).stat().st_mtime_ns == written
 
@@ -303,9 +249,9 @@ def test_a_shard_of_images_that_is_there_by_now_is_not_decoded(images, tmp_path,
 def test_without_any_image_left_an_empty_shard_replaces_no_whole_one(images, tmp_path, tiny_model):
     shard, row = work_item(images, tiny_model)
     cache = tmp_path / "cache"
-    encoded(decode_shard(row), cache, tiny_model)
-    row = {"shard": packed({**asdict(shard), "without": list(shard.keys)}), "cache": str(cache)}
-    assert encoded(decode_shard(row), cache, tiny_model, write_empty=True).num_there == 0
+    encoded(decode_shard(row, str(cache)), cache, tiny_model)
+    row = {"shard": packed({**asdict(shard), "without": list(shard.keys)})}
+    assert encoded(decode_shard(row, str(cache)), cache, tiny_model, write_empty=True).num_there == 0
     assert len(ShardStore(cache)) == 3
 
 
@@ -324,7 +270,6 @@ def of_two_images(path, cache, decoded, model):
 def test_what_is_there_but_not_whole_is_encoded_again(images, tmp_path, tiny_model, monkeypatch, spoil):
     shard, row = work_item(images, tiny_model)
     cache = tmp_path / "cache"
-    row = {**row, "cache": str(cache)}
     decoded = decode_shard(row)
     encoded(decoded, cache, tiny_model)
     path = cache / shard.name
@@ -339,7 +284,7 @@ def test_what_is_there_but_not_whole_is_encoded_again(images, tmp_path, tiny_mod
         assert len(ShardStore(cache)) == 2
     else:
         path.write_bytes(path.read_bytes().replace(b'"sdxl_ray.version":"3"', b'"sdxl_ray.version":"2"'))
-    result = encoded(decode_shard(row), cache, tiny_model)
+    result = encoded(decode_shard(row, str(cache)), cache, tiny_model)
     assert (result.num, result.num_there, result.error) == (3, 0, "")
     store = ShardStore(cache)
     assert (len(store), store.damaged, store.marked, store.other_versions) == (3, [], {}, [])
@@ -368,7 +313,7 @@ def told(row, cache, model):
     """Of the image that a node could not read; nothing of its shard is written then."""
     result = encoded(decode_shard(row), cache, model)
     assert (result.error, result.skipped, result.num) == ("", (), 0)
-    assert result.name == json.loads(row["shard"])["name"]
+    assert result.name == unpacked(row["shard"])["name"]
     assert len(ShardStore(cache)) == 0
     found = result.unreadable
     assert found["node"] == socket.gethostname()
@@ -384,7 +329,7 @@ def test_an_image_that_this_node_cannot_read_is_for_the_driver_to_look_at(images
 def test_images_that_the_work_item_is_to_be_done_without_are_not_looked_at(images, tmp_path, tiny_model):
     shard, row = work_item(images, tiny_model)
     (images / "1.png").unlink()
-    row = {"shard": json.dumps({**json.loads(row["shard"]), "without": [shard.keys[1]]})}
+    row = {"shard": packed({**unpacked(row["shard"]), "without": [shard.keys[1]]})}
     result = encoded(decode_shard(row), tmp_path / "cache", tiny_model)
     assert (result.num, result.skipped, result.unreadable) == (2, (), None)
     store = ShardStore(tmp_path / "cache")
@@ -496,75 +441,6 @@ def test_an_image_that_is_damaged_or_changed_is_a_skip(images, tmp_path, tiny_mo
     assert [skipped[name]["kind"] for name in ("1.png", "2.png")] == ["damaged", "changed"]
     store = ShardStore(tmp_path / "cache")
     assert [store.shard_of(key) is not None for key in shard.keys] == [True, False, False]
-
-
-# ---- scanning --------------------------------------------------------------------------------------------------------
-
-
-def scanned_on_a_node(files, trusted, first=0):
-    row = ScanChunk(10**6)(files_as_row(first, files, trusted))
-    return {name: np.array([value])[0] for name, value in row.items()}  # as Ray Data hands it on
-
-
-def test_a_work_item_says_all_that_a_scan_needs():
-    files = [
-        Listed("/a\nb 😺.png", "1-2"),
-        Listed("x", "3", address="row:1:image:/x", original_hw=(3, 4), text_file="t", texts=("a",)),
-    ]
-    found = listed_from(files_as_row(7, files, [False, True])["files"])
-    assert found == [
-        (Listed("/a\nb 😺.png", "1-2"), False),
-        (Listed("x", "3", address="row:1:image:/x", original_hw=(3, 4)), True),
-    ]
-
-
-def test_a_scan_on_the_nodes_finds_what_a_scan_here_finds(images):
-    (images / "bad.png").write_bytes(b"bad")
-    (images / "dangling.png").symlink_to(images / "gone.png")
-    names = ["0.png", "bad.png", "1.png", "dangling.png", "2.png", "2.png"]
-    files = [Listed(str(images / name), "1-1") for name in names]
-    trusted = [False, False, True, False, True, False]
-    row = scanned_on_a_node(files[2:], trusted[2:], first=2)
-    found = scanned_files(row, files, 10**6)
-    assert found == scan_images(files, max_pixels=10**6, by_listing=trusted)[2:]
-    assert found == [scan_file(file, 10**6, by_listing=by) for file, by in zip(files[2:], trusted[2:], strict=True)]
-    assert found[1].problem == "cannot be read: No such file or directory"
-
-
-def not_on_the_node(files, missing, trusted=False):
-    """A row of a node that does not see those of the files."""
-    seen = [Listed("/elsewhere", "1-1") if at in missing else file for at, file in enumerate(files)]
-    return {**scanned_on_a_node(seen, [trusted] * len(files)), "node": "node-7"}
-
-
-def test_a_file_that_only_the_node_could_not_read_is_read_here(images, monkeypatch):
-    """A network drive that stumbles does not end the job."""
-    files = [Listed(str(images / f"{number % 3}.png"), "1-1") for number in range(30)]
-    for trusted in (False, True):  # how images are identified is kept
-        expected = scan_images(files, max_pixels=10**6, by_listing=[trusted] * 30)
-        for missing in ({4}, set(range(20))):
-            assert scanned_files(not_on_the_node(files, missing, trusted), files, 10**6) == expected
-
-
-def test_a_node_that_cannot_read_what_the_driver_can_stops_the_scan(images):
-    files = [Listed(str(images / f"{number % 3}.png"), "1-1") for number in range(300)]
-    for missing in (set(range(21)), set(range(0, 300, 7)), set(range(300))):
-        with pytest.raises(CacheError) as error:
-            scanned_files(not_on_the_node(files, missing), files, 10**6)
-        assert str(error.value).startswith(f"node node-7 cannot read {files[min(missing)].path}: No such file or d")
-
-
-def test_at_most_twenty_files_of_a_row_are_read_again(images, monkeypatch):
-    """Where neither reads them, all are skipped; where the driver reads a few, those few are taken."""
-    gone = [Listed(str(images / f"gone {number}.png"), "1-1") for number in range(100)]
-    read = []
-    monkeypatch.setattr(actors, "scan_images", lambda files, **rest: read.extend(files) or scan_images(files, **rest))
-    found = scanned_files(not_on_the_node(gone, set()), gone, 10**6)
-    assert {each.problem for each in found} == {"cannot be read: No such file or directory"}
-    assert len(read) == 20
-    files = [Listed(str(images / "0.png"), "1-1"), *gone[1:]]
-    found = scanned_files(not_on_the_node(files, set(range(100))), files, 10**6)
-    assert [at for at, each in enumerate(found) if not each.problem] == [0]
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
