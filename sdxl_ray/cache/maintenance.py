@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import contextlib
 import io
 import json
 import re
@@ -323,11 +324,10 @@ def _indexes(folder: Folder) -> Iterator[_Found]:
             problem = f"cannot be read ({getattr(error, 'strerror', None) or ' '.join(str(error).split())})"
             yield _Found(name, 0, days_unused, np.empty(0, KEY_DTYPE), problem)
             continue
-        try:
+        # Without its manifest a collection is used by nobody, and the prompts are encoded again in seconds.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             prompts = json.loads(folder.read(f"{parent}/{generations.MANIFEST}"))["prompts"]
             keys.append(keys_from_hex(place["key"] for place in prompts.values()))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            pass  # prompts are encoded again in seconds
         yield _Found(name, table.num_rows, days_unused, np.concatenate([np.empty(0, KEY_DTYPE), *keys]))
 
 

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from sdxl_ray import storage
@@ -94,37 +93,47 @@ def kind_of(name: str) -> str:
     return "folder" if is_image(name) else ""
 
 
+def level(folder: str) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is a folder) of what lies in a folder and is not hidden; of none nothing.
+
+    What cannot be read is left to the listing, which tells of it.
+    """
+    local = storage.local_path(folder)
+    if local is None:
+        folders, files = storage.list_level(folder)
+        yield from ((name, True) for name in folders if not name.startswith("."))
+        yield from ((file.name, False) for file in files if not file.name.startswith("."))
+        return
+    with contextlib.suppress(OSError), os.scandir(local) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                is_folder = False
+                with contextlib.suppress(OSError):  # a link to itself
+                    is_folder = entry.is_dir()
+                yield entry.name, is_folder
+
+
 def names_below(root: str) -> Iterator[str]:
     """Names of files, relative to the folder; of hidden ones none. What cannot be read is left to the listing."""
-    if storage.local_path(root) is None:
-        pending = [""]
-        while pending:
-            folder = pending.pop()
-            folders, files = storage.list_level(storage.join(root, folder) if folder else root)
-            yield from (f"{folder}{file.name}" for file in files if not file.name.startswith("."))
-            pending += [f"{folder}{name}/" for name in folders if not name.startswith(".")]
-        return
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int]] = set()  # folders of this machine, which links may lead to again
     waiting = [""]
     while waiting:
         folder = waiting.pop()
-        with contextlib.suppress(OSError):
-            path = Path(root, folder)
-            status = path.stat()
+        path = storage.join(root, folder) if folder else root
+        local = storage.local_path(path)
+        if local is not None:
+            try:
+                status = local.stat()
+            except OSError:
+                continue
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    is_folder = False
-                    with contextlib.suppress(OSError):  # a link to itself
-                        is_folder = entry.is_dir()
-                    if is_folder:
-                        waiting.append(f"{folder}{entry.name}/")
-                    else:
-                        yield f"{folder}{entry.name}"
+        for name, is_folder in level(path):
+            if is_folder:
+                waiting.append(f"{folder}{name}/")
+            else:
+                yield f"{folder}{name}"
 
 
 def stamp_of(entry: FileEntry) -> str:

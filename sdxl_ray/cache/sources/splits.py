@@ -11,15 +11,13 @@ where it is plain. Any other split was asked for: where it chooses nothing that 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sdxl_ray import storage
-from sdxl_ray.cache.sources.files import kind_of, names_below, setting_of
+from sdxl_ray.cache.sources.files import kind_of, level, names_below, setting_of
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.storage import FileEntry
 
@@ -169,7 +167,7 @@ def _chosen(section: DatasetSection, parent: str) -> str:
     wanted = _canonical(section.split)
     splits: dict[str, str] = {}  # split -> folder
     others = []
-    for name, is_folder in _level(parent):
+    for name, is_folder in level(parent):
         split = _SPLITS.get(name.lower(), name if name == section.split else "") if is_folder else ""
         if split:
             splits[split] = name if splits.get(split) != section.split else section.split
@@ -190,27 +188,11 @@ def _chosen(section: DatasetSection, parent: str) -> str:
     return storage.join(parent, splits[wanted])
 
 
-def _level(folder: str) -> Iterator[tuple[str, bool]]:
-    """(name, whether it is a folder) of what lies in a folder and is not hidden; of none nothing."""
-    if storage.local_path(folder) is None:
-        folders, files = storage.list_level(folder)
-        yield from ((name, True) for name in folders if not name.startswith("."))
-        yield from ((file.name, False) for file in files if not file.name.startswith("."))
-        return
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what cannot be read is left to the listing
-        for entry in entries:
-            if not entry.name.startswith("."):
-                is_folder = False
-                with contextlib.suppress(OSError):  # a link to itself
-                    is_folder = entry.is_dir()
-                yield entry.name, is_folder
-
-
 def _holds_other_data(root: str) -> bool:
     """Whether there is something to train on beside `data/`."""
     return any(
         _holds_data(storage.join(root, name)) if is_folder else bool(kind_of(name))
-        for name, is_folder in _level(root)
+        for name, is_folder in level(root)
         if (name, is_folder) != ("data", True)
     )
 

@@ -640,7 +640,8 @@ def test_captions_are_varied_while_training_and_not_in_the_evaluation(varied, ti
 def test_without_encoders_none_is_loaded(data, tiny_cache, monkeypatch):
     monkeypatch.setattr(LiveEntries, "_images", no_report)
     monkeypatch.setattr(LiveEntries, "_texts", no_report)
-    make_builder(data, entries=make_entries(data, tiny_cache[0])).training(alone(one(data, 0)))
+    batch = make_builder(data, entries=make_entries(data, tiny_cache[0])).training(alone(one(data, 0)))
+    assert len(batch.latents) == 1
 
 
 # ---- prefetching -----------------------------------------------------------------------------------------------------

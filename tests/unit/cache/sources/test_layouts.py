@@ -478,6 +478,13 @@ def test_images_of_the_hub_with_captions_beside_them(hub):
         listed("hf://org/cats")
 
 
+def test_folders_of_splits_on_the_hub_beside_a_card_that_names_its_columns(hub):
+    write(hub, "train/a.jpg", "data/test/b.jpg")
+    (hub / "README.md").write_text("---\ndataset_info:\n  features: []\n---\n")
+    assert contents(listed("hf://org/cats")) == [b"train/a.jpg"]
+    assert contents(listed("hf://org/cats", split="test")) == [b"data/test/b.jpg"]
+
+
 def test_a_folder_of_images_with_metadata_on_the_hub(hub):
     write(hub, "train/a.jpg", "test/b.jpg")
     write_table(hub / "train/metadata.csv", {"file_name": ["a.jpg"], "text": ["a cat"]})
