@@ -646,7 +646,7 @@ def test_a_background_can_be_stopped_before_it_begins(config):
 
 
 def test_stopping_waits_for_both_threads_together_and_says_so(config, jobs, monkeypatch):
-    monkeypatch.setattr(pipeline, "_STOP_WITHIN_S", 0.2)
+    monkeypatch.setattr(pipeline, "_STOP_WITHIN_S", 1.4)
     blocked, said = threading.Event(), []
     monkeypatch.setattr(pipeline, "encode_text", lambda *args, **kwargs: blocked.wait(10))
     monkeypatch.setattr(pipeline, "encode_latents", lambda *args, **kwargs: blocked.wait(10))
@@ -654,8 +654,8 @@ def test_stopping_waits_for_both_threads_together_and_says_so(config, jobs, monk
     background.start()
     started = time.monotonic()
     background.stop(said.append)
-    assert time.monotonic() - started < 0.35
-    assert said == ["waiting for the shards that are being encoded, 0 s at most"]
+    assert time.monotonic() - started < 2.5  # not 1.4 s for each
+    assert said == ["waiting for the shards that are being encoded, 1 s at most"]
     blocked.set()
 
 

@@ -497,16 +497,17 @@ def test_where_the_run_stops_what_is_encoded_beside_the_others_stops_too(many, w
     for shard in shards[:3]:
         work.told[shard.keys[0]] = "No such file or directory"
         Path(shard.records[0].path).unlink()
-    others_told, stopped, again = threading.Event(), threading.Event(), []
+    others_told, stopped, again, beside = threading.Event(), threading.Event(), [], []
 
     def before_row(shard):
         if "without" in shard:  # of a job beside the wave
+            beside.append(threading.current_thread())
             again.append(shard["name"])
             (others_told if len(again) == 1 else stopped).wait(20)
         elif shard["name"] == shards[3].name:
             others_told.set()
             wait_until(lambda: work.rows.count(shards[0].name) == 2)
-            time.sleep(0.3)  # its thread ends
+            wait_until(lambda: not beside[0].is_alive())
         elif shard["name"] == shards[4].name:
             wait_until(lambda: len(again) > 1)
 

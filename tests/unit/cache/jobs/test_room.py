@@ -102,7 +102,7 @@ def said(room, pauses, monkeypatch, free):
 def test_it_is_said_once_where_nothing_comes_and_only_there(monkeypatch):
     full = {"GPU": 0.0}
     assert len(said(Room("images", ON_GPUS, after_s=0.2), [0.0, 1.0], monkeypatch, full)) == 1
-    assert said(Room("images", ON_GPUS, after_s=0.6), [0.1] * 10, monkeypatch, full) == []  # something comes
+    assert said(Room("images", ON_GPUS, after_s=2.0), [0.25] * 10, monkeypatch, full) == []  # something comes
     assert said(Room("images", ON_GPUS, after_s=0.2), [0.0, 1.0], monkeypatch, {"GPU": 1.0}) == []
 
 

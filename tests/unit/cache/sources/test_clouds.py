@@ -140,12 +140,12 @@ def test_the_time_between_reads_of_a_table_is_not_the_stores_silence(bucket, mon
             writer.write_table(table, max_chunksize=2)
     bucket.write(f"0.{kind}", buffer.getvalue())
     monkeypatch.setattr(table_rows, "_ROWS", 2)
-    monkeypatch.setattr(clouds, "_long_waits", LongWaits(0.2))
+    monkeypatch.setattr(clouds, "_long_waits", LongWaits(1.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = list_dataset(section("s3://pictures"))
         next(found)
-        time.sleep(0.3)
+        time.sleep(1.2)
         assert len(list(found)) == 3
     assert clouds._long_waits._told == set()
 
