@@ -18,6 +18,7 @@ CAPTION_SOURCES = ("textfile", "column", "filename", "instance_prompt", "empty",
 SHARED_BY_TRIALS = ("run", "model", "dataset", "cache", "sweep", "cluster", "tracking")  # sections that no sweep varies
 
 _ONE_SLASH = re.compile(r"((?:s3|gs|gcs|abfss?|hf):)/?[^/]")  # s3:/bucket
+_NO_TEXT = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npz", ".safetensors", ".jpg", ".jpeg", ".png", ".webp")
 _SMALLEST_EDGE = 64  # pixels: 8 latent pixels, which the U-Net still halves twice
 _LARGEST_EDGE = 4096  # pixels
 _MEGAPIXELS = (0.05, 8.0)
@@ -75,6 +76,13 @@ def _in_captions(dataset: DatasetSection) -> Iterator[tuple[str, str]]:
     ):
         if source not in dataset.captions and getattr(dataset, name) != DatasetSection.model_fields[name].default:
             yield name, f'is set, but dataset.captions never uses it. Add "{source}" to dataset.captions.'
+    if dataset.caption_extension.lower().endswith(_NO_TEXT):
+        yield (
+            "caption_extension",
+            f'is "{dataset.caption_extension}", but caption files are read as plain text, whole. Write the captions '
+            "into a table beside the images (metadata.jsonl); of a WebDataset the .json is read by dataset.captions = "
+            '["column"].',
+        )
     for pattern, replacement in dataset.caption_replace:
         if "\b" in pattern:
             yield (

@@ -48,6 +48,16 @@ def test_settings_that_are_fine_alone_but_not_together(raw, key, text):
             "captions",
             '"json" is not a source; known: textfile, column, filename, instance_prompt, empty, skip',
         ),
+        *(
+            (
+                {"caption_extension": extension},
+                "caption_extension",
+                f'is "{extension}", but caption files are read as plain text, whole. Write the captions into a table '
+                "beside the images (metadata.jsonl); of a WebDataset the .json is read by dataset.captions = "
+                '["column"].',
+            )
+            for extension in (".json", "_notes.JSON", ".npz", ".jpg")
+        ),
         (
             {"captions": ["textfile", "empty", "skip"]},
             "captions",
