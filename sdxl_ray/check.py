@@ -20,7 +20,7 @@ from sdxl_ray.cache.foreseen import index_of
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.planning import CachePlan, plan_cache
 from sdxl_ray.cache.preview import SKIPPED_SHOWN, write_contact_sheet
-from sdxl_ray.cache.scan import scan_each
+from sdxl_ray.cache.scan import scan_all, scan_each
 from sdxl_ray.errors import ConfigError
 from sdxl_ray.export.which import is_whole_model
 from sdxl_ray.records import parse_bucket_key
@@ -142,9 +142,7 @@ def _plan(config: Config, model: str, progress: Callable[[str, int, int], None])
         config.cache,
         model_path=model,
         prompts=config.prompts,
-        scan=lambda *args, **kwargs: scan_each(
-            *args, **kwargs, progress=lambda done, total: progress("scan", done, total)
-        ),
+        scan=scan_all(scan_each, progress),
     )
 
 

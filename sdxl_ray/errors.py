@@ -10,6 +10,7 @@ SdxlRayError                 anything we can name; the command line prints messa
     ├── CheckpointError      a checkpoint is incomplete or does not fit the run
     ├── ExportError          a written LoRA does not reproduce the trained model
     ├── StorageError         a disk or bucket refused to take or give data
+    │   └── StoreRefusal     and would refuse again: access denied, no such bucket
     ├── ClusterError         Ray cannot be reached or cannot place the workers
     └── TrainingError        non-finite loss, workers that died too often
 Interrupted                  the user asked to stop; what was computed is saved       exit code 130
@@ -69,6 +70,10 @@ class StorageError(RunError):
     """A disk or bucket refused to take or give data."""
 
 
+class StoreRefusal(StorageError):
+    """A store says no, and would say so again: access denied, no such bucket."""
+
+
 class ClusterError(RunError):
     """Ray cannot be reached or cannot place the workers."""
 
@@ -87,14 +92,18 @@ class Interrupted(SdxlRayError):
 def storage_errors(doing: str, path: str | Path, cure: str) -> Iterator[None]:
     """Turn a full or read-only disk into a `StorageError` that says what was being written and what to do.
 
-    `doing` completes "while ..." ("writing a latent shard"). Of `cure`, "Free some space" becomes "Make it writable" or
-    "Remove what is in its place" where room is not what is missing. Other OSErrors pass unchanged.
+    `doing` completes "while ..." ("writing a latent shard"). Of `cure`, "Free some space" becomes "Make it writable",
+    "Remove what is in its place" or "Check the disk or its mount" where room is not what is missing. Other OSErrors
+    pass unchanged.
     """
     reasons = {
         errno.ENOSPC: "no space left on the device",
         errno.EDQUOT: "the disk quota is used up",
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission denied",
+        errno.EPERM: "not permitted",
+        errno.EIO: "input/output error",
+        errno.ESTALE: "stale file handle",
         errno.ENOTDIR: "a file is in the place of a folder",
         errno.EEXIST: "a file is in the place of a folder",
         errno.EISDIR: "a folder is in the place of the file",
@@ -105,7 +114,9 @@ def storage_errors(doing: str, path: str | Path, cure: str) -> Iterator[None]:
         reason = reasons.get(error.errno or 0)
         if reason is None:
             raise
-        if error.errno in (errno.EROFS, errno.EACCES):
+        if error.errno in (errno.EIO, errno.ESTALE):
+            cure = cure.replace("Free some space", "Check the disk or its mount")
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             cure = cure.replace("Free some space", "Make it writable")
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             cure = cure.replace("Free some space", "Remove what is in its place")

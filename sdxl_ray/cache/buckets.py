@@ -255,7 +255,7 @@ def _bucket_without_upscale(original_hw: tuple[int, int], geometry: Geometry) ->
 
     Like all buckets, that one is at most four times as long as wide, and not larger than the largest of them.
     """
-    size = f"it is only {original_hw[1]}x{original_hw[0]} pixels, and dataset.upscale is false: "
+    size = f"it is only {original_hw[0]}x{original_hw[1]} pixels (height x width), and dataset.upscale is false: "
     if not geometry.min_own_edge:
         covered = tuple(bucket for bucket in geometry.buckets if _covers(original_hw, bucket))
         return nearest_bucket(original_hw, covered) if covered else Unfit(size + "it covers none of dataset.buckets")

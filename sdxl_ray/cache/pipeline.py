@@ -10,6 +10,7 @@ decode the next ones, as many as Ray's memory budget allows.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from sdxl_ray.cache.jobs.lost_shards import Undecodable
 from sdxl_ray.cache.jobs.ray_jobs import Clock, Progress, Reserved, encode_latents, encode_text, scan_on_ray
 from sdxl_ray.cache.memo import Memo
 from sdxl_ray.cache.planning import CachePlan, drop_undecodable, find_missing, plan_cache
+from sdxl_ray.cache.scan import scan_all
 from sdxl_ray.cache.skipped import Skipped, check_readable, unreadable_of
 from sdxl_ray.cache.store import LATE_S
 from sdxl_ray.errors import CacheError, SdxlRayError
@@ -90,7 +92,7 @@ def build_cache(
         config.cache,
         model_path=resolve_model(config.model.path),
         prompts=config.prompts,
-        scan=lambda *args, **kwargs: scan_on_ray(connect, progress, *args, **kwargs),
+        scan=scan_all(functools.partial(scan_on_ray, connect), progress),
     )
     clock.stage("scan")
     with contextlib.suppress(OSError):  # where nobody can write, nobody has left any

@@ -269,6 +269,7 @@ def drop_undecodable(plan: CachePlan, undecodable: Mapping[str, Skipped]) -> Non
     plan.collection.keep(kept)
     if plan.order is not None:
         plan.order = plan.order[np.repeat(kept, counts)]
+    plan._content = None
 
 
 def max_tokens(num_chunks: int) -> int:

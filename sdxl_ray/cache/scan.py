@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
@@ -68,7 +69,7 @@ class _Unusable(Exception):
 
 
 def _too_large(size: str, max_pixels: int) -> _Unusable:
-    return _Unusable(f"{size} is more than dataset.max_pixels = {max_pixels}", "too_large")
+    return _Unusable(f"{size} pixels (height x width) is more than dataset.max_pixels = {max_pixels}", "too_large")
 
 
 def _read_file(address: str, length: int = -1) -> bytes:
@@ -176,6 +177,25 @@ def scan_images(
     return list(
         scan_each(files, max_pixels=max_pixels, by_listing=by_listing, num_threads=num_threads, progress=progress)
     )
+
+
+def scan_all(
+    scan: Callable[..., Iterator[ScannedFile]], progress: Callable[[str, int, int], None]
+) -> Callable[..., Iterator[ScannedFile]]:
+    """`scan`, which is called for one part of the files after another and tells of each, with a progress of all.
+
+    Args:
+        progress: called with ("scan", done, total): of the parts so far.
+    """
+    before = 0
+
+    def scan_part(files: Sequence[Listed], **options: Any) -> Iterator[ScannedFile]:
+        nonlocal before
+        start = before
+        before += len(files)
+        return scan(files, progress=lambda done, total: progress("scan", start + done, start + total), **options)
+
+    return scan_part
 
 
 def scan_each(

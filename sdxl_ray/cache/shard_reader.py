@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import threading
@@ -129,18 +130,21 @@ class ShardReader:
             while self.wait is not None and not self.folder.exists(shard):
                 self.wait(shard)
                 time.sleep(_POLL_S)
-            if self.copies is None:
-                return _open_shard(Path(self.cache) / shard)
+            if self.folder.local is not None:
+                return _open_shard(self.folder.local / shard)
+            assert self.copies is not None
             try:
                 return _open_shard(self.copies.fetch(shard))
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                    raise  # it says nothing about the copy
                 self.copies.remove(shard)  # cut short on this disk, perhaps, or removed by another process just now
                 return _open_shard(self.copies.fetch(shard))
         except (OSError, StorageError, OtherVersion, SafetensorError, ValueError, KeyError, TypeError) as error:
-            path = Path(self.cache) / shard
-            if self.copies is None and not path.parent.is_dir():
+            parent = None if self.folder.local is None else (self.folder.local / shard).parent
+            if parent is not None and not parent.is_dir():
                 raise CacheError(
-                    f"{path.parent}: is not there. Is cache.path = {self.cache} the same folder on all machines? "
+                    f"{parent}: is not there. Is cache.path = {self.cache} the same folder on all machines? "
                     "If it was deleted, run `sdxl-ray cache`."
                 ) from None
             raise UnreadableShard(

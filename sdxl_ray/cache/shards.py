@@ -155,11 +155,17 @@ def mark_damaged(cache: str, shard: str, *keys: str) -> None:
 
 
 def read_marker(folder: Folder, name: str) -> list[str]:
-    """The keys that `mark_damaged` wrote down."""
+    """The keys that `mark_damaged` wrote down.
+
+    Raises:
+        StorageError: they cannot be read.
+    """
     try:
         return [*dict.fromkeys(folder.read(name).decode(errors="replace").split())]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise _unreadable(folder, name, error) from None
 
 
 _FIRST_READ = 64 * 1024  # holds the header of a usual shard

@@ -180,18 +180,23 @@ def check_readable(plan: CachePlan, datasets: Sequence[DatasetSection], *, also:
         num_skipped, num_unreadable = sum(here.values()), sum(unreadable.values())
         num_images = plan.collection.num_images[dataset.name]
         if num_skipped >= num_images:
-            limit = _NOTHING_LEFT
-            cure = _cure("Repair them.", unreadable) if unreadable else "Change the settings named here, or add images."
-            num = num_skipped
+            limit, num = _NOTHING_LEFT, num_skipped
+            cures = [_cure("Repair what is damaged or missing.", unreadable)] if unreadable else []
+            if num_skipped > num_unreadable:
+                cures.append("Change the settings named here, or add images.")
+            cure = " ".join(cures)
         elif num_unreadable / num_images > dataset.max_unreadable:  # not a product: 0.29 * 100 is less than 29
             limit, cure = _more_than(dataset.max_unreadable), _cure(_CURE, unreadable)
             num = num_unreadable
         else:
             continue
         write_skipped(plan, also=also)
-        shown = (plan.skipped.unreadable if unreadable else plan.skipped.of)(dataset.name)
         also_here = (item for item in also if item.dataset == dataset.name)
-        first = list(itertools.islice(itertools.chain(shown, also_here), _SHOWN))
+        shown = itertools.chain(plan.skipped.unreadable(dataset.name), also_here)
+        if limit == _NOTHING_LEFT:  # some of each
+            chosen = (item for item in plan.skipped.of(dataset.name) if item.by_choice)
+            shown = itertools.chain(itertools.islice(chosen, _SHOWN // 2), shown, chosen)
+        first = list(itertools.islice(shown, _SHOWN))
         text = _cannot_be_used(dataset.path, num, f"{num_images} images", limit, first)
         raise DatasetError(f"{text}\nThe whole list: {plan.skipped_path}\n{cure}")
 

@@ -28,7 +28,7 @@ def _plain_folder_name(text: str) -> str:
 
 
 def _no_cloud_address(text: str) -> str:
-    if "://" in text:
+    if "://" in text and not text.startswith("file://"):
         raise ValueError("a cloud address cannot be used here; give a folder that all machines see")
     return text
 

@@ -38,6 +38,7 @@ from sdxl_ray.config.methods import BlockRule
 from sdxl_ray.config.names import fill_names, name_of
 from sdxl_ray.config.schema import Config, SearchSpace
 from sdxl_ray.errors import ConfigError
+from sdxl_ray.storage import local_path
 
 BUILTIN_PHOTOGRAPHS = Path(__file__).parent.parent / "demo" / "photographs"
 
@@ -151,7 +152,7 @@ def resolve_paths(config: Config) -> Config:
         )
     }
     model = config.model.path
-    if not model.startswith("builtin:") and (model.startswith((".", "~", "/")) or (here / model).exists()):
+    if not model.startswith("builtin:") and (model.startswith((".", "~", "/", "file://")) or (here / model).exists()):
         changes["model.path"] = _absolute(model, here, "model.path")
     if config.adapter.start_from:
         changes["adapter.start_from"] = _absolute(config.adapter.start_from, here, "adapter.start_from")
@@ -391,8 +392,10 @@ def _toml_value(value: Any) -> str:
 
 
 def _absolute(path: str, base: Path, key: str) -> str:
-    if "://" in path:
+    local = local_path(path)
+    if local is None:
         return path
+    path = str(local)  # also of file:///data/cats
     try:
         return str((base / Path(path).expanduser()).absolute())
     except RuntimeError:  # "~somebody"

@@ -283,6 +283,9 @@ class Folder(abc.ABC):
 
         Names are relative to this folder. Hidden files are left out, and what is in hidden folders unless
         `hidden_folders`. A missing folder has no files.
+
+        Raises:
+            StorageError: a folder cannot be listed, which says nothing about what is in it.
         """
 
 
@@ -316,15 +319,26 @@ class _LocalFolder(Folder):
 
     def list(self, prefix: str = "", suffix: str = "", *, hidden_folders: bool = False) -> list[FileEntry]:
         found = []
-        for folder, folders, names in os.walk(Path(self.path) / prefix, followlinks=True):
+        for folder, folders, names in os.walk(Path(self.path) / prefix, onerror=_cannot_be_listed, followlinks=True):
             folders[:] = [name for name in folders if hidden_folders or not name.startswith(".")]
             inside = "" if folder == self.path else Path(folder).relative_to(self.path).as_posix()
             for name in names:
                 if name.endswith(suffix) and not name.startswith("."):
-                    with contextlib.suppress(FileNotFoundError):  # deleted while we look
+                    try:
                         of = Path(folder, name).stat()
-                        found.append(FileEntry(join(inside, name) if inside else name, of.st_size, of.st_mtime_ns))
+                    except OSError as error:
+                        _cannot_be_listed(error)
+                        continue
+                    found.append(FileEntry(join(inside, name) if inside else name, of.st_size, of.st_mtime_ns))
         return sorted(found, key=lambda entry: entry.name)
+
+
+def _cannot_be_listed(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # deleted while we look
+        raise StorageError(
+            f"{error.filename}: cannot be listed: {error.strerror}. Make it readable for the user that runs this, or "
+            "mount it again; then run again: what is done is kept."
+        ) from None
 
 
 class _CloudFolder(Folder):
@@ -339,11 +353,12 @@ class _CloudFolder(Folder):
             file.write(content)
 
     def write_by(self, name: str, write: Callable[[BinaryIO], None], *, doing: str, cure: str) -> None:
+        address = join(self.path, name)
+        place = place_of(address)
         with tempfile.TemporaryFile() as copy:  # what breaks off half-way would be uploaded when it is closed
-            write(cast(BinaryIO, copy))
-            copy.seek(0)
-            address = join(self.path, name)
-            place = place_of(address)
+            with storage_errors(f"{doing} ({shown(address)} by way of this folder)", tempfile.gettempdir(), cure):
+                write(cast(BinaryIO, copy))
+                copy.seek(0)
             errors = cloud_errors(address, doing, many_requests=True)  # most of them while it is closed
             with errors, filesystem(place).open_output_stream(place.key) as file:
                 shutil.copyfileobj(copy, file, 8 * 2**20)

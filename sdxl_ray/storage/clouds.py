@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_ray.errors import ConfigError, StorageError
+from sdxl_ray.errors import ConfigError, StorageError, StoreRefusal
 from sdxl_ray.storage.addresses import CREDENTIALS, Place, place_of, shown
 from sdxl_ray.storage.outages import LongWaits, Outages
 
@@ -175,6 +175,7 @@ _SECRETS = (
     *("AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN", "HF_TOKEN"),
 )
 _NO_ANSWER = ("timed out", "cannot be reached")  # of the reasons
+_REFUSALS = ("access denied", "no such bucket")
 _outages = Outages()
 _long_waits = LongWaits(SILENCE_S)
 _HUB_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
@@ -182,7 +183,8 @@ _HUB_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2",
 
 @contextlib.contextmanager
 def cloud_errors(uri: str, doing: str, *, many_requests: bool = False) -> Iterator[None]:
-    """Turn what pyarrow and the Hub raise into a StorageError with reason and cure; not found is a FileNotFoundError.
+    """Turn what pyarrow and the Hub raise into a StorageError with reason and cure (a StoreRefusal where another try is
+    in vain); not found is a FileNotFoundError.
 
     A store that has failed to answer many times in a row is not asked at all for a while.
 
@@ -207,7 +209,7 @@ def cloud_errors(uri: str, doing: str, *, many_requests: bool = False) -> Iterat
         if isinstance(error, OSError | ArrowException) or library in _HUB_LIBRARIES:
             reason, text = _named(error, place, doing)
             (_outages.failed if reason in _NO_ANSWER else _outages.answered)(store)
-            raise StorageError(f"{shown(uri)}: {text}") from None
+            raise (StoreRefusal if reason in _REFUSALS else StorageError)(f"{shown(uri)}: {text}") from None
         raise
     else:
         _outages.answered(store)

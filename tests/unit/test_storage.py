@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -191,6 +192,18 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert str(error.value) == f"{tmp_path}/x: no space left on the device while writing encoded tensors. Free some."
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert folder.read("x") == b"old"
+
+
+def test_a_full_disk_of_this_machine_on_the_way_to_a_store(monkeypatch):
+    def disk_full(file):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError) as error:
+        open_folder("s3://bucket/cache").write_by("x", disk_full, doing="writing the index", cure="Free some space.")
+    assert str(error.value) == (
+        f"{tempfile.gettempdir()}: no space left on the device while writing the index (s3://bucket/cache/x by way of "
+        "this folder). Free some space."
+    )
 
 
 def test_what_a_write_says_where_nobody_says_more(tmp_path, monkeypatch):

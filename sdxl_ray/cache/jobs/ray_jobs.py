@@ -78,20 +78,15 @@ class Clock:
 
 def scan_on_ray(
     connect: Callable[[], None],
-    progress: Progress,
     files: Sequence[Listed],
     *,
     max_pixels: int,
     by_listing: Sequence[bool],
+    progress: Callable[[int, int], None],
 ) -> Iterator[ScannedFile]:
     """`scan_each`; where many files are new, as CPU tasks on all machines."""
     if len(files) < SCAN_ON_RAY_FROM:
-        yield from scan_each(
-            files,
-            max_pixels=max_pixels,
-            by_listing=by_listing,
-            progress=lambda done, total: progress("scan", done, total),
-        )
+        yield from scan_each(files, max_pixels=max_pixels, by_listing=by_listing, progress=progress)
         return
     connect()
     quiet()
@@ -104,7 +99,7 @@ def scan_on_ray(
     for row in rows_of(dataset, "scanning failed", "What was found is kept"):
         come[int(row["first"])] = scanned_files(row, files, max_pixels)
         done += len(come[int(row["first"])])
-        progress("scan", done, len(files))
+        progress(done, len(files))
         while first in come:
             found = come.pop(first)
             yield from found
@@ -129,15 +124,16 @@ def encode_text(
         "num_chunks": plan.num_chunks,
         **encoder_arguments(config, plan, share),
     }
-    for wave, dataset in waves_of(plan.text_shards(), share, reserved):
-        room = Room("text", share, reserved)
-        dataset = _written_by(WriteTextShard, arguments, dataset, room, config, len(wave))
-        with contextlib.closing(room.watched(reports_of(dataset))) as reports:  # an error ends the job, and at once
-            for report in reports:
-                num_encoded += report.num
-                done += report.num + report.num_there
-                clock.add(report, "encode_text")
-                progress("text", done, total)
+    with contextlib.closing(waves_of(plan.text_shards(), share, reserved)) as waves:  # an error ends all, and at once
+        for wave, dataset in waves:
+            room = Room("text", share, reserved)
+            written = _written_by(WriteTextShard, arguments, dataset, room, config, len(wave))
+            with contextlib.closing(room.watched(reports_of(written))) as reports:
+                for report in reports:
+                    num_encoded += report.num
+                    done += report.num + report.num_there
+                    clock.add(report, "encode_text")
+                    progress("text", done, total)
     return num_encoded
 
 
@@ -161,13 +157,14 @@ def encode_latents(
         return 0
     progress("images", 0, total)
     job = _LatentJob(config, plan, undecodable, reserved)
-    for wave, dataset in waves_of(plan.latent_shards(), job.share, reserved):
-        with contextlib.closing(job.finished(wave, dataset)) as reports:
-            for report in reports:
-                num_encoded += report.num
-                done += report.num + report.num_there
-                clock.add(report, "encode")
-                progress("images", done, total - len(undecodable))
+    with contextlib.closing(waves_of(plan.latent_shards(), job.share, reserved)) as waves:
+        for wave, dataset in waves:
+            with contextlib.closing(job.finished(wave, dataset)) as reports:
+                for report in reports:
+                    num_encoded += report.num
+                    done += report.num + report.num_there
+                    clock.add(report, "encode")
+                    progress("images", done, total - len(undecodable))
     return num_encoded
 
 

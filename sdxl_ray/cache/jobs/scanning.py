@@ -52,24 +52,33 @@ def listed_from(text: str) -> list[tuple[Listed, bool]]:
 def scanned_files(row: Mapping[str, Any], files: Sequence[Listed], max_pixels: int) -> list[ScannedFile]:
     """The files of one row of `ScanChunk`, on the driver.
 
-    What the node could not read is read here again, at most 20 of them: a network drive may have stumbled. What neither
-    can read is skipped like any other.
+    What the node could not read is read here again, 20 of them and then, if any of these can be read, the others: a
+    network drive may have stumbled. What neither can read is skipped like any other.
 
     Raises:
         CacheError: the node cannot read more than 20 files that the driver can, which is no stumbling.
     """
     scanned = [ScannedFile(**item) for item in json.loads(str(row["scanned"]))]
     by_listing, first = json.loads(str(row["by_listing"])), int(row["first"])
+
+    def read_here(places: Sequence[int]) -> dict[int, ScannedFile]:
+        found = scan_images(
+            [files[first + at] for at in places], max_pixels=max_pixels, by_listing=[by_listing[at] for at in places]
+        )
+        return {at: image for at, image in zip(places, found, strict=True) if image.kind != "unreadable"}
+
     failed = [at for at, found in enumerate(scanned) if found.kind == "unreadable"]
     # Spread over all of them, so that they tell what the others are like.
     chosen = failed[:: -(-len(failed) // _READ_AGAIN)] if failed else []
-    again = scan_images(
-        [files[first + at] for at in chosen], max_pixels=max_pixels, by_listing=[by_listing[at] for at in chosen]
-    )
-    readable = [at for at, found in zip(chosen, again, strict=True) if found.kind != "unreadable"]
-    if len(readable) * len(failed) > _READ_AGAIN * len(chosen):
-        _, _, reason = scanned[readable[0]].problem.partition(": ")  # behind "cannot be read"
-        raise unreadable_on_node(str(row["node"]), files[first + readable[0]].path, reason)
-    for at, found in zip(chosen, again, strict=True):
+    readable = read_here(chosen)
+    num_readable = len(readable) * len(failed) / max(1, len(chosen))
+    if readable and num_readable <= _READ_AGAIN:
+        readable |= read_here(sorted(set(failed) - set(chosen)))
+        num_readable = len(readable)
+    if num_readable > _READ_AGAIN:
+        at = min(readable)
+        _, _, reason = scanned[at].problem.partition(": ")  # behind "cannot be read"
+        raise unreadable_on_node(str(row["node"]), files[first + at].path, reason)
+    for at, found in readable.items():
         scanned[at] = found
     return scanned

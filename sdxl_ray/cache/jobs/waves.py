@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict
 
 import ray.data
@@ -27,11 +28,16 @@ _SHARDS_AT_MOST = 16_384
 
 def waves_of(
     shards: Iterator[LatentShard | TextShard], share: Share, reserved: Reserved | None
-) -> Iterator[tuple[Wave, ray.data.Dataset]]:
-    """The work of one Ray Data job after another. Each is made while the one before it runs."""
+) -> Generator[tuple[Wave, ray.data.Dataset], None, None]:
+    """The work of one Ray Data job after another. Each is made while the one before it runs, until it is closed."""
+    over = threading.Event()  # nobody wants the rest
 
     def make(size: int) -> tuple[Wave, ray.data.Dataset] | None:
-        wave = {shard.name: packed(asdict(shard)) for shard in itertools.islice(shards, size)}
+        wave = {}
+        for shard in itertools.islice(shards, size):
+            if over.is_set():
+                return None
+            wave[shard.name] = packed(asdict(shard))
         if not wave:
             return None
         if reserved is None:  # nobody waits for the first of them, and there may be another job like this one
@@ -40,10 +46,13 @@ def waves_of(
 
     size = min(_SHARDS_AT_MOST, max(_SHARDS_AT_FIRST, _SHARDS_PER_ENCODER * share.num_actors))
     made = make(_SHARDS_AT_FIRST)
-    while made is not None:
-        following = InThread(lambda: make(size))
-        yield made
-        made = following.result()
+    try:
+        while made is not None:
+            following = InThread(lambda: make(size))
+            yield made
+            made = following.result()
+    finally:
+        over.set()
 
 
 def _from_anywhere(wave: Wave) -> Wave:

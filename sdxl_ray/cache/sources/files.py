@@ -113,6 +113,12 @@ def level(folder: str) -> Iterator[tuple[str, bool]]:
                 yield entry.name, is_folder
 
 
+def folder_exists(path: str) -> bool:
+    """Of a store: whether anything lies below it."""
+    local = storage.local_path(path)
+    return local.is_dir() if local is not None else any(map(bool, storage.list_level(path)))
+
+
 def names_below(root: str) -> Iterator[str]:
     """Names of files, relative to the folder; of hidden ones none. What cannot be read is left to the listing."""
     seen: set[tuple[int, int]] = set()  # folders of this machine, which links may lead to again
@@ -228,6 +234,12 @@ def find_files(section: DatasetSection) -> list[tuple[str, FileEntry]]:
         matches = _glob(path) if is_pattern(path) else [(path, storage.status(path))]
         here = {name: entry for name, entry in matches if entry is not None}
         if not here:
+            folder = next((name for name, _ in matches if folder_exists(name)), "")
+            if folder and is_pattern(section.path):
+                raise DatasetError(
+                    f"{setting_of(section)}: {folder} is a folder, and {section.path} stands for files. Give each "
+                    f"folder a [[dataset]] of its own, or write {section.path}/*.jpg."
+                )
             if not is_pattern(path):
                 raise missing(section.model_copy(update={"path": path}))
             cure = _not_filled_in(path) or "Check the folder and the pattern."

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.files import (
     TABLE_SUFFIXES,
+    ahead,
     find_files,
     is_image,
     is_pattern,
@@ -194,7 +195,7 @@ def _look_around(section: DatasetSection, root: str) -> tuple[set[str], list[Fil
             kinds.add(kind)
             files.append(name)
     files.sort()
-    entries = [(name, storage.status(storage.join(root, name))) for name in files]
+    entries = zip(files, ahead(storage.status, (storage.join(root, name) for name in files)), strict=True)
     return kinds, [FileEntry(name, entry.size, entry.mtime_ns) for name, entry in entries if entry is not None], ""
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sdxl_ray import storage
-from sdxl_ray.cache.sources.files import kind_of, level, names_below, setting_of
+from sdxl_ray.cache.sources.files import folder_exists, kind_of, level, names_below, setting_of
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.storage import FileEntry
 
@@ -156,7 +156,7 @@ def split_folder(section: DatasetSection, root: str, image: str, *, is_clone: bo
     data = storage.join(root, "data")
     if is_clone:
         folders = [storage.join(parent, section.split) for parent in (root, data)]
-        return next(filter(_is_folder, folders), "")
+        return next(filter(folder_exists, folders), "")
     found = _chosen(section, root)
     if found or (not _is_set(section) and _holds_other_data(root)):
         return found
@@ -199,8 +199,3 @@ def _holds_other_data(root: str) -> bool:
 
 def _holds_data(folder: str) -> bool:
     return any(kind_of(name) for name in names_below(folder))
-
-
-def _is_folder(folder: str) -> bool:
-    local = storage.local_path(folder)
-    return local.is_dir() if local is not None else any(map(bool, storage.list_level(folder)))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.files import MISSING, ahead, local_stamps, stamp_of
-from sdxl_ray.errors import StorageError
+from sdxl_ray.errors import StoreRefusal
 
 ADDRESS_ONLY = "-"  # the stamp of what is known by its address alone
 MAX_NAMES = 1_000_000  # of listed folders in memory, about 200 MB
@@ -25,6 +25,9 @@ class Stamps:
 
         In a store they come from one listing of each folder, not from a request for each file. What is behind a URL
         would take a request, and of a folder that may not be listed nothing is told: there the stamp never changes.
+
+        Raises:
+            StorageError: a store does not answer. Images without their stamps would be other images, encoded again.
         """
         local = [address for address in addresses if not storage.is_uri(address)]
         found = dict(zip(local, local_stamps(local), strict=True))
@@ -56,8 +59,8 @@ class Stamps:
 
 
 def _list(folder: str) -> Mapping[str, str] | None:
-    """Name -> stamp; None where it cannot be listed."""
+    """Name -> stamp; None where it may not be listed."""
     try:
         return {entry.name: stamp_of(entry) for entry in storage.list_level(folder)[1]}
-    except (StorageError, OSError):
+    except StoreRefusal:
         return None

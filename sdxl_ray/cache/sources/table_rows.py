@@ -9,7 +9,6 @@ import contextlib
 import csv
 import io
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_ray import storage
 from sdxl_ray.cache.sources.rows import ArrowTable, warn_of_large_groups
+from sdxl_ray.cache.sources.values import json_value
 from sdxl_ray.errors import DatasetError, SdxlRayError
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json_value(line)
             except UnicodeDecodeError as error:
                 raise DatasetError(_not_utf8(path, number, error)) from None
             except (ValueError, RecursionError) as error:

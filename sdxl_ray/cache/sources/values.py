@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,25 @@ def texts_of(row: Mapping[str, Any], columns: Sequence[str], tag_separator: str 
 
 def _joined(tags: Sequence[str], separator: str) -> str:
     return (separator if separator[-1].isspace() else f"{separator} ").join(tags)
+
+
+def json_value(content: bytes) -> Any:
+    """`json.loads`, with U+FFFD for half of a character ("\\ud83d" alone), which no file's name or caption can hold.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON; UnicodeDecodeError: nor text.
+    """
+    text = content.decode(json.detect_encoding(content))
+    value = json.loads(text)
+    return _whole(value) if "\\ud" in text or "\\uD" in text else value
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return {_whole(key): _whole(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def size_of(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[int, int] | None:
@@ -67,7 +87,7 @@ def _number(value: Any) -> float:
     """NaN where it is none: every comparison with it fails."""
     try:
         number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
     return number if math.isfinite(number) else math.nan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import http.client
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -33,9 +34,9 @@ def read_url(url: str, length: int = -1) -> bytes:
         FileNotFoundError, PermissionError: its server does not give it, whoever asks.
         OSError: it cannot be read now: no answer after several attempts; at once where its server has not answered for
             many requests.
-        ValueError: it is larger than 500 MB.
+        ValueError: it is larger than 500 MB; or the address can never work.
     """
-    server = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
+    server = _server_of(url)
     for pause_s in (*PAUSES_S, None):
         silent = _outages.reason(server)
         if silent:
@@ -54,6 +55,21 @@ def read_url(url: str, length: int = -1) -> bytes:
             _outages.answered(server)
             return content
     raise AssertionError("unreachable")
+
+
+def _server_of(url: str) -> str:
+    """
+    Raises:
+        ValueError: the address names none.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_one = bool(parts.hostname) and not re.search(r"[\s\x00-\x1f]", parts.netloc) and parts.port != 0
+    except ValueError:  # a port that is no number, or half of the brackets
+        is_one = False
+    if not is_one:
+        raise ValueError("its address names no server")
+    return parts.netloc.rpartition("@")[2]
 
 
 def _fetch(url: str, length: int) -> bytes:

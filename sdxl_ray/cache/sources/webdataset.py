@@ -29,7 +29,7 @@ from sdxl_ray.cache.sources.files import (
     stamp_of,
     without_masks,
 )
-from sdxl_ray.cache.sources.values import focus_of, size_of, texts_of
+from sdxl_ray.cache.sources.values import focus_of, json_value, size_of, texts_of
 from sdxl_ray.errors import DatasetError
 from sdxl_ray.records import Listed
 from sdxl_ray.storage import FileEntry
@@ -213,7 +213,7 @@ def _read_json(file: BinaryIO, path: str, member: tarfile.TarInfo) -> dict[str, 
         raise DatasetError(f"{where} has {member.size} bytes, and captions at most {MAX_JSON_BYTES}. Is it one?")
     file.seek(member.offset_data)
     try:
-        notes = json.loads(file.read(member.size))
+        notes = json_value(file.read(member.size))
     except (ValueError, RecursionError) as error:  # also what is no UTF-8, or lists in lists without end
         raise DatasetError(f"{where} is no JSON: {error}. Correct it, or leave it out.") from None
     return notes if isinstance(notes, dict) else {}

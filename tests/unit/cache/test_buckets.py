@@ -293,7 +293,7 @@ def test_without_upscale_nothing_is_enlarged_or_larger_than_the_resolution():
 
 def test_an_image_too_small_for_any_bucket_is_left_out():
     assert place((255, 2000), HASH, geometry(upscale=False)) == Unfit(
-        "it is only 2000x255 pixels, and dataset.upscale is false: the edges of a bucket are at least 256"
+        "it is only 255x2000 pixels (height x width), and dataset.upscale is false: the edges of a bucket are at least 256"
     )
     half = geometry(upscale=False, resolution=256, bucket_step=8)
     assert place((130, 140), HASH, half).bucket_hw == (128, 136)
@@ -306,7 +306,7 @@ def test_of_own_buckets_only_those_that_are_covered():
     assert place((1024, 1100), HASH, own).bucket_hw == (1024, 1024)
     assert place((1023, 1100), HASH, own).bucket_hw == (512, 512)
     assert place((511, 3000), HASH, own) == Unfit(
-        "it is only 3000x511 pixels, and dataset.upscale is false: it covers none of dataset.buckets"
+        "it is only 511x3000 pixels (height x width), and dataset.upscale is false: it covers none of dataset.buckets"
     )
 
 

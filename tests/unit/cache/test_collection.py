@@ -523,7 +523,7 @@ def test_the_limit_on_pixels_is_never_remembered_wrongly(config):
     assert len(opened) == 6
     assert len(collection) == 3
     assert {item.reason for item in collection.skipped} == {
-        f"{size} is more than dataset.max_pixels = 4096" for size in ("80x60", "60x80")
+        f"{size} pixels (height x width) is more than dataset.max_pixels = 4096" for size in ("80x60", "60x80")
     }
     assert len(opened_by(config)[1]) == 9
 

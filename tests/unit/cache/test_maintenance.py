@@ -15,7 +15,7 @@ from sdxl_ray.cache.generations import finish
 from sdxl_ray.cache.maintenance import GIB, prune, stats, verify
 from sdxl_ray.cache.shard_reader import ShardReader
 from sdxl_ray.cache.shards import DAMAGED_SUFFIX, FORMAT_VERSION, mark_damaged, shard_name, write_shard
-from sdxl_ray.errors import CacheError
+from sdxl_ray.errors import CacheError, StorageError
 from sdxl_ray.storage import open_folder
 from tests.remote import RemoteFolder
 from tests.unit.cache.planned import add_image, add_images, config_of, fill, missing, plan_of, samples_of
@@ -165,6 +165,26 @@ def test_no_cache_at_all(tmp_path):
         assert str(error.value) == f"{path}: there is no cache. Is cache.path right? `sdxl-ray cache` fills it."
     assert verify(str(path)) == {}
     assert not path.exists()
+
+
+def test_a_folder_that_cannot_be_listed_may_hold_what_is_in_use(config, cache, monkeypatch):
+    """Another user's, or a network drive that has gone: nothing that it may name is taken away."""
+    plan = cached(config)
+    age(cache, 50)
+    before = {path: path.read_bytes() for path in cache.rglob("*.safetensors")}
+    hidden, scandir = plan.folder.path, os.scandir
+
+    def refuse(path):
+        if str(path) == hidden:
+            raise PermissionError(13, "Permission denied", hidden)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for look in (stats, lambda path: prune(path, keep_days=0, dry_run=False)):
+        with pytest.raises(StorageError) as error:
+            look(str(cache))
+        assert str(error.value).startswith(f"{hidden}: cannot be listed: Permission denied. Make it readable for")
+    assert {path: path.read_bytes() for path in cache.rglob("*.safetensors")} == before
 
 
 # ---- is it whole -----------------------------------------------------------------------------------------------------

@@ -665,7 +665,7 @@ def test_stopping_waits_for_both_threads_together_and_says_so(config, jobs, monk
 def test_few_files_are_scanned_here(images):
     files = [Listed(str(images / f"{number:02d}.png"), "1-1") for number in range(9)]
     found = scan_on_ray(
-        lambda: pytest.fail("connected"), lambda *_: None, files, max_pixels=10**6, by_listing=[False] * 9
+        lambda: pytest.fail("connected"), files, max_pixels=10**6, by_listing=[False] * 9, progress=lambda *_: None
     )
     assert list(found) == scan_images(files, max_pixels=10**6)
 

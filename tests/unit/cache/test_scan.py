@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdxl_ray.cache import scan
 from sdxl_ray.cache.formats import decode
-from sdxl_ray.cache.scan import header_hw, scan_file, scan_images
+from sdxl_ray.cache.scan import header_hw, scan_all, scan_each, scan_file, scan_images
 from sdxl_ray.errors import StorageError
 from sdxl_ray.records import Listed
 
@@ -80,7 +80,10 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     for by_listing in (False, True):
         found = scan_one(path, max_pixels=19_999, by_listing=by_listing)
-        assert (found.problem, found.kind) == ("100x200 is more than dataset.max_pixels = 19999", "too_large")
+        assert (found.problem, found.kind) == (
+            "100x200 pixels (height x width) is more than dataset.max_pixels = 19999",
+            "too_large",
+        )
         assert found.image_hash == ""
 
 
@@ -195,7 +198,10 @@ def test_where_the_listing_has_the_size_nothing_is_opened():
     found = scan_file(file, 600, by_listing=True)
     assert (found.height, found.width, found.problem) == (30, 20, "")
     assert found.image_hash == hashlib.sha256(b"/gone/cat.png\x007-7").hexdigest()
-    assert scan_file(file, 599, by_listing=True).problem == "30x20 is more than dataset.max_pixels = 599"
+    assert (
+        scan_file(file, 599, by_listing=True).problem
+        == "30x20 pixels (height x width) is more than dataset.max_pixels = 599"
+    )
 
 
 def test_a_listing_is_identified_by_address_and_stamp(tmp_path):
@@ -284,7 +290,7 @@ def test_of_a_large_webp_only_the_start_is_read(tmp_path, monkeypatch):
     found = scan_one(path, by_listing=True)
     assert (found.height, found.width, found.problem) == (300, 400, "")
     assert (scan_one(path, 119_999, by_listing=True).problem, read) == (
-        "300x400 is more than dataset.max_pixels = 119999",
+        "300x400 pixels (height x width) is more than dataset.max_pixels = 119999",
         [64 * 1024] * 2,
     )
 
@@ -351,3 +357,13 @@ def test_the_scan_of_many_new_files_is_shown(images):
     many += [Listed(str(images / "0.png"), "300")] * 2
     scan_images(many, max_pixels=10**6, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(128, 301), (256, 301), (301, 301)]
+
+
+def test_the_progress_of_one_part_goes_on_where_the_last_one_ended(images):
+    seen = []
+    scan = scan_all(scan_each, lambda *told: seen.append(told))
+    part = [Listed(str(images / "0.png"), str(number)) for number in range(301)]
+    for _ in range(2):
+        assert len(list(scan(part, max_pixels=10**6, by_listing=[False] * 301))) == 301
+    ends = [(128, 301), (256, 301), (301, 301), (429, 602), (557, 602), (602, 602)]
+    assert seen == [("scan", *end) for end in ends]

@@ -427,6 +427,21 @@ def test_a_copy_that_was_damaged_on_this_disk_is_fetched_again(remote, tmp_path,
     assert remote.reads == [name] * 2
 
 
+def test_a_copy_that_cannot_be_opened_now_is_kept(remote, tmp_path, monkeypatch):
+    name = write(tmp_path / "bucket")
+    read_remote(remote, tmp_path).read(name, "a")
+    reader = read_remote(remote, tmp_path)
+
+    def refuse(path):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch, pytest.raises(CacheError, match="Too many open files"):
+        patch.setattr(shard_reader, "_open_shard", refuse)
+        reader.read(name, "a")
+    assert same_bits(reader.read(name, "a")["std"], tensors()["std"][0])
+    assert remote.reads == [name]
+
+
 def test_a_shard_that_is_damaged_in_the_bucket_is_fetched_again_only_once(remote, tmp_path):
     name = write(tmp_path / "bucket")
     flip_a_bit(tmp_path / "bucket" / name, "std")

@@ -110,7 +110,7 @@ def test_what_was_left_out_by_choice_does_not_count(config, images):
         plan_of(config, dataset__min_size=30)
 
 
-@pytest.mark.parametrize(("num_damaged", "cure"), [(0, ""), (1, " Repair them.")])
+@pytest.mark.parametrize(("num_damaged", "cure"), [(0, ""), (1, " Repair what is damaged or missing.")])
 def test_images_that_are_too_large_are_not_to_be_repaired(config, images, num_damaged, cure):
     spoil(images, num_damaged)
     with pytest.raises(DatasetError) as error:
@@ -119,6 +119,17 @@ def test_images_that_are_too_large_are_not_to_be_repaired(config, images, num_da
     assert lines[0] == f"{images}: 20 of 20 images cannot be used, which leaves none:"
     assert lines[20].endswith(" is more than dataset.max_pixels = 9")
     assert lines[-1] == f"Raise dataset.max_pixels, or shrink what is larger.{cure}"
+
+
+def test_where_settings_and_damage_together_leave_nothing_both_are_named(config, images):
+    spoil(images, 1)
+    with pytest.raises(DatasetError) as error:
+        plan_of(config, dataset__min_size=10_000)
+    first, *shown, last = [line for line in str(error.value).splitlines() if not line.startswith("The whole list")]
+    assert first == f"{images}: 20 of 20 images cannot be used, which leaves none:"
+    assert any("dataset.min_size" in line for line in shown)
+    assert any("dataset.min_size" not in line and ".png: " in line for line in shown)
+    assert last == "Repair what is damaged or missing. Change the settings named here, or add images."
 
 
 def test_images_of_another_size_than_listed_are_not_to_be_repaired(config):

@@ -177,6 +177,31 @@ def test_a_disk_that_does_not_give_a_header_stops_the_work(tmp_path, monkeypatch
         ShardStore(tmp_path)
 
 
+@pytest.mark.parametrize("where", ["latents", "the marker"])
+def test_what_cannot_be_looked_at_is_not_taken_for_nothing(tmp_path, monkeypatch, where):
+    name = write(tmp_path)
+    mark_damaged(str(tmp_path), name, "a")
+    folder, scandir = open_folder(tmp_path), os.scandir
+
+    def refuse(path, *_):
+        if str(path).endswith("latents") or str(path).endswith(DAMAGED_SUFFIX):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    if where == "latents":
+        monkeypatch.setattr(os, "scandir", refuse)
+    else:
+        monkeypatch.setattr(folder, "read", refuse)
+        monkeypatch.setattr(store_module, "open_folder", lambda path: folder)
+    text = (
+        r"latents: cannot be listed: Permission denied"
+        if where == "latents"
+        else r"cannot be read \(Permission denied\)"
+    )
+    with pytest.raises(StorageError, match=text):
+        ShardStore(tmp_path)
+
+
 def test_a_shard_that_is_deleted_while_the_store_looks_is_not_there(tmp_path, monkeypatch):
     sound, name = write(tmp_path, "de"), write(tmp_path)
     folder = open_folder(tmp_path)

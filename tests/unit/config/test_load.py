@@ -568,12 +568,22 @@ def test_wrong_with_overrides_of_datasets(changes, text):
     assert str(error.value) == text
 
 
-@pytest.mark.parametrize(
-    "path", ["s3://bucket/cats", "gs://bucket/*.tar", "hf://org/name", "file:///data/{a,b}.tar", "abfs://c@a/x"]
-)
+@pytest.mark.parametrize("path", ["s3://bucket/cats", "gs://bucket/*.tar", "hf://org/name", "abfs://c@a/x"])
 def test_cloud_addresses_stay_as_they_are(write, path):
     assert load_config(write(f'dataset.path = "{path}"')).dataset[0].path == path
     assert load_config(write('cache.path = "s3://bucket/cache"')).cache.path == "s3://bucket/cache"
+
+
+def test_file_addresses_become_paths(write):
+    """Wherever one may be written, so that nothing after it has to know of them."""
+    loaded = load_config(
+        write(
+            'dataset.path = "file:///data/{a,b} c.tar"\ncache.path = "file:///data/my%20cache"\n'
+            'run.output = "file:///runs"\nmodel.path = "file:///models/sdxl"'
+        )
+    )
+    assert loaded.dataset[0].path == "/data/{a,b} c.tar"
+    assert (loaded.cache.path, loaded.run.output, loaded.model.path) == ("/data/my cache", "/runs", "/models/sdxl")
 
 
 @pytest.mark.parametrize("pattern", ["data/*.tar", "data/{00000..00099}.tar", "data/**/[ab]?.parquet"])

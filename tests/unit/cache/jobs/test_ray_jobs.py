@@ -563,6 +563,25 @@ def test_the_next_wave_is_made_while_one_runs_and_no_further_ahead(many, work, m
     assert all(ahead == number + 1 for number, ahead in made)
 
 
+def test_no_further_wave_is_made_for_a_job_that_has_ended(many, work, monkeypatch):
+    monkeypatch.setattr(waves, "_SHARDS_AT_FIRST", 5)
+    shards, go_on, threads = [*plan_of(many).latent_shards()], threading.Event(), []
+
+    def slow():
+        yield from shards[:6]
+        threads.append(threading.current_thread())
+        go_on.wait(20)
+        yield from shards[6:]
+
+    made = waves.waves_of(slow(), SHARE, None)
+    assert len(next(made)[0]) == 5
+    wait_until(lambda: threads)
+    made.close()
+    go_on.set()
+    threads[0].join(20)
+    assert [len(names) for names in work.made] == [5]
+
+
 def test_two_jobs_side_by_side_begin_at_different_shards(many, work, monkeypatch):
     """Else each would encode what the other one encodes at the same time."""
     plan = plan_of(many)

@@ -74,3 +74,12 @@ def test_at_most_twenty_files_of_a_row_are_read_again(images, monkeypatch):
     files = [Listed(str(images / "0.png"), "1-1"), *gone[1:]]
     found = scanned_files(not_on_the_node(files, set(range(100))), files, 10**6)
     assert [at for at, each in enumerate(found) if not each.problem] == [0]
+
+
+def test_where_a_few_were_read_here_the_others_are_read_too(images):
+    """What nobody has tried is not skipped."""
+    gone = [Listed(str(images / f"gone {number}.png"), "1-1") for number in range(80)]
+    here = [Listed(str(images / f"{number % 3}.png"), "1-1") for number in range(18)]
+    files = [gone.pop() if number % 6 else here.pop() for number in range(96)]
+    found = scanned_files(not_on_the_node(files, set(range(96))), files, 10**6)
+    assert [at for at, each in enumerate(found) if not each.problem] == list(range(0, 96, 6))

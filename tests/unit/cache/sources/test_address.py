@@ -133,6 +133,16 @@ def test_no_server():
         read_bytes("http://127.0.0.1:9/a.jpg")
 
 
+@pytest.mark.parametrize(
+    "url", ["http://host:abc/x.jpg", "http:///x.jpg", "https://exa mple/x.jpg", "http://[::1/x.jpg", "http://host:0/x"]
+)
+def test_an_address_that_can_never_work_is_not_tried(url, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("tried again"))
+    with pytest.raises(ValueError, match=r"^its address names no server$"):
+        read_bytes(url)
+    assert web._outages._failures == {}
+
+
 def test_an_answer_that_is_cut_short_is_asked_for_again():
     def answer(number, method, path):
         return (200, {"Content-Length": "9", "Connection": "close"}, b"cut") if number == 1 else found(b"whole now")

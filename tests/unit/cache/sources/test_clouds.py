@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import time
 import warnings
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sdxl_ray import storage
 from sdxl_ray.cache.sources import list_dataset, read_bytes, stamps, table_rows
 from sdxl_ray.errors import DatasetError, StorageError
 from sdxl_ray.storage import clouds, open_folder
@@ -232,6 +234,38 @@ def test_images_of_a_bucket_that_may_not_be_listed(monkeypatch, tmp_path):
         s3.use(monkeypatch, endpoint)
         assert [image.stamp for image in listed(tmp_path / "0.csv")] == ["-", "-"]
     assert len(requests) == 1
+
+
+def test_a_store_that_does_not_answer_changes_no_stamps(monkeypatch, tmp_path):
+    """Known by its address alone, each image would be another one: all of them encoded again, and no run resumed."""
+    (tmp_path / "0.csv").write_text("image\ns3://b/x/a.jpg\n")
+    monkeypatch.setattr(clouds, "MAX_ATTEMPTS", 1)
+    with s3.answering(lambda *_: s3.s3_error(503, "SlowDown", "")) as (endpoint, _):
+        s3.use(monkeypatch, endpoint)
+        with pytest.raises(StorageError, match=r"^s3://b/x: the store asks for fewer requests while listing"):
+            listed(tmp_path / "0.csv")
+
+
+def test_a_bucket_that_is_not_there_spoils_only_its_own_rows(bucket, tmp_path):
+    (tmp_path / "0.csv").write_text("image\ns3://of-nobody/x/a.jpg\ns3://pictures/none.jpg\n")
+    assert [image.stamp for image in listed(tmp_path / "0.csv")] == ["-", "missing"]
+
+
+def test_the_tar_files_of_a_bucket_are_looked_at_side_by_side(bucket, monkeypatch):
+    """A request for each, and a store takes its time."""
+    for number in range(8):
+        bucket.write(f"{number}.tar", tar_bytes([(f"{number}.jpg", b"x")]))
+    together, status = threading.Barrier(8), storage.status
+
+    def wait(path):
+        if path.endswith(".tar"):
+            together.wait(10)
+        return status(path)
+
+    monkeypatch.setattr(storage, "status", wait)
+    assert [image.path for image in listed("s3://pictures")] == [
+        f"s3://pictures/{number}.tar/{number}.jpg" for number in range(8)
+    ]
 
 
 def test_listed_folders_do_not_pile_up(bucket, tmp_path, monkeypatch):

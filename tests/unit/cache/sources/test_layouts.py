@@ -425,6 +425,24 @@ def test_the_split_that_a_name_tells(name, split):
     assert split_of(name) == split
 
 
+@pytest.mark.parametrize("pattern", ["{cats,dogs}", "*"])
+def test_a_pattern_of_folders_is_told_what_it_stands_for(tmp_path, pattern):
+    write(tmp_path, "cats/a.jpg", "dogs/b.jpg")
+    with pytest.raises(DatasetError) as error:
+        listed(tmp_path / pattern)
+    folder = f"{tmp_path}/cats"
+    if pattern == "*":
+        assert str(error.value).split(" is a folder", 1)[0].removeprefix("dataset.path: ") in (
+            folder,
+            f"{tmp_path}/dogs",
+        )
+    else:
+        assert str(error.value) == (
+            f"dataset.path: {folder} is a folder, and {tmp_path}/{pattern} stands for files. Give each folder a "
+            f"[[dataset]] of its own, or write {tmp_path}/{pattern}/*.jpg."
+        )
+
+
 def test_parquet_of_the_hub(hub):
     for split in ("train", "test"):
         for number in range(2):

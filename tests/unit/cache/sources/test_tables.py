@@ -652,6 +652,21 @@ def test_a_broken_line_is_named(tmp_path, name, content, text):
     assert text in str(error.value)
 
 
+def test_half_a_character_is_no_end_of_the_world(tmp_path):
+    """JSON can write one; no file's name and no caption can hold it."""
+    lines = [r'{"image": "a.jpg", "text": "a cat \ud83d"}', r'{"image": "b\ud83d.jpg", "text": "\ud83d\ude3a"}']
+    (tmp_path / "0.jsonl").write_text("\n".join(lines))
+    found = listed(tmp_path / "0.jsonl")
+    assert [image.texts for image in found] == [("a cat \N{REPLACEMENT CHARACTER}",), ("😺",)]
+    assert found[1].path.endswith("/b\N{REPLACEMENT CHARACTER}.jpg")
+
+
+def test_a_size_beyond_all_numbers_is_none(tmp_path):
+    (tmp_path / "0.jsonl").write_text(f'{{"image": "a.jpg", "width": 1{"0" * 400}, "height": 5}}')
+    (image,) = listed(tmp_path / "0.jsonl")
+    assert image.original_hw is None
+
+
 def test_csv_as_spreadsheets_write_it(tmp_path):
     text = '\ufeffimage,text\r\n"a, b.jpg","two\r\nlines, ""quoted"""\r\n\r\nc.jpg,007\r\n'
     (tmp_path / "0.csv").write_bytes(text.encode())
