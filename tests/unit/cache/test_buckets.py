@@ -293,7 +293,8 @@ def test_without_upscale_nothing_is_enlarged_or_larger_than_the_resolution():
 
 def test_an_image_too_small_for_any_bucket_is_left_out():
     assert place((255, 2000), HASH, geometry(upscale=False)) == Unfit(
-        "it is only 255x2000 pixels (height x width), and dataset.upscale is false: the edges of a bucket are at least 256"
+        "it is only 255x2000 pixels (height x width), and dataset.upscale is false: "
+        "the edges of a bucket are at least 256"
     )
     half = geometry(upscale=False, resolution=256, bucket_step=8)
     assert place((130, 140), HASH, half).bucket_hw == (128, 136)
