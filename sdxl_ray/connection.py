@@ -199,6 +199,7 @@ def _sigterm_stays_ours() -> Iterator[None]:
 _KNOWN_NOISE = (
     b"ray-project/ray/issues/53727",  # every actor pool of Ray Data, at level ERROR
     b"PYTHON worker processes have been started",  # two trials on two cores
+    b"retries remaining, so the task will be retried",  # a process that died is told already
 )
 
 
@@ -251,6 +252,15 @@ def _drop_raylet_noise() -> None:
 
     def filtered(data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         kept = []
+        if any("Raylet is terminated" in line for line in data.get("lines", ())):  # with fifty lines of its log
+            if ("raylet",) not in told:
+                told.add(("raylet",))
+                print(
+                    f"note: Ray's own process on {data.get('ip', 'a machine')} died. Killed for want of memory? "
+                    "`dmesg` tells. Where that is this machine, the run ends; what is finished is kept: run again to go on",
+                    file=sys.stderr,
+                )
+            return
         for line in data.get("lines", ()):
             dead = _DEAD_WORKER.search(line)
             if dead is None:
@@ -259,8 +269,9 @@ def _drop_raylet_noise() -> None:
             elif dead.groups() not in told:
                 told.add(dead.groups())
                 print(
-                    f"note: process {dead[2]} on {dead[1]} died; Ray starts another one, which does its work again. "
-                    "Killed for want of memory? `dmesg` tells, and so do Ray's logs: /tmp/ray/session_latest/logs",
+                    f"note: process {dead[2]} on {dead[1]} died; of a worker, Ray starts another one, which does its "
+                    "work again. Killed for want of memory? `dmesg` tells, and so do Ray's logs: "
+                    "/tmp/ray/session_latest/logs",
                     file=sys.stderr,
                 )
         if kept:

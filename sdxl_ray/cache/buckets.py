@@ -25,7 +25,6 @@ SDXL_BUCKETS: tuple[tuple[int, int], ...] = (
 )  # fmt: skip
 
 MAX_ASPECT = 4.0  # SDXL's own table ends there
-VAE_FACTOR = 8  # pixels per latent pixel; bucket edges are multiples of it
 # Without enlarging, the shortest edge of a bucket, or half of the resolution where that is less: SDXL draws little that
 # can be recognised below it, and micro-conditioning of such sizes was hardly trained.
 MIN_OWN_EDGE = 256

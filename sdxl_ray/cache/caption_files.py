@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from sdxl_ray import storage
+from sdxl_ray.cache.sources.address import read_start, tar_parts
 from sdxl_ray.records import Listed
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ _BYTE_ORDER_MARKS = (  # that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_TAR_MEMBER = re.compile(r"tar:(\d+)\+(\d+):(.*)", re.DOTALL)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
 
 
@@ -102,12 +102,10 @@ def _read(address: str, what: str) -> bytes:
             if len(content) > MAX_BYTES:
                 raise UnreadableCaption(too_large(what, os.fstat(file.fileno()).st_size))
             return content
-    from sdxl_ray.cache.sources import read_start
-
     content = read_start(address, MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
-        member = _TAR_MEMBER.match(address)
-        raise UnreadableCaption(too_large(what, int(member[2]) if member else len(content)))
+        member = tar_parts(address)
+        raise UnreadableCaption(too_large(what, member[1] if member else len(content)))
     return content
 
 
@@ -118,6 +116,6 @@ def too_large(what: str, size: int) -> str:
 
 def _name(address: str) -> str:
     """A caption file as a person finds it: its name; for a part of a tar file, where it lies there."""
-    member = _TAR_MEMBER.match(address)
-    name = f"at byte {member[1]} of {PurePosixPath(member[3]).name}" if member else PurePosixPath(address).name
+    member = tar_parts(address)
+    name = f"at byte {member[0]} of {PurePosixPath(member[2]).name}" if member else PurePosixPath(address).name
     return os.fsencode(name).decode("utf-8", "backslashreplace")  # file names can be anything; a terminal cannot

@@ -9,6 +9,7 @@ import re
 import numpy as np
 
 from sdxl_ray.cache.captions import CaptionRules
+from sdxl_ray.cache.sources.values import joined_tags
 
 AS_IT_IS = -1  # in the place of a base caption's number: neither shuffled nor thinned
 
@@ -55,8 +56,7 @@ def draw_variant(caption: str, rules: CaptionRules, draw: np.random.Generator) -
         chosen = [int(chances.argmax())]
     if rules.shuffle_tags:
         chosen.sort(key=lambda at: float(places[at]))
-    glue = rules.separator if rules.separator[-1].isspace() else f"{rules.separator} "
-    varied = glue.join([*kept, *(others[at] for at in chosen)])
+    varied = joined_tags([*kept, *(others[at] for at in chosen)], rules.separator)
     return decorate(varied or caption, rules)  # a caption of nothing but separators stays as it is
 
 

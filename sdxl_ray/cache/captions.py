@@ -1,11 +1,9 @@
-"""Give each image its captions, and vary them.
+"""The base captions of each image: read, cleaned, replaced. caption_variants.py shuffles and decorates them.
 
-    a source ─▶ cleaned ─▶ caption_replace ─▶ trimmed                     `read_captions`: base captions
-    base caption ─▶ tags shuffled and thinned ─▶ trigger word, prefix, suffix   `expand_variants` in stage 1, or
-                                                                          `draw_variant` while training
+    a source ─▶ cleaned ─▶ caption_replace ─▶ trimmed
 
-Trigger word, prefix and suffix come last, so that they are never moved or dropped. An image never gets another image's
-caption: its source says which text file is its own, and everything here keeps the order of the images.
+An image never gets another image's caption: its source says which text file is its own, and everything here keeps the
+order of the images.
 """
 
 from __future__ import annotations

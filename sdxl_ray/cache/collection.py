@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -237,7 +236,7 @@ def _masks(files: Sequence[Listed], section: DatasetSection, context: _Context) 
     """Of each image. Mask files are always identified by their content."""
     if section.mask == "alpha":
         return [Mask("alpha", "alpha")] * len(files)
-    masks = [Listed(path=file.mask_file, stamp=_mask_stamp(file)) for file in files if file.mask_file]
+    masks = [Listed(path=file.mask_file, stamp=file.mask_stamp) for file in files if file.mask_file]
     scanned = _scan(masks, [False] * len(masks), section.max_pixels, context) if masks else []
     found = {
         mask.path: Mask(mask.path, seen.image_hash, _problem_of_mask(mask, seen))
@@ -248,17 +247,6 @@ def _masks(files: Sequence[Listed], section: DatasetSection, context: _Context) 
 
 def _problem_of_mask(mask: Listed, seen: ScannedFile) -> str:
     return f"its mask {shown_address(mask.path)}: {seen.problem}" if seen.problem else ""
-
-
-def _mask_stamp(file: Listed) -> str:
-    """A mask's own size and date; in a container, the image's."""
-    if file.mask_stamp:
-        return file.mask_stamp
-    try:
-        status = os.stat(file.mask_file)  # noqa: PTH116  (for every image)
-    except (OSError, ValueError):
-        return file.stamp
-    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 class _Rows:

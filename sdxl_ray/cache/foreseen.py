@@ -18,7 +18,7 @@ import pyarrow as pa
 from sdxl_ray.cache import index
 from sdxl_ray.cache.collection import HASH_BYTES, ID_BYTES
 from sdxl_ray.cache.shards import KEY_BYTES, shard_name
-from sdxl_ray.cache.store import ShardStore, hex_strings
+from sdxl_ray.cache.store import ShardStore, hex_strings, keys_from_hex
 from sdxl_ray.cache.tables import PIECE, fixed_bytes, fixed_column, gather
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class Content:
 
 def content_of(plan: CachePlan) -> Content:
     """Looks at every row: seconds for a million."""
-    prompts = {prompt: place_of_prompt(plan, prompt) for prompt in sorted(plan.prompts)}
-    manifest = {**plan.made_with, "num_samples": plan.num_samples, "prompts": prompts}
+    manifest = {**plan.made_with, "num_samples": plan.num_samples, "prompts": places_of_prompts(plan)}
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     return Content(index.digest_of(index_tables(plan)), text.encode())
 
@@ -82,11 +81,18 @@ def index_of(plan: CachePlan) -> index.Index:
     return index.Index(gather(index_tables(plan), index.SCHEMA))
 
 
-def place_of_prompt(plan: CachePlan, prompt: str) -> dict[str, str]:
-    """Where the embedding of one of the plan's prompts is or will be."""
-    key = plan.prompts[prompt]
-    shard = plan.store.shard_of(key) or next(item.name for item in plan.text_shards() if key in item.keys)
-    return {"shard": shard, "key": key}
+def places_of_prompts(plan: CachePlan) -> dict[str, dict[str, str]]:
+    """Where the embedding of each of the plan's prompts is or will be: prompt -> "shard", "key"; sorted by prompt."""
+    keys, wanted = plan.text_keys().values, keys_from_hex(plan.prompts.values())
+    to_come: dict[str, str] = {}
+    for entries in plan.missing_text:
+        if np.isin(wanted, keys[entries]).any():
+            here = hex_strings(keys[entries]).to_pylist()
+            to_come |= dict.fromkeys(here, shard_name("text", here))
+    return {
+        prompt: {"shard": plan.store.shard_of(key) or to_come[key], "key": key}
+        for prompt, key in sorted(plan.prompts.items())
+    }
 
 
 def latent_places(plan: CachePlan) -> pa.DictionaryArray:

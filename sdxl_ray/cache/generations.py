@@ -4,7 +4,8 @@
 
 index.parquet   before anything is encoded, with the names of the shards to come: so `--prune` of another process
                 leaves alone what this one counts on
-manifest.json   what it was made with, and where the embeddings of the prompts are; when everything is encoded
+manifest.json   what it was made with, and where the embeddings of the prompts are; when everything is encoded, or
+                at once with cache.mode = "ondemand", where the run waits for each shard
 skipped.csv     what was left out, as the last run saw it
 used            its date says when a run last needed all this
 

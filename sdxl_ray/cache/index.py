@@ -187,27 +187,15 @@ class Index:
         values: dict[str, Any] = {
             name: column[row].as_py() for name, column in zip(self._names, self._columns, strict=True)
         }
+        same: dict[str, Any] = {
+            name: tuple(value) if isinstance(value := values[name], list) else value for name in _SAME_NAME
+        }
         return EncodedSample(
-            sample_id=values["sample_id"],
-            dataset=values["dataset"],
-            path=values["path"],
-            address=values["address"],
-            image_hash=values["image_hash"],
-            verify=values["verify"],
+            **same,
             original_hw=(values["original_height"], values["original_width"]),
             target_hw=parse_bucket_key(values["bucket"]),
             resized_hw=(values["resized_height"], values["resized_width"]),
             crops=tuple(zip(values["crop_tops"], values["crop_lefts"], strict=True)),
-            flip=values["flip"],
-            mask=values["mask"],
-            mask_hash=values["mask_hash"],
-            scaled_jpeg=values["scaled_jpeg"],
-            captions=tuple(values["captions"]),
-            caption_bases=tuple(values["caption_bases"]),
-            latent_keys=tuple(values["latent_keys"]),
-            latent_shards=tuple(values["latent_shards"]),
-            text_keys=tuple(values["text_keys"]),
-            text_shards=tuple(values["text_shards"]),
         )
 
     def codes(self, column: str) -> tuple[np.ndarray, list[str]]:

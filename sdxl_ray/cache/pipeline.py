@@ -13,6 +13,7 @@ import contextlib
 import functools
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -137,9 +138,9 @@ def encode_missing(config: Config, plan: CachePlan, progress: Progress, clock: C
         CacheError, StorageError, DatasetError: finished shards are kept.
     """
     for _ in range(_PASSES):
-        tried = plan.missing_keys()
+        tried, damaged = plan.missing_keys(), set(plan.store.damaged)
         _encode(config, plan, progress, clock)
-        _find_again(plan, tried)
+        _find_again(plan, tried, damaged)
         if not plan.num_missing:
             return
     raise _still_missing(plan)
@@ -159,27 +160,40 @@ def _encode(config: Config, plan: CachePlan, progress: Progress, clock: Clock) -
         drop_undecodable(plan, without)
 
 
-def _find_again(plan: CachePlan, encoded: np.ndarray) -> None:
+def _find_again(plan: CachePlan, encoded: np.ndarray, damaged: set[str]) -> None:
     """Look what is missing now. A network drive may show late what another machine has written.
+
+    Args:
+        encoded: the keys that were encoded just now.
+        damaged: the files that were damaged before.
 
     Raises:
         CacheError: what is encoded is not there.
     """
-    deadline = time.monotonic() + LATE_S
+    deadline, told = time.monotonic() + LATE_S, False
     while True:
         plan.store.refresh()
         find_missing(plan)
-        if not np.isin(plan.missing_keys(), encoded).any():
+        num_late = int(np.isin(plan.missing_keys(), encoded).sum())
+        if not num_late or set(plan.store.damaged) - damaged:  # a file that has been damaged since is not late
             return
         if time.monotonic() > deadline:
             raise _still_missing(plan)
+        if not told and LATE_S:
+            told = True
+            warnings.warn(
+                f"{num_late} of the entries that were just encoded are not to be seen yet; a network drive may take "
+                f"{LATE_S:.0f} s",
+                stacklevel=2,
+            )
         time.sleep(_LOOK_EVERY_S)
 
 
 def _still_missing(plan: CachePlan) -> CacheError:
     return CacheError(
         f"{plan.num_missing_latents} latents and {plan.num_missing_text} captions are still missing after encoding. "
-        f"Is {plan.store.folder.path} the same folder on all machines? Run `sdxl-ray doctor`."
+        f"Is {plan.store.folder.path} the same folder on all machines? Run `sdxl-ray doctor`. If something deletes "
+        "from it, run again: only what is missing is encoded."
     )
 
 

@@ -56,8 +56,8 @@ class TextShard:
 class CachePlan:
     """The samples, what is there, and the work that is left.
 
-    An entry is one key of one row; `missing_latents` and `missing_text` are shards, each the numbers of its entries.
-    Numbers of captions beyond those of the rows are those of `prompts`.
+    Entries are numbered: latents row after row, crop after crop; captions row after row, then the prompts.
+    `missing_latents` and `missing_text` have an int64 array of entry numbers for each shard that is to be written.
     """
 
     model: str

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "3"  # in every key: a new format never reads an old shard by mistake
 KEY_BYTES = 16
 DAMAGED_SUFFIX = ".damaged"
-_POLL_S = 0.2
 
 
 class OtherVersion(CacheError):

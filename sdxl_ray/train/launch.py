@@ -35,6 +35,7 @@ from sdxl_ray.train.preflight import check_methods
 from sdxl_ray.train.try_out import from_earlier_run, with_batch_size
 
 Event = dict[str, Any]
+_SAVE_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -260,24 +261,31 @@ def _run_and_watch(
     thread = threading.Thread(target=work, daemon=True)
     shown: dict[str, tuple[int, int]] = {}
     placed = False
-    with _signals_heard() as asked:
-        thread.start()
-        told = False
-        while thread.is_alive():
-            thread.join(0.25)
-            placed = _show_events(monitor, on_event) or placed
-            # Once the workers run: encoders that came first might take what the workers need.
-            if background is not None and placed:
-                _watch_background(background, monitor, on_event, shown)
-            if asked.is_set() and not told:
-                told = True
-                monitor.request_stop.remote()
-                text = "stopping: the step is finished and saved first (again to stop at once)"
-                on_event({"event": "line", "text": text})
-    _show_events(monitor, on_event)
-    if background is not None:
-        _show_notes(background, on_event, shown)
-    fatal = ray.get(monitor.fatal_error.remote())
+    try:
+        with _signals_heard() as asked:
+            thread.start()
+            told = False
+            while thread.is_alive():
+                thread.join(0.25)
+                placed = _show_events(monitor, on_event) or placed
+                # Once the workers run: encoders that came first might take what the workers need.
+                if background is not None and placed:
+                    _watch_background(background, monitor, on_event, shown)
+                if asked.is_set() and not told:
+                    told = True
+                    monitor.request_stop.remote()
+                    text = "stopping: the step is finished and saved first (again to stop at once)"
+                    on_event({"event": "line", "text": text})
+        _show_events(monitor, on_event)
+        if background is not None:
+            _show_notes(background, on_event, shown)
+        fatal = ray.get(monitor.fatal_error.remote())
+    except ray.exceptions.RayActorError as error:
+        thread.join(_SAVE_WITHIN_S)  # the workers notice it too, and save
+        raise TrainingError(
+            "the process that this one and the workers talk through has died, and the run ends with it. Killed for "
+            "want of memory? `dmesg` tells. Checkpoints are kept; --resume continues from the last one."
+        ) from error
     if "error" in outcome or fatal:
         raise _explained(outcome.get("error"), fatal)
     returned: dict[str, Any] = outcome["result"].return_value

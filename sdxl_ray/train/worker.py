@@ -319,7 +319,8 @@ class RayReporter:
                     return
             except ray.exceptions.GetTimeoutError:
                 continue
-            except ray.exceptions.RayError:  # the driver is gone; Ray is about to end this worker too
+            except ray.exceptions.RayError:  # nobody hears of this run any more; if the driver is gone, Ray ends it too
+                self._stop.set()
                 return
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdxl_ray.config.load import dump_config, load_config, with_overrides
-from sdxl_ray.errors import CheckpointError, ConfigError
+from sdxl_ray.errors import CheckpointError, ConfigError, TrainingError
 from sdxl_ray.generate import generate_images
 from sdxl_ray.tracking.metrics import read_metrics
 from sdxl_ray.train.launch import FitResult, export_lora, fit
@@ -198,3 +198,17 @@ def test_more_workers_than_fit_are_refused_at_once(config):
     with pytest.raises(Exception, match=r"train.num_workers = 64 with 1 CPU each do not fit"):
         fit(with_overrides(config, {"run.name": "too_many", "train.num_workers": 64}))
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_the_death_of_the_process_in_between_is_told_as_that(config):
+    """Of all that a run has, this one has no second."""
+
+    def kill(event):
+        if event["event"] == "checkpoint":
+            os.kill(actor_processes("RunMonitor")[0], signal.SIGKILL)
+
+    killed = with_overrides(config, {"run.name": "between"})
+    with pytest.raises(TrainingError, match=r"talk through has died.* Checkpoints are kept; --resume continues"):
+        fit(killed, on_event=kill)
+    assert fit(killed, resume=True).step == 30

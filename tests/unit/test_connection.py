@@ -230,10 +230,30 @@ def test_a_process_that_died_is_one_line_and_noise_is_none(monkeypatch, capsys):
     for _ in range(2):  # filters once
         connection._drop_raylet_noise()
     assert os.environ["RAY_COLOR_PREFIX"] == "0"  # no terminal here
-    lines = [DEATH.format(pid=7), "disk is full", "3 PYTHON worker processes have been started", DEATH.format(pid=8)]
+    noise = [
+        "3 PYTHON worker processes have been started",
+        "Task _map_task failed. There are 3 retries remaining, so the task will be retried. Error: ",
+    ]
+    lines = [DEATH.format(pid=7), "disk is full", *noise, DEATH.format(pid=8)]
     worker.print_to_stdstream({"pid": "raylet", "lines": lines}, False)
     worker.print_to_stdstream({"pid": "raylet", "lines": [DEATH.format(pid=7)]}, ignore_prefix=False)
     assert printed == [{"pid": "raylet", "lines": ["disk is full"]}]
     said = capsys.readouterr().err.splitlines()
     assert [line.split(" died; ")[0] for line in said] == [f"note: process {pid} on 192.0.2.2" for pid in (7, 8)]
     assert max(map(len, said)) < 220
+
+
+def test_the_death_of_a_raylet_is_one_line_with_what_to_do(monkeypatch, capsys):
+    import ray._private.worker as worker
+
+    printed = []
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data: printed.append(data))
+    connection._drop_raylet_noise()
+    for _ in range(2):
+        lines = ["Raylet is terminated. Termination is unexpected. Last 20 lines of the Raylet logs:", "[state-dump] x"]
+        worker.print_to_stdstream({"pid": "raylet", "ip": "192.0.2.2", "lines": lines})
+    assert printed == []
+    assert capsys.readouterr().err == (
+        "note: Ray's own process on 192.0.2.2 died. Killed for want of memory? `dmesg` tells. Where that is this "
+        "machine, the run ends; what is finished is kept: run again to go on\n"
+    )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from sdxl_ray.cache.images import UnreadableImage
-from sdxl_ray.cache.jobs.reports import ShardReport, error_text, unpacked
+from sdxl_ray.cache.jobs.reports import ShardReport, error_text, record_from, unpacked
 from sdxl_ray.cache.planning import TextShard, max_tokens
 from sdxl_ray.cache.reading import is_web, load_image, not_given, reason_of
 from sdxl_ray.cache.shards import DAMAGED_SUFFIX, OtherVersion, read_header, write_shard
@@ -300,9 +300,3 @@ def torch_tensor(values: np.ndarray) -> torch.Tensor:
     import torch
 
     return torch.from_numpy(values.copy())
-
-
-def record_from(fields: dict[str, Any]) -> ImageRecord:
-    """What `asdict` and JSON made of a record."""
-    pairs = {name: tuple(fields[name]) for name in ("original_hw", "bucket_hw", "resized_hw", "crop_top_left")}
-    return ImageRecord(**{**fields, **pairs})

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import ray
 
-from sdxl_ray.cache.jobs.actors import decode_shard, record_from
-from sdxl_ray.cache.jobs.reports import ShardReport, packed, unpacked, unreadable_on_node
+from sdxl_ray.cache.jobs.actors import decode_shard
+from sdxl_ray.cache.jobs.reports import ShardReport, packed, record_from, unpacked, unreadable_on_node
 from sdxl_ray.cache.reading import reason_of as why_unreadable
 from sdxl_ray.cache.skipped import Skipped
 from sdxl_ray.cache.sources import read_bytes, read_start, shown_address

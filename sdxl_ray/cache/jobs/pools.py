@@ -10,7 +10,7 @@ _CPUS_PER_CPU_ENCODER = 0.2  # so that decoding, which has to keep up with it, i
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What Ray has on one machine, and what training keeps of it."""
+    """What Ray counts on one machine."""
 
     cpus: float
     gpus: float

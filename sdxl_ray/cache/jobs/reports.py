@@ -18,6 +18,7 @@ import numpy as np
 
 from sdxl_ray import errors
 from sdxl_ray.errors import CacheError, SdxlRayError
+from sdxl_ray.records import ImageRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,12 @@ def unpacked(shard: bytes) -> dict[str, Any]:
     """What `packed` was given."""
     fields: dict[str, Any] = json.loads(zlib.decompress(shard))
     return fields
+
+
+def record_from(fields: dict[str, Any]) -> ImageRecord:
+    """What `asdict` and JSON made of a record."""
+    pairs = {name: tuple(fields[name]) for name in ("original_hw", "bucket_hw", "resized_hw", "crop_top_left")}
+    return ImageRecord(**{**fields, **pairs})
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,12 @@ def tar_address(container: str, offset: int, length: int) -> str:
     return f"tar:{offset}+{length}:{container}"
 
 
+def tar_parts(address: str) -> tuple[int, int, str] | None:
+    """(offset, length, container) of what `tar_address` made; None: another kind of address."""
+    part = _TAR.fullmatch(address)
+    return (int(part[1]), int(part[2]), part[3]) if part else None
+
+
 def row_address(container: str, row: int, column: str, levels: int | None = None) -> str:
     """Of a value in a table. A file that it names must lie `levels` above the table's folder; None: anywhere."""
     limit = "" if levels is None else f"+{levels}"
@@ -47,11 +53,12 @@ def row_name(container: str, row: int) -> str:
 
 def shown(address: str) -> str:
     """An address for people: of a row its table and number, of a tar file's member the file and where in it."""
-    row, part = _ROW.fullmatch(address), _TAR.fullmatch(address)
+    row, part = _ROW.fullmatch(address), tar_parts(address)
     if row:
         return row_name(row[4], int(row[1]))
     if part:
-        return f"at byte {part[1]} of {part[3]}"
+        offset, _, container = part
+        return f"at byte {offset} of {container}"
     return "of the table" if address.startswith(_REFUSED) else storage.shown(address)
 
 
@@ -69,9 +76,9 @@ def read_bytes(address: str) -> bytes:
         ValueError: the data is at fault: an empty cell, more than 500 MB, a tar file cut short, a file that a table may
             not name.
     """
-    part = _TAR.fullmatch(address)
+    part = tar_parts(address)
     if part:
-        offset, length, container = int(part[1]), int(part[2]), part[3]
+        offset, length, container = part
         content = storage.read_bytes(container, offset, length)
         if len(content) < length:
             raise ValueError(f"{container} ends at byte {offset + len(content)}, in the middle of this image")
@@ -81,9 +88,10 @@ def read_bytes(address: str) -> bytes:
 
 def read_start(address: str, length: int) -> bytes:
     """The first bytes, at most `length`. Raises what `read_bytes` raises."""
-    part = _TAR.fullmatch(address)
+    part = tar_parts(address)
     if part:
-        return storage.read_bytes(part[3], int(part[1]), min(length, int(part[2])))
+        offset, whole, container = part
+        return storage.read_bytes(container, offset, min(length, whole))
     return _read(address, length)
 
 

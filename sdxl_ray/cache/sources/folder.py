@@ -173,7 +173,9 @@ def _pair(section: DatasetSection, rules: _Rules, levels: Iterable[_Level], root
     remarks = Remarks(section, root)
     for level in levels:
         level.images.sort()
-        remarks.see(level.folder, len(level.images), level.tables, rules.take_out_masks(level))
+        num_images = len(level.images)
+        masks = rules.take_out_masks(level)
+        remarks.see(level.folder, num_images, level.tables, masks)
         claims = _claims(level, rules)
         for file, images in claims.items():
             shared.append((printable(storage.join(level.folder, file)), [printable(image) for image in images]))
@@ -224,17 +226,18 @@ def _listed(level: _Level, rules: _Rules, tables: Sequence[str]) -> Iterator[Lis
         stamps: Iterable[str] = (level.stamps[image] for image in level.images)
     else:
         stamps = _stamps_in_pieces(level)
+    masks = [level.masks.get(_stem(image) + rules.mask_suffix, "") for image in level.images]
+    mask_stamps = level.stamps or _stamps_of(level, [mask for mask in masks if mask])
     captions = [_caption_of(image, level, rules) for image in level.images]
     others = _others(level, captions) if rules.captions and "" in captions else {}
-    for image, stamp, caption in zip(level.images, stamps, captions, strict=True):
-        mask = level.masks.get(_stem(image) + rules.mask_suffix, "")
+    for image, stamp, caption, mask in zip(level.images, stamps, captions, masks, strict=True):
         yield Listed(
             path=address(image),
             stamp=stamp,
             text_file=address(caption),
             text_stamp=level.stamps.get(caption, ""),
             mask_file=address(mask),
-            mask_stamp=level.stamps.get(mask, "") if mask else "",
+            mask_stamp=mask_stamps.get(mask, ""),
             beside=() if caption else (*sorted(map(printable, others.get(image, ()))), *tables),
         )
 
@@ -254,6 +257,10 @@ def _others(level: _Level, captions: Iterable[str]) -> dict[str, list[str]]:
         for image in whose:
             found.setdefault(image, []).append(name)
     return found
+
+
+def _stamps_of(level: _Level, names: Sequence[str]) -> dict[str, str]:
+    return dict(zip(names, local_stamps([storage.join(level.folder, name) for name in names], _NOWHERE), strict=True))
 
 
 def _stamps_in_pieces(level: _Level, piece: int = 8192) -> Iterator[str]:

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import io
 import itertools
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -52,14 +51,19 @@ def read_pieces(section: DatasetSection, path: str) -> Iterator[Piece]:
         DatasetError: the table is damaged, or has no column for the image.
         StorageError: a store refuses.
     """
-    kind = os.path.splitext(path)[1].lower()  # noqa: PTH122
-    if kind in (".csv", ".tsv"):
+    kind = _kind(path)
+    if kind == "csv":
         yield from _in_pieces(section, path, _csv_rows(section, path))
-    elif kind in (".jsonl", ".ndjson"):
+    elif kind == "json":
         yield from _in_pieces(section, path, _json_rows(path))
     else:
         with _arrow_errors(path):
-            yield from _each_read(path, _parquet(section, path) if kind == ".parquet" else _arrow(section, path))
+            yield from _each_read(path, _parquet(section, path) if kind == "parquet" else _arrow(section, path))
+
+
+def _kind(path: str) -> str:
+    suffix = path.rpartition(".")[2].lower()
+    return {"tsv": "csv", "jsonl": "json", "ndjson": "json"}.get(suffix, suffix)
 
 
 def _each_read(path: str, pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -74,10 +78,10 @@ def _each_read(path: str, pieces: Iterator[Piece]) -> Iterator[Piece]:
 
 def names_in(section: DatasetSection, path: str) -> Iterator[Iterable[str]]:
     """The columns of a table; of JSON lines those of each row."""
-    kind = os.path.splitext(path)[1].lower()  # noqa: PTH122
-    if kind in (".csv", ".tsv"):
+    kind = _kind(path)
+    if kind == "csv":
         yield _header(section, path, next(_csv_lines(path), (0, []))[1])
-    elif kind in (".jsonl", ".ndjson"):
+    elif kind == "json":
         yield from _json_rows(path)
     else:
         with _arrow_errors(path):
@@ -86,11 +90,11 @@ def names_in(section: DatasetSection, path: str) -> Iterator[Iterable[str]]:
 
 def names_of_columns(path: str) -> tuple[str, ...]:
     """The columns of what may be a table, of JSON lines those of the first row; none where it cannot be read as one."""
-    kind = os.path.splitext(path)[1].lower()  # noqa: PTH122
+    kind = _kind(path)
     with contextlib.suppress(SdxlRayError, OSError):
-        if kind in (".csv", ".tsv"):
+        if kind == "csv":
             return tuple(name.strip() for name in next(_csv_lines(path), (0, []))[1])
-        if kind in (".jsonl", ".ndjson"):
+        if kind == "json":
             return tuple(next(_json_rows(path), {}))
         with _arrow_errors(path):
             return tuple(_schema(path).names)
@@ -107,8 +111,7 @@ def _arrow_errors(path: str) -> Iterator[None]:
         hint = "Copy or download it again, or take it out."
         if storage.read_bytes(path, 0, len(_LFS_POINTER)) == _LFS_POINTER:
             hint = "It is only a note of Git LFS; fetch the files with `git lfs pull`."
-        kind = os.path.splitext(path)[1].lower()  # noqa: PTH122
-        raise DatasetError(f"{path} is no whole {kind[1:].capitalize()} file: {error}. {hint}") from None
+        raise DatasetError(f"{path} is no whole {_kind(path).capitalize()} file: {error}. {hint}") from None
 
 
 def _schema(path: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -20,11 +20,12 @@ def texts_of(row: Mapping[str, Any], columns: Sequence[str], tag_separator: str 
         texts = tuple(str(text).strip() for text in values if isinstance(text, str | int | float) and not _is_nan(text))
         texts = tuple(text for text in texts if text)
         if texts:
-            return (_joined(texts, tag_separator),) if tag_separator else texts
+            return (joined_tags(texts, tag_separator),) if tag_separator else texts
     return ()
 
 
-def _joined(tags: Sequence[str], separator: str) -> str:
+def joined_tags(tags: Iterable[str], separator: str) -> str:
+    """With a space behind each separator, unless it ends in one."""
     return (separator if separator[-1].isspace() else f"{separator} ").join(tags)
 
 

@@ -1,13 +1,12 @@
 import os
 import random
-import sys
-import types
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sdxl_ray.cache import caption_files
 from sdxl_ray.cache.caption_files import CaptionFiles, UnreadableCaption
 from sdxl_ray.cache.caption_variants import AS_IT_IS, decorate, draw_variant, expand_variants
 from sdxl_ray.cache.captions import CaptionRules, _find, no_captions_error, read_captions, several_captions_note
@@ -57,9 +56,7 @@ def image(tmp_path):
 def sources(monkeypatch):
     """What is at addresses that are no plain files."""
     contents = {}
-    module = types.ModuleType("sdxl_ray.cache.sources")
-    module.read_start = lambda address, length: contents[address][:length]
-    monkeypatch.setitem(sys.modules, "sdxl_ray.cache.sources", module)
+    monkeypatch.setattr(caption_files, "read_start", lambda address, length: contents[address][:length])
     return contents
 
 
@@ -211,7 +208,7 @@ def test_a_tar_file_cut_short_is_a_reason(image, monkeypatch, sources):
     def read_start(address, length):
         raise ValueError("/data/00.tar ends at byte 520, in the middle of this image")
 
-    monkeypatch.setattr(sys.modules["sdxl_ray.cache.sources"], "read_start", read_start)
+    monkeypatch.setattr(caption_files, "read_start", read_start)
     _, reasons, _ = read_all([image(text_file="tar:512+10:/data/00.tar")], CaptionRules())
     assert reasons == {
         0: "caption file at byte 512 of 00.tar cannot be read: "
@@ -223,7 +220,7 @@ def test_a_bucket_that_refuses_is_no_matter_of_single_images(image, monkeypatch,
     def read_start(address, length):
         raise StorageError("s3://bucket: access denied")
 
-    monkeypatch.setattr(sys.modules["sdxl_ray.cache.sources"], "read_start", read_start)
+    monkeypatch.setattr(caption_files, "read_start", read_start)
     with pytest.raises(StorageError):
         read_all([image(text_file="s3://bucket/cat.txt")], CaptionRules())
 

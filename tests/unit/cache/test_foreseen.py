@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sdxl_ray.cache import collection, foreseen
-from sdxl_ray.cache.foreseen import index_tables, place_of_prompt
+from sdxl_ray.cache.foreseen import index_tables, places_of_prompts
 from sdxl_ray.cache.planning import find_missing
 from sdxl_ray.cache.shards import text_key
 from tests.unit.cache.planned import (
@@ -55,10 +55,10 @@ def test_captions_that_are_missing_too_have_their_shard_in_the_index(config):
     assert all(sample.text_shards == tuple(names[key] for key in sample.text_keys) for sample in samples_of(plan))
     fingerprint = plan.text_fingerprint
     key = text_key("draw a cat", fingerprint)
-    assert place_of_prompt(plan, "draw a cat") == {"shard": names[key], "key": key}
+    assert places_of_prompts(plan)["draw a cat"] == {"shard": names[key], "key": key}
     fill(plan)
     full = plan_of(config)
-    assert place_of_prompt(full, "draw a cat") == {"shard": names[key], "key": key}
+    assert places_of_prompts(full)["draw a cat"] == {"shard": names[key], "key": key}
 
 
 def test_copies_of_an_image_are_encoded_once_and_stay_samples_of_their_own(config, images):
