@@ -257,7 +257,7 @@ def _drop_raylet_noise() -> None:
                 told.add(("raylet",))
                 print(
                     f"note: Ray's own process on {data.get('ip', 'a machine')} died. Killed for want of memory? "
-                    "`dmesg` tells. Where that is this machine, the run ends; what is finished is kept: run again to go on",
+                    "`dmesg` tells. Where that is this machine, the run ends; what is finished is kept: run again",
                     file=sys.stderr,
                 )
             return

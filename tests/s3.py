@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from sdxl_ray.storage import Outages, clouds
+
 BUCKET = "pictures"
 
 
@@ -50,7 +52,8 @@ def filesystem(endpoint: str):
 
 
 def use(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    """Point the environment to a server, as a user does."""
+    """Point the environment to a server, as a user does; what an earlier one did is forgotten."""
+    monkeypatch.setattr(clouds, "_outages", Outages())
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-tests")

@@ -87,11 +87,14 @@ def write_index(path: str, tables: Iterable[pa.Table]) -> None:
 def read_tables(path: str | Path) -> Iterator[pa.Table]:
     """The file in pieces of `SCHEMA`. Raises what `Index.read` raises."""
     try:
-        with open_arrow(str(path)) as source, pq.ParquetFile(source, read_dictionary=_FEW_VALUES) as file:
-            names = [name for name in SCHEMA.names if name in file.schema_arrow.names]
-            missing = ", ".join(name for name in SCHEMA.names if name not in names and name not in _ADDED)
+        with open_arrow(str(path)) as source:
+            metadata = pq.read_metadata(source)
+            there = set(metadata.schema.to_arrow_schema().names)
+            names = [name for name in SCHEMA.names if name in there]
+            missing = ", ".join(name for name in SCHEMA.names if name not in there and name not in _ADDED)
             if not missing:
-                yield from map(_completed, file.iter_batches(PIECE, columns=names))
+                with pq.ParquetFile(source, metadata=metadata, read_dictionary=_FEW_VALUES) as file:
+                    yield from map(_completed, file.iter_batches(PIECE, columns=names))
     except FileNotFoundError:
         raise CacheError(f"{path}: no index. Run `sdxl-ray cache` with this config first.") from None
     except (pa.ArrowException, OSError) as error:

@@ -255,5 +255,5 @@ def test_the_death_of_a_raylet_is_one_line_with_what_to_do(monkeypatch, capsys):
     assert printed == []
     assert capsys.readouterr().err == (
         "note: Ray's own process on 192.0.2.2 died. Killed for want of memory? `dmesg` tells. Where that is this "
-        "machine, the run ends; what is finished is kept: run again to go on\n"
+        "machine, the run ends; what is finished is kept: run again\n"
     )

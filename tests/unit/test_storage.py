@@ -695,3 +695,9 @@ def test_the_hub_out_of_reach():
     clouds._connect.cache_clear()
     with pytest.raises(StorageError, match=r"^hf://datasets/org/name: cannot be reached while listing\. "):
         open_folder("hf://datasets/org/name").list()
+
+
+def test_what_is_written_piece_by_piece_is_there_whole(place):
+    folder = open_folder(place)
+    folder.write_by("a/b.txt", lambda file: file.writelines([b"one, ", b"two"]), doing="writing", cure="")
+    assert folder.read("a/b.txt") == b"one, two"

@@ -444,3 +444,9 @@ def test_there_are_no_more_variants_than_places(spare):
 
 def test_crop_variants_are_for_random_crops_only():
     assert geometry(crop="center", crop_variants=5) == geometry(crop="center")
+
+
+def test_without_upscale_a_long_image_is_not_larger_than_the_largest_bucket():
+    """Its own size rounded down would be: 320x960 has more pixels than any bucket of 512²."""
+    for hw, resolution, bucket in (((324, 1010), 512, (320, 768)), ((891, 513), 640, (768, 512))):
+        assert place(hw, HASH, geometry(upscale=False, resolution=resolution)).bucket_hw == bucket

@@ -675,3 +675,8 @@ def test_only_sources_that_are_not_tried_are_proposed():
         '(dataset.captions = ["filename", "instance_prompt"]). Write them, or add another source to dataset.captions: '
         '"empty" (no words), or "skip" (leave these images out).'
     )
+
+
+def test_what_replacements_leave_is_trimmed_and_spaces_alone_are_no_caption(image):
+    rules = CaptionRules(sources=("textfile", "filename"), replace=(("photo", ""),))
+    assert find_captions(image(content="photo a cat photo\nphoto photo"), rules) == ("a cat",)

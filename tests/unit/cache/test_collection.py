@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -23,7 +24,7 @@ from sdxl_ray.cache.shards import latent_key, text_key
 from sdxl_ray.cache.store import hex_strings
 from sdxl_ray.cache.tables import fixed_bytes
 from sdxl_ray.errors import DatasetError
-from sdxl_ray.records import bucket_key
+from sdxl_ray.records import Listed, bucket_key
 from sdxl_ray.storage import open_folder
 from tests.unit.cache.planned import add_image, add_images, changed, config_of
 
@@ -613,3 +614,42 @@ def test_every_image_keeps_its_own_caption_whatever_lies_between(tmp_path, monke
         ]
     names = [item.dataset for item in collection.skipped] + [row["dataset"] for row in rows(collection)]
     assert collection.num_images == Counter(names)
+
+
+def test_a_mask_is_identified_by_its_content_whatever_identifies_the_images(config, images):
+    """Else it would not be the one that was scanned when the image is decoded."""
+    Image.new("L", (80, 60), 200).save(images / "00-mask.png")
+    found = by_name(collected(config, dataset__mask="file", dataset__identify_by="listing"))
+    digest = hashlib.sha256((images / "00-mask.png").read_bytes()).hexdigest()
+    assert found["00.png"]["mask_hash"] == digest
+
+
+def test_a_mask_that_its_source_says_has_changed_is_looked_at_again(config, images, monkeypatch):
+    """In a bucket it changes while its image stays as it is."""
+    mask = images / "mask.bmp"
+    hashes = []
+    for stamp in ("1", "2"):
+        Image.new("L", (80, 60), int(stamp)).save(mask)
+        os.utime(mask, (1e9, 1e9))
+        file = Listed(str(images / "00.png"), "1", texts=("a cat",), mask_file=str(mask), mask_stamp=stamp)
+        monkeypatch.setattr(collection_module, "list_dataset", lambda section, memo, file=file: iter([file]))
+        (row,) = rows(collected(config, dataset__mask="file"))
+        hashes.append(row["mask_hash"])
+        assert hashes[-1] == hashlib.sha256(mask.read_bytes()).hexdigest()
+    assert hashes[0] != hashes[1]
+
+
+def test_images_that_the_listing_identifies_and_others_are_remembered_as_what_they_are(tmp_path, images):
+    """A table with sizes in some of its rows, to which one without is added."""
+    table = write_table(tmp_path / "lists", images)
+    lines = table.read_text().splitlines()
+    config = config_of(tmp_path, "model", table)
+    table.write_text("\n".join(lines[:3]))
+    collected(config)
+    table.write_text("\n".join([*lines[:3], lines[3].replace('"height"', '"tallness"')]))
+    assert [row["verify"] for row in rows(collected(config))] == [False, False, False, True]
+
+    def none_is_new(files, **settings):
+        raise AssertionError(f"scanned again: {[file.path for file in files]}")
+
+    assert len(collected(config, scan=none_is_new)) == 4

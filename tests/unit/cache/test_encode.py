@@ -351,3 +351,31 @@ def test_embeddings_do_not_depend_on_the_batch_size(tiny_model):
     for name, tensor in one.items():
         assert len(tensor) == 4
         torch.testing.assert_close(tensor, all_at_once[name], rtol=0.01, atol=0.01)
+
+
+def test_after_an_image_that_only_fp32_can_encode_the_others_are_encoded_as_ever(tiny_model, monkeypatch):
+    """Else what a latent is would depend on the images before it."""
+    latents = encoder(tiny_model, 1, "bf16")
+    expected = latents.encode(images(2)[1:], names(1))
+
+    def posterior(vae, pixel_values, *, tile=0):
+        dtypes.append(vae.dtype)
+        if len(dtypes) == 1:
+            raise NonFiniteLatents([0])
+        return encode_posterior(vae, pixel_values, tile=tile)
+
+    dtypes = []
+    monkeypatch.setattr(encode, "encode_posterior", posterior)
+    found = latents.encode(images(2), names(2))
+    assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert torch.equal(found["mean"][1], expected["mean"][0])
+    assert torch.equal(found["std"][1], expected["std"][0])
+
+
+def test_how_many_fit_is_remembered_for_the_size_that_was_tried(tiny_model, monkeypatch):
+    """Each failed attempt costs as much as a batch; wide images are no tall ones."""
+    latents = encoder(tiny_model, 4)
+    tried = limited(monkeypatch, lambda num, height, width: num <= 2)
+    for _ in range(2):
+        latents.encode(images(4, (64, 128)), names(4))
+    assert tried == [(4, 64, 128), *[(2, 64, 128)] * 4]

@@ -135,3 +135,24 @@ def test_samples_say_what_happened_to_the_image(config, images):
     assert sample.dataset == "images"
     assert sample.image_record().micro_conditioning == sample.micro_conditioning()
     assert all(r >= b for r, b in zip(sample.resized_hw, sample.target_hw, strict=True))
+
+
+def test_each_row_keeps_its_own_shards_across_pieces(config, monkeypatch):
+    before = samples_of(plan_of(config))
+    assert len({sample.latent_shards for sample in before}) == 3
+    monkeypatch.setattr(foreseen, "PIECE", 4)
+    assert samples_of(plan_of(config)) == before
+
+
+def test_which_of_two_copies_is_the_first_does_not_depend_on_the_order_of_the_datasets(images, tmp_path, tiny_model):
+    """Else noise and order of a resumed run would be others."""
+    other = shutil.copytree(images, tmp_path / "another")
+
+    def ids(*folders):
+        return {
+            sample.path: sample.sample_id for sample in samples_of(plan_of(config_of(tmp_path, tiny_model, *folders)))
+        }
+
+    found = ids(images, other)
+    assert found == ids(other, images)
+    assert not any("-" in found[str(other / f"{number:02d}.png")] for number in range(20))

@@ -14,7 +14,7 @@ import pytest
 from sdxl_ray.cache import collection, foreseen, generations, tables
 from sdxl_ray.cache.generations import begin, finish, in_use
 from sdxl_ray.cache.index import Index
-from sdxl_ray.cache.planning import _collection_name, drop_undecodable, find_missing
+from sdxl_ray.cache.planning import _collection_name, drop_undecodable, find_missing, plan_cache
 from sdxl_ray.cache.skipped import Skipped
 from sdxl_ray.errors import StorageError
 from tests.unit.cache.planned import add_image, add_images, config_of, fill, plan_of, samples_of
@@ -262,3 +262,37 @@ def test_a_folder_that_is_gone_is_not_made_again(config, monkeypatch):
     with in_use(plan.index_path):
         time.sleep(0.2)
     assert not Path(plan.folder.path).exists()
+
+
+def test_another_index_alone_makes_another_name(config, images):
+    """Two captions exchanged: the manifest says the same, and the prompts lie where they did."""
+    fill(plan_of(config))
+    before = plan_of(config)
+    first, second = (images / "00.txt").read_text(), (images / "01.txt").read_text()
+    (images / "00.txt").write_text(second)
+    (images / "01.txt").write_text(first)
+    after = plan_of(config)
+    assert after.content.manifest == before.content.manifest
+    assert after.folder.path != before.folder.path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"repeats": 3}, {"weight": 2.0}, {"end": "5 steps"}, {"crop_epochs": 2}, {"max_unreadable": 0.5}],
+    ids=str,
+)
+def test_what_decides_about_training_alone_makes_no_other_name(config, change):
+    """Else each change would leave an index of its own behind."""
+    crops = {"dataset__crop": "random", "dataset__crop_variants": 2}
+    ((name, value),) = change.items()
+    assert plan_of(config, **crops, **{f"dataset__{name}": value}).folder.path == plan_of(config, **crops).folder.path
+
+
+def test_prompts_in_another_order_make_no_other_name(config):
+    """Once they are encoded; before, the shard to come is another."""
+
+    def plan(*prompts):
+        return plan_cache(config.datasets, config.model, config.cache, model_path=config.model.path, prompts=prompts)
+
+    fill(plan("trees", "a red house"))
+    assert plan("trees", "a red house").folder.path == plan("a red house", "trees").folder.path

@@ -672,3 +672,23 @@ def test_a_decoder_without_memory_says_nothing_about_the_image(tmp_path, monkeyp
 def test_a_reason_travels_with_its_kind():
     error = pickle.loads(pickle.dumps(UnreadableImage("cannot be read: gone", "unreadable")))
     assert (str(error), error.kind) == ("cannot be read: gone", "unreadable")
+
+
+def test_edges_of_what_is_half_transparent_have_no_specks(tmp_path):
+    """LANCZOS overshoots beside an edge; white and a little more is white, not black."""
+    values = np.zeros((256, 256, 4), np.uint8)
+    values[:, 129:, :3] = 255
+    values[..., 3] = 128
+    record = record_of(tmp_path / "cat.png", encode(Image.fromarray(values), "PNG"), buckets=["64x64"])
+    row = load_pixels(record)[32].astype(int)
+    assert np.abs(row[:28] - 127).max() <= 2
+    assert row[33:].min() >= 240
+
+
+def test_beside_a_mask_file_what_is_transparent_is_white(tmp_path):
+    """Only transparency that is itself the mask is taken off."""
+    values = np.full((64, 64, 4), 100, np.uint8)
+    values[..., 3] = 0
+    content = encode(Image.fromarray(values), "PNG")
+    record = record_of(tmp_path / "cat.png", content, buckets=["32x32"], mask=str(tmp_path / "cat-mask.png"))
+    assert load_pixels(record).min() == 255

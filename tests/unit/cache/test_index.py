@@ -183,6 +183,14 @@ def test_an_index_of_another_version(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", [name for name in SCHEMA.names if name != "mask_hash"])
+def test_without_any_of_its_columns_it_is_no_index(tmp_path, name):
+    path = tmp_path / "index.parquet"
+    pq.write_table(Index.of(SAMPLES).table.drop_columns([name]), path)
+    with pytest.raises(CacheError, match=rf"is of another version of sdxl-ray, it lacks {name}\. "):
+        Index.read(path)
+
+
 def test_the_copy_of_an_earlier_version_is_read(tmp_path):
     """A run has its own, and needs it when it is resumed or exported."""
     path = tmp_path / "index.parquet"

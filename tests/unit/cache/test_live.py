@@ -272,3 +272,25 @@ def test_encoding_in_tiles_is_told_once(live, told, tmp_path, monkeypatch):
         live.latents(sample_of(write_image(tmp_path, number)), 0)
     assert len(told) == 1 and told[0].startswith(f"{tmp_path}/0.png: encoded in tiles, since cpu has no room for it")
     assert encoder.tiled == []
+
+
+def test_each_image_that_cannot_be_decoded_is_told(live, told, tmp_path):
+    for number in range(2):
+        path = write_image(tmp_path, number)
+        path.write_bytes(path.read_bytes()[:300])
+        assert live.latents(sample_of(path), 0) is None
+    assert [line.partition(":")[0] for line in told] == [f"{tmp_path}/0.png", f"{tmp_path}/1.png"]
+
+
+def test_images_that_can_be_decoded_count_for_what_is_no_accident(tiny_model, told, tmp_path):
+    """20 bad ones of 20 would be none; of 40 they are within half."""
+    limits = {"images": UnreadableLimit("/data/cats", 0.5, 1000)}
+    place = {"revision": "", "variant": "", "vae_dtype": "fp32", "caption_chunks": 1, "device": CPU}
+    live = LiveEntries(tiny_model, **place, report=told.append, limits=limits)
+    good, bad = sample_of(write_image(tmp_path, 0)), sample_of(write_image(tmp_path, 1))
+    (tmp_path / "1.png").write_bytes(b"no image")
+    for number in range(40):
+        sample = dataclasses.replace(
+            bad if number >= 20 else good, image_hash=f"{number:016x}" + "0" * 48, verify=False
+        )
+        assert (live.latents(sample, 0) is None) == (number >= 20)

@@ -340,3 +340,12 @@ def test_a_damaged_copy_of_another_user_is_read_around(remote, tmp_path, of_anot
     copies.remove("text/3.safetensors")
     assert copies.fetch("text/3.safetensors") == b"\3" * KIB
     assert held(tmp_path) == ["3"]
+
+
+def test_caches_that_are_called_alike_do_not_share_copies(tmp_path):
+    """s3://one/cache and s3://two/cache, each with the shard of one name."""
+    for name in ("one", "two"):
+        RemoteFolder(tmp_path / name / "cache").inner.write("text/0.safetensors", name.encode())
+    for name in ("one", "two"):
+        copies = copies_of(RemoteFolder(tmp_path / name / "cache"), tmp_path)
+        assert copies.fetch("text/0.safetensors").read_bytes() == name.encode()

@@ -200,3 +200,24 @@ def test_transparency_is_turned_with_its_image(tmp_path, format, orientation, fl
     seen = 255 - on_white[..., 0].reshape(32, 8, 48, 8).mean((1, 3))
     assert (seen < 128).sum() == 20 * 8 + 8 * 8
     assert np.abs(mask_cells(alpha, record) - seen).max() <= 2
+
+
+def test_a_finer_mask_is_averaged_not_thinned(tmp_path):
+    values = np.zeros((512, 512), np.uint8)
+    values[:, ::2] = 255
+    cells = load_mask_file(with_mask(tmp_path, Image.fromarray(values), image_hw=(256, 256)))
+    assert np.abs(cells.astype(int) - 127).max() <= 1
+
+
+def test_what_is_half_transparent_in_a_mask_counts_half(tmp_path):
+    mask = Image.new("RGBA", (384, 256), (255, 255, 255, 128))
+    assert set(load_mask_file(with_mask(tmp_path, mask)).flat) == {128}
+
+
+def test_a_mask_that_was_edited_is_found_out_where_its_image_is_known_by_the_listing_alone(tmp_path):
+    record = with_mask(tmp_path, half_white(256, 384), verify=False)
+    digest = hashlib.sha256((tmp_path / "cat-mask.png").read_bytes()).hexdigest()
+    known = dataclasses.replace(record, mask_hash=digest)
+    (tmp_path / "cat-mask.png").write_bytes(encode(Image.new("L", (384, 256), 255), "PNG"))
+    with pytest.raises(UnreadableImage, match="changed while it was being cached"):
+        load_mask_file(known)

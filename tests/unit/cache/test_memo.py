@@ -313,3 +313,19 @@ def test_a_memo_may_lie_in_a_bucket(tmp_path):
     memo.write()
     assert find(Memo(remote), FILES) == FOUND
     assert remote.calls["write"] == 1
+
+
+def test_a_later_finding_counts_before_it_is_written_too(tmp_path):
+    memo = remember(tmp_path, FILES, FOUND)
+    memo.add(FILES[:1], [False], [scanned(9)])
+    assert find(memo, FILES) == [scanned(9), *FOUND[1:]]
+
+
+def test_what_was_found_by_the_same_memo_is_forgotten_too(tmp_path):
+    for written in (False, True):
+        memo = memo_of(tmp_path / str(written))
+        memo.add(FILES, [False] * 6, FOUND)
+        if written:
+            memo.write()
+        memo.forget([scanned(3).image_hash])
+        assert find(memo, FILES) == [*FOUND[:3], None, *FOUND[4:]]

@@ -370,20 +370,19 @@ def test_how_much_was_tried_is_told_also_where_nothing_came_of_it(config, jobs):
     assert (again.num_tried, again.num_latents_encoded, len(again.skipped)) == (1, 0, 1)
 
 
-def test_an_image_that_changed_without_a_new_date_is_read_again_by_the_next_run(config, jobs, images):
+@pytest.mark.parametrize("kind", ["changed", "other_size"])
+def test_an_image_that_changed_without_a_new_date_is_read_again_by_the_next_run(config, jobs, images, kind):
     """As `cp -p`, `rsync -t` and tools that write into an image leave it."""
-    build(config, jobs)
     image = images / "03.png"
+    (sample,) = [sample for sample in index_of(build(config, jobs)) if sample.path == str(image)]
     status, content = image.stat(), image.read_bytes()
-    (Path(config.cache.path) / index_of(build(config, jobs))[3].latent_shards[0]).unlink()
+    (Path(config.cache.path) / sample.latent_shards[0]).unlink()
     image.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
-    jobs.bad, jobs.kind = {"03.png": "changed while it was being cached: run again"}, "changed"
+    jobs.bad, jobs.kind = {"03.png": "is not what was listed"}, kind
     assert build(config, jobs).num_samples == 8
     jobs.bad = {}
-    result = build(config, jobs)
-    assert result.num_samples == 9
-    (sample,) = [sample for sample in index_of(result) if sample.path == str(image)]
+    (sample,) = [sample for sample in index_of(build(config, jobs)) if sample.path == str(image)]
     assert sample.image_hash == hashlib.sha256(image.read_bytes()).hexdigest()
 
 
@@ -696,3 +695,23 @@ def test_the_plan_of_a_cache_is_what_check_sees(config, jobs):
     fill(plan)
     assert build(config, jobs).num_latents_encoded == 0
     assert ray_jobs.SCAN_ON_RAY_FROM == 5_000
+
+
+def test_only_on_demand_is_anything_left_for_later(config, jobs):
+    """Training asks for its order in every mode."""
+    for mode, num_latents in (("off", 0), ("disk", 9)):
+        result = build(changed(config, cache__mode=mode), jobs, order_of=lambda index: np.arange(9))
+        assert (result.background, result.num_latents_encoded) == (None, num_latents)
+    assert len(jobs.encoded) == 9 + 11
+
+
+def test_on_demand_what_is_damaged_at_the_very_end_is_told_too(config, jobs, images, monkeypatch):
+    def latents(config, plan, progress, clock, undecodable, reserved=None):
+        progress("images", 8, 9)
+        shard = next(plan.latent_shards())
+        skipped = Skipped(shard.records[0].path, "cannot be decoded: cut", kind="damaged")
+        undecodable.append(Undecodable(shard.keys[0], shard.records[0].image_hash, skipped))
+
+    monkeypatch.setattr(pipeline, "encode_latents", latents)
+    start(result := on_demand(config, jobs))
+    assert [item.reason for item in result.background.skipped] == ["cannot be decoded: cut"]

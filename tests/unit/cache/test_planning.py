@@ -598,3 +598,10 @@ def test_the_model_may_be_asked_about_without_a_cache(config, tmp_path):
     plan = plan_cache(config.datasets, config.model, config.cache, model_path=config.model.path)
     assert missing(plan) == (20, 21)
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["scan.parquet"]
+
+
+def test_what_stays_of_a_plan_keeps_its_places_in_the_order_of_training(config):
+    plan = plan_of(config)
+    find_missing(plan, in_order=np.arange(20)[::-1].copy())
+    drop_undecodable(plan, {samples_of(plan)[3].latent_keys[0]: Skipped("03.png", "cut")})
+    assert plan.order.tolist() == [rank for rank in range(19, -1, -1) if rank != 16]

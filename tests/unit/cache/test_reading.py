@@ -1,6 +1,8 @@
 """An image with its mask: how often it is read, and whose fault it is where it cannot be."""
 
+import dataclasses
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +142,12 @@ def test_what_is_gone_is_a_reason_to_skip_where_only_its_listing_was_known(
     reads.errors[:] = [error, error]
     with pytest.raises(type(error)):  # somebody has opened it before
         load_image(record_of(mask))
+
+
+def test_a_mask_that_this_machine_does_not_see_is_no_fault_of_an_image_whose_listing_was_trusted(record_of, pauses):
+    """The scan has opened it, whatever identifies the image."""
+    record = dataclasses.replace(record_of("file"), verify=False)
+    Path(record.mask).unlink()
+    with pytest.raises(FileNotFoundError):
+        load_image(record)
+    assert len(pauses) == 1

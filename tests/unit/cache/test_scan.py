@@ -367,3 +367,16 @@ def test_the_progress_of_one_part_goes_on_where_the_last_one_ended(images):
         assert len(list(scan(part, max_pixels=10**6, by_listing=[False] * 301))) == 301
     ends = [(128, 301), (256, 301), (301, 301), (429, 602), (557, 602), (602, 602)]
     assert seen == [("scan", *end) for end in ends]
+
+
+def test_the_scale_in_a_webps_header_is_no_part_of_its_size(tmp_path):
+    """Two bits of each number, a hint for viewers (RFC 6386, 9.1)."""
+    path = tmp_path / "cat.webp"
+    Image.new("RGB", (40, 30)).save(path, quality=50)
+    content = bytearray(path.read_bytes())
+    assert content[12:16] == b"VP8 "
+    content[27] |= 0x40
+    content[29] |= 0x80
+    path.write_bytes(content)
+    found = scan_file(Listed(str(path), "1"), 10**6, by_listing=True)
+    assert (found.height, found.width, found.problem) == (30, 40, "")

@@ -594,3 +594,35 @@ def test_a_shard_is_named_by_its_keys_in_order():
     assert len(names) == 5
     assert all(name.startswith(f"latents/{BUCKET}/") and name.endswith(".safetensors") for name in names)
     assert shard_name("text", ["a"]).startswith("text/")
+
+
+def test_what_is_marked_in_a_bucket_adds_to_what_was(tmp_path, monkeypatch):
+    """An object cannot be appended to."""
+    name, folder = write(tmp_path), RemoteFolder(tmp_path)
+    monkeypatch.setattr(shards, "open_folder", lambda path: folder)
+    for keys in ("c", "a", "ca", ""):
+        mark_damaged(folder.path, name, *keys)
+    assert read_marker(folder, name + DAMAGED_SUFFIX) == ["c", "a"]
+    assert folder.calls["write"] == 2
+
+
+def test_of_two_threads_that_find_a_copy_damaged_the_later_one_reads_the_new_copy(remote, tmp_path):
+    """Else it would call a sound entry damaged."""
+    name = write(tmp_path / "bucket")
+    read_remote(remote, tmp_path).read(name, "a")
+    (copy,) = (tmp_path / "copies").rglob("*.safetensors")
+    flip_a_bit(copy, "std")
+    reader = read_remote(remote, tmp_path)
+    opened = reader._file(name)
+    assert same_bits(reader.read(name, "c")["std"], tensors()["std"][2])
+    assert reader._drop_copy(name, opened)  # the other thread had opened the damaged one
+    assert not reader._drop_copy(name, reader._file(name))
+    assert remote.reads == [name] * 2
+
+
+def test_what_is_known_to_be_damaged_is_not_noted_again(tmp_path):
+    """Else a marker would grow with each epoch."""
+    name = write(tmp_path)
+    for keys in ("ab", "ba", "bc"):
+        mark_damaged(str(tmp_path), name, *keys)
+    assert (tmp_path / (name + DAMAGED_SUFFIX)).read_text().split() == ["a", "b", "c"]

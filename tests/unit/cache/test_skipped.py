@@ -439,3 +439,14 @@ def test_only_so_many_are_remembered(monkeypatch):
     limit = UnreadableLimit("/data/cats", 0.9, 1_000_000)
     assert num_tried(limit, ["bad"] * 10 + [""] * 100) is None
     assert len(limit._tried) == 30
+
+
+def test_an_image_of_two_datasets_counts_in_both(images, tmp_path, tiny_model):
+    plan = plan_of(config_of(tmp_path, tiny_model, images, images))
+    first, second = dict.fromkeys(sample.dataset for sample in samples_of(plan))
+    (key,) = samples_of(plan)[3].latent_keys
+    found = unreadable_of(plan, {key: Skipped("", "cannot be decoded: cut")})
+    assert [(item.dataset, item.path) for item in found] == [
+        (first, str(images / "03.png")),
+        (second, str(images / "03.png")),
+    ]

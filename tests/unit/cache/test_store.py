@@ -295,3 +295,19 @@ def test_an_entry_takes_22_bytes(tmp_path):
     store = ShardStore(tmp_path)
     arrays = (store.keys, store.shard_numbers, store._tokens)
     assert sum(array.nbytes for array in arrays) == 22 * 8
+
+
+def test_keys_of_another_length_are_no_keys(tmp_path):
+    """Read one after another they would be those of other images: here 8 and 24 bytes, which make two of 16."""
+    sound, odd = write(tmp_path, "ab"), "text/x.safetensors"
+    found = [key("c")[:16], key("d") + key("d")[:16]]
+    write_shard(open_folder(tmp_path), odd, found, {"prompt_embeds": torch.zeros(2, 2)}, {})
+    store = ShardStore(tmp_path)
+    assert (store.names, store.damaged, len(store)) == ([sound], [odd], 2)
+
+
+def test_a_shard_with_more_rows_than_keys_is_damaged(tmp_path):
+    """Whose row would be whose?"""
+    write_shard(open_folder(tmp_path), "text/x.safetensors", keys("ab"), {"prompt_embeds": torch.zeros(3, 2)}, {})
+    store = ShardStore(tmp_path)
+    assert (store.names, store.damaged) == ([], ["text/x.safetensors"])

@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import sys
-import types
 
 import pyarrow.parquet as pq
 import pytest
 
 from sdxl_ray import storage
-from sdxl_ray.cache import tables, text_memo
+from sdxl_ray.cache import caption_files, tables, text_memo
 from sdxl_ray.cache.captions import CaptionRules, read_captions
 from sdxl_ray.cache.sources import webdataset
 from sdxl_ray.cache.text_memo import TextMemo
@@ -23,9 +21,9 @@ from tests.unit.cache.sources.made import tar_bytes
 def bucket(monkeypatch):
     """address -> content, and which addresses were read."""
     contents, read = {}, []
-    module = types.ModuleType("sdxl_ray.cache.sources")
-    module.read_start = lambda address, length: read.append(address) or contents[address][:length]
-    monkeypatch.setitem(sys.modules, "sdxl_ray.cache.sources", module)
+    monkeypatch.setattr(
+        caption_files, "read_start", lambda address, length: read.append(address) or contents[address][:length]
+    )
     return contents, read
 
 

@@ -69,3 +69,19 @@ def test_at_the_limit_more_images_only_ever_give_images_back_to_training():
     assert len(held_out) == len(held_out_later) == 10
     assert {row for row in held_out_later if row < 300} <= set(held_out)
     assert set(range(300)) - set(held_out) <= set(train_later)
+
+
+def test_the_limit_counts_images_whatever_lies_beside_their_copies():
+    """Copies side by side, as a listing by path has them."""
+    image_hashes = [digit * 64 for digit in "50033c"]
+    assert split_holdout(image_hashes, 0.99, 2) == ([0, 5], [1, 2, 3, 4])
+
+
+def test_hashes_that_begin_alike_are_different_images():
+    image_hashes = ["0" * 64, "f" * 64, "0" * 63 + "1"]
+    assert split_holdout(image_hashes, 0.5, 1) == ([1, 2], [0])
+
+
+def test_where_every_image_is_caught_the_one_with_the_largest_hash_is_trained_on():
+    image_hashes = [digit * 64 for digit in "301"]
+    assert split_holdout(image_hashes, 0.9, NO_LIMIT) == ([0], [1, 2])

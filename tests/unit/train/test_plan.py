@@ -484,3 +484,11 @@ def test_the_last_dataset_may_end_with_the_run(spans, length):
 def test_a_dataset_without_training_images_is_said_to_be_so():
     with pytest.raises(ConfigError, match='dataset "cats": from the start to the end, but it has no image'):
         make_plan(make_phases((0, 8), [span("cats"), span("dogs", "3 steps")]), steps=1)
+
+
+@pytest.mark.parametrize("length", [{"steps": 10}, {"epochs": 2}])
+def test_a_run_resumed_beyond_its_end_does_nothing_more(length):
+    order = make_order({"a": 8})
+    plan = make_plan(order, step=12, position=20, **length)
+    assert plan.num_micro_batches == 20
+    assert steps_of(plan, step=12, position=20) == ([], 20)

@@ -473,3 +473,19 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CacheError, match=r"has a GPU for Ray, but torch .* cannot use it.*cluster\.accelerator"):
         torch_device("cuda")
+
+
+def test_a_web_server_that_gave_an_image_to_the_driver_and_not_to_this_node_is_no_fault_of_the_image(
+    images, tiny_model, monkeypatch
+):
+    shard, row = work_item(images, tiny_model)
+
+    def fail(record):
+        raise OSError(5, "no answer: Connection refused, 4 attempts", "https://example.org/1.png")
+
+    monkeypatch.setattr(reading, "PAUSE_S", 0.0)
+    monkeypatch.setattr(reading, "load_pixels", fail)
+    header = json.loads(decode_shard(row)["header"])
+    assert header["skipped"] == []
+    assert header["unreadable"]["key"] == shard.keys[0]
+    assert header["unreadable"]["reason"] == "no answer: Connection refused, 4 attempts"

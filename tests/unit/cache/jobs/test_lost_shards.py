@@ -81,3 +81,15 @@ def test_beside_another_job_a_node_of_which_nothing_has_come_may_stumble_once(sh
     assert lost.without_the_faulty(item, unreadable(shard, name="latents/0")) == item
     with pytest.raises(CacheError, match="node node-7 cannot read"):
         lost.without_the_faulty(item, unreadable(shard, name="latents/1"))
+
+
+def test_what_was_at_fault_before_stays_left_out(shard, monkeypatch):
+    deadly = [shard.keys[0]]
+    monkeypatch.setattr(lost_shards, "_dying", lambda fields, keys, *_, **__: [key for key in keys if key in deadly])
+    undecodable = []
+    lost = LostShards(undecodable)
+    again = lost.without_the_faulty(packed(asdict(shard)), None)
+    deadly.append(shard.keys[2])
+    again = lost.without_the_faulty(again, None)
+    assert unpacked(again)["without"] == [shard.keys[0], shard.keys[2]]
+    assert [item.key for item in undecodable] == [shard.keys[0], shard.keys[2]]

@@ -406,3 +406,10 @@ def test_a_large_folder_streams(tmp_path):
     assert next(images).path == f"{tmp_path}/a/1.jpg"
     (tmp_path / "b" / "3.jpg").touch()  # not looked at yet
     assert [Path(image.path).name for image in images] == ["2.jpg", "3.jpg"]
+
+
+def test_a_mask_is_that_of_the_image_with_all_of_its_name(tmp_path):
+    """Of cat.v2.jpg cat.v2-mask.png, and not that of cat.jpg."""
+    write(tmp_path, "cat.jpg", "cat.v2.jpg", "cat.v3.jpg", "cat-mask.png", "cat.v2-mask.png")
+    masks = {Path(image.path).name: Path(image.mask_file).name for image in listed(tmp_path, mask="file")}
+    assert masks == {"cat.jpg": "cat-mask.png", "cat.v2.jpg": "cat.v2-mask.png", "cat.v3.jpg": ""}

@@ -9,7 +9,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 
 from sdxl_ray import storage
 from sdxl_ray.cache.sources import files
-from sdxl_ray.cache.sources.files import names_below
+from sdxl_ray.cache.sources.files import _as_expression, expand_braces, names_below
 from sdxl_ray.cache.sources.layouts import hub_address
 from sdxl_ray.cache.sources.splits import split_of
 from sdxl_ray.errors import DatasetError, StorageError
@@ -579,3 +579,30 @@ def test_arrow_tables_are_what_hugging_face_would_write(tmp_path):
     write_saved(tmp_path, [b"0", b"1"])
     with pa.memory_map(os.fspath(tmp_path / "data-00000-of-00001.arrow")) as source:
         assert pa.ipc.open_stream(source).read_all().num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits", "fits_not"),
+    [
+        ("*.tar", ["0.tar", ".tar"], ["a/0.tar", "0.tar.gz"]),
+        ("train/*.tar", ["train/0.tar"], ["train/old/0.tar"]),
+        ("**/*.tar", ["0.tar", "a/0.tar", "a/b/0.tar"], ["a/0.txt"]),
+        ("a?[!0]", ["ab1"], ["a/1", "ab0"]),
+    ],
+)
+def test_a_star_stays_within_its_folder_in_a_bucket_too(pattern, fits, fits_not):
+    expression = _as_expression(pattern)
+    assert [name for name in fits + fits_not if expression.fullmatch(name)] == fits
+
+
+def test_ranges_are_those_of_the_shell():
+    assert expand_braces("{10..8}.tar") == ["10.tar", "9.tar", "8.tar"]
+    assert expand_braces("{098..101}") == ["098", "099", "100", "101"]
+
+
+def test_outside_the_hub_files_whose_names_tell_no_split_belong_to_each(tmp_path):
+    for name in ("train-00000-of-00001", "test-00000-of-00001", "extra"):
+        write_table(tmp_path / f"{name}.parquet", {"image": [name.encode()]})
+    for split in ("train", "test"):
+        found = contents(listed(tmp_path / "*.parquet", split=split))
+        assert sorted(found) == [b"extra", f"{split}-00000-of-00001".encode()]

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdxl_ray.cache.sources import as_shares, list_dataset, read_bytes, read_start, rows, shown_address
+from sdxl_ray.cache.sources import as_shares, list_dataset, read_bytes, read_start, rows, shown_address, table_rows
 from sdxl_ray.errors import DatasetError
 from tests.unit.cache.sources.made import contents, listed, section, write
 
@@ -695,3 +695,19 @@ def test_a_pipe_called_like_a_table_is_refused_and_not_waited_for(tmp_path, name
     os.mkfifo(tmp_path / name)
     with pytest.raises(DatasetError, match="it is not a regular file, but a pipe, socket or device"):
         listed(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["0.parquet", "0.arrow"])
+def test_a_table_that_was_replaced_by_one_of_the_same_length_is_opened_anew(tmp_path, name):
+    path = tmp_path / name
+    for number, content in enumerate((b"old", b"new")):
+        write_table(path, {"image": [content]})
+        os.utime(path, (1e9 + number, 1e9 + number))
+        assert contents(listed(tmp_path)) == [content]
+
+
+def test_rows_of_a_text_table_are_counted_across_pieces(tmp_path, monkeypatch):
+    """A row without an image is known by its number."""
+    (tmp_path / "0.jsonl").write_text("".join(json.dumps({"image": None, "text": str(at)}) + "\n" for at in range(5)))
+    monkeypatch.setattr(table_rows, "_ROWS", 2)
+    assert [image.path for image in listed(tmp_path)] == [f"{tmp_path}/0.jsonl/{number:08d}" for number in range(5)]

@@ -289,3 +289,11 @@ def test_tar_files_stream(tmp_path):
     (tmp_path / "39.tar").write_bytes(b"broken later")
     with pytest.raises(DatasetError, match=r"39\.tar"):
         list(images)
+
+
+def test_of_images_of_one_name_each_has_the_caption_with_all_of_its_own(tmp_path):
+    """What has the shared name alone is for those without one of their own."""
+    endings = ("txt", "v2.txt", "v2.jpg", "v2.small.jpg", "v2.small.txt", "v3.jpg")
+    write_tar(tmp_path / "0.tar", [(f"cat.{ending}", ending.encode()) for ending in endings])
+    found = {image.path.rpartition("/cat.")[2]: read_bytes(image.text_file) for image in listed(tmp_path)}
+    assert found == {"v2.jpg": b"v2.txt", "v2.small.jpg": b"v2.small.txt", "v3.jpg": b"txt"}
