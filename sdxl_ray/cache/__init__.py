@@ -1,9 +1,9 @@
 """Stage 1: images and captions to encoded shards. Files in the order in which data meets them.
 
-sources/         folder, tar files, tables, Hugging Face; local or in a bucket -> images, listed but not opened
+sources/         folder, tar files, tables, Hugging Face; local or in cloud storage -> images, listed but not opened
 scan.py          images -> content hash and size; unreadable ones with their reason       memo.py: what is known already
 captions.py      images -> captions, never the wrong one                                  caption_files.py: one file
-caption_variants.py  tags shuffled and left out; trigger word, prefix, suffix             text_memo.py: of buckets
+caption_variants.py  tags shuffled and left out; trigger word, prefix, suffix             text_memo.py: of cloud files
 buckets.py       size -> bucket, resize, crops
 judge.py         is an image used, and if not, why?                                       skipped.py: what is left out
 collection.py    all of these, in pieces -> columns                                       tables.py: large ones on disk
@@ -15,7 +15,7 @@ images.py        file -> pixels: colour, orientation, resize, crop
 masks.py         transparency or a mask file -> what counts                               reading.py: both, or why not
 encode.py        pixels -> VAE posterior; captions -> embeddings of both text encoders
 shards.py        tensors -> content-addressed .safetensors files
-shard_reader.py  key -> the tensors of its entry, checked                                 local_copies.py: of a bucket's
+shard_reader.py  key -> the tensors of its entry, checked                                 local_copies.py: of a cloud
 store.py         key -> shard
 jobs/            all of this on Ray Data: tasks and actors, their share of a cluster, what did not come back
 pipeline.py      the whole stage; in the background of a run with cache.mode = "ondemand"

@@ -1,4 +1,4 @@
-"""Read caption files: text that is UTF-8, or says what else it is. Those in buckets are read once."""
+"""Read caption files: text that is UTF-8, or says what else it is. Those in cloud storage are read once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UnreadableCaption(Exception):
 
 
 class CaptionFiles:
-    """The texts of some images' caption files. What earlier runs have read of those in buckets is remembered."""
+    """The texts of some images' caption files. What earlier runs have read of those in cloud storage is remembered."""
 
     def __init__(self, listed: Sequence[Listed], memo: TextMemo | None = None) -> None:
         self._stamps = {image.text_file: image.text_stamp for image in listed if image.text_stamp}
@@ -45,7 +45,7 @@ class CaptionFiles:
 
         Raises:
             UnreadableCaption: the text is not UTF-8 (or UTF-16 or -32 that says so), too large, or cannot be read.
-            StorageError: a bucket does not let us read. That is no matter of single images.
+            StorageError: cloud storage does not let us read. That is no matter of single images.
         """
         text = self._known.get(address)
         if text is None:
@@ -62,7 +62,7 @@ class CaptionFiles:
 
 
 def is_elsewhere(address: str) -> bool:
-    """Whether a caption file is in a bucket, or a part of another file."""
+    """Whether a caption file is in cloud storage, or a part of another file."""
     return _SCHEME.match(address) is not None
 
 

@@ -103,16 +103,16 @@ def read_captions(listed: Sequence[Listed], rules: CaptionRules, memo: TextMemo 
     """Those of each image.
 
     Args:
-        memo: what earlier runs have read of caption files in buckets.
+        memo: what earlier runs have read of caption files in cloud storage.
 
     Raises:
-        StorageError: a bucket does not let us read. That is no matter of single images.
+        StorageError: cloud storage does not let us read. That is no matter of single images.
     """
     files = CaptionFiles(listed, memo)
     if "textfile" not in rules.sources or not any(image.text_file for image in listed):
         found = [_captions_or_problem(image, rules, files) for image in listed]
     else:
-        # In threads: on a network drive each file takes a millisecond of waiting, in a bucket fifty. Many files a
+        # In threads: on a network drive each file takes a millisecond of waiting, in cloud storage fifty. Many files a
         # task, where there are many: a task costs as much as reading a file of a local disk.
         in_store = any(is_elsewhere(image.text_file) for image in listed)
         num_threads = _THREADS if in_store else min(_THREADS, 4 * (os.cpu_count() or 1))

@@ -265,7 +265,7 @@ def _unused(store: ShardStore, old: Sequence[str], kept_days: float) -> tuple[li
 
 def _remove_empty_folders(folder: Folder, emptied: Sequence[str]) -> None:
     """Those of datasets with nothing in them, or only an earlier version's lock: emptied now, or a day ago."""
-    if folder.local is None:  # a bucket has no folders
+    if folder.local is None:  # cloud storage has no folders
         return
     for path in (folder.local / "datasets").glob("*/"):
         is_young = time.time() - path.stat().st_mtime < _YOUNG_S

@@ -91,7 +91,14 @@ class Memo:
         self._write_every_s = max(_WRITE_EVERY_S, 10 * (self._written - started))
 
     def mark(self, problems: dict[str, str]) -> None:
-        """Remember what turned out to be damaged about images with these hashes: not tried again until they change."""
+        """Remember what turned out to be damaged about images with these hashes: not tried again until they change.
+
+        Args:
+            problems: hash of the image (hex) -> what is wrong with it.
+
+        Raises:
+            StorageError: the list cannot be written.
+        """
         hashes = _column(self._table, "image_hash", 32)
         bad = np.array([bytes.fromhex(image_hash) for image_hash in problems], "S32")
         rows = np.flatnonzero(np.isin(hashes, bad))

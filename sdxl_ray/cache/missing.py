@@ -33,9 +33,13 @@ def missing_latents(
 
     Args:
         keys: of each row.
-        codes: of each row, its bucket's number in `buckets`.
-        masked: of each row, whether it has a mask.
-        order: of each entry, when training needs it: short shards then, in that order. None: bucket after bucket.
+        codes: (rows,) int32, of each row its bucket's number in `buckets`.
+        masked: (rows,) bool, of each row whether it has a mask.
+        order: (entries,) int64, of each entry when training needs it: short shards then, in that order. None: bucket
+            after bucket.
+
+    Returns:
+        Of each shard the numbers of its entries in `keys.values`, int64.
     """
     entries = first_of_each(keys.values, np.arange(len(keys.values)) if order is None else order)
     entries = entries[store.find(keys.values[entries]) < 0]

@@ -80,7 +80,8 @@ def write_shard(
     """Write one shard whole or not at all.
 
     Args:
-        keys: one per row of every tensor.
+        keys: hex, one per row of every tensor.
+        tensors: (len(keys), ...) each, on the CPU.
         extra: more strings for the header, such as the encoder's fingerprint.
 
     Raises:

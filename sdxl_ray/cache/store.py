@@ -28,11 +28,11 @@ class ShardStore:
 
     def __init__(self, cache: str | Path) -> None:
         self.folder = open_folder(str(cache))
-        self.names: list[str] = []
-        self.sizes: list[int] = []
+        self.names: list[str] = []  # of shards, relative to the cache
+        self.sizes: list[int] = []  # of these, in bytes
         self.damaged: list[str] = []  # files that are no whole shards
         self.other_versions: list[str] = []  # shards that another version of this program can use
-        self.marked: dict[str, set[str]] = {}  # keys that are noted as damaged, by shard
+        self.marked: dict[str, set[str]] = {}  # keys (hex) that are noted as damaged, by shard
         self._keys = np.empty(0, KEY_DTYPE)  # sorted
         self._shards = np.empty(0, np.int32)
         self._tokens = np.empty(0, np.int16)

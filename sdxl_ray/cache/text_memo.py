@@ -1,4 +1,4 @@
-"""Caption files and headers of tar files in buckets, so that a second run over unchanged ones only lists them.
+"""Caption files and headers of tar files in cloud storage, so that a second run over unchanged ones only lists them.
 
 Remembered by (address, stamp). As with memo.py, nothing depends on it: a damaged one is as good as none, and of two
 jobs that write one at once the later wins. Files of this machine are read again each time, which takes no longer.
@@ -93,7 +93,7 @@ class TextMemo:
                     writer.write_table(new, row_group_size=_ROWS_AT_ONCE)
 
             cure = "Free some space; nothing encoded is lost."
-            self.folder.write_by(FILE_NAME, write, doing="writing the list of texts in buckets", cure=cure)
+            self.folder.write_by(FILE_NAME, write, doing="writing the list of texts in cloud storage", cure=cure)
             self._new, self._new_bytes, self._table = {}, 0, None
 
     def _read(self) -> pa.Table:
@@ -115,7 +115,7 @@ def _read_file(folder: Folder) -> pa.Table:
             return gather((pa.Table.from_batches([batch]).cast(_SCHEMA) for batch in batches), _SCHEMA)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
-        warnings.warn(f"{folder.path}/{FILE_NAME}: {reason}; what is in buckets is read again", stacklevel=2)
+        warnings.warn(f"{folder.path}/{FILE_NAME}: {reason}; what is in cloud storage is read again", stacklevel=2)
         return _SCHEMA.empty_table()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from sdxl_ray.cache.generations import MANIFEST
 from sdxl_ray.cache.index import Index
 from sdxl_ray.cache.shard_reader import ShardReader
 from sdxl_ray.errors import CacheError, DatasetError
@@ -108,12 +109,12 @@ def load_data(config: Config, index_path: str | Path, wait: Callable[[str], None
     parts = split(config, Index.read(index_path))
     folder = str(index_path).rpartition("/")[0] or "."
     try:
-        manifest = json.loads(read_bytes(f"{folder}/manifest.json"))
+        manifest = json.loads(read_bytes(f"{folder}/{MANIFEST}"))
         prompts = {text: (place["shard"], place["key"]) for text, place in manifest["prompts"].items()}
         vae, text_encoders = str(manifest["vae_fingerprint"]), str(manifest["text_fingerprint"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CacheError(
-            f"{folder}/manifest.json: cannot be read ({error!r}). Run `sdxl-ray cache`: it is written anew."
+            f"{folder}/{MANIFEST}: cannot be read ({error!r}). Run `sdxl-ray cache`: it is written anew."
         ) from None
     cache = config.cache
     return Data(

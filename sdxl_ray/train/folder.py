@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import sdxl_ray
+from sdxl_ray.cache.generations import MANIFEST
 from sdxl_ray.config.load import dump_config
 from sdxl_ray.config.schema import Config
 from sdxl_ray.errors import CheckpointError, ConfigError, storage_errors
@@ -98,7 +99,7 @@ def keep_index(folder: Path, index_path: str) -> str:
     source, _, name = index_path.rpartition("/")
     with storage_errors("copying the index", target, "Free some space or choose another run.output."):
         target.mkdir(parents=True, exist_ok=True)
-        for each in (name, "manifest.json"):
+        for each in (name, MANIFEST):
             (target / each).write_bytes(read_bytes(f"{source}/{each}"))
     return str(target / name)
 

@@ -19,7 +19,7 @@ _MOST_SAMPLES = 5_000_000  # of epochs after the second one; a million take 0.2 
 
 
 def order_of_need(config: Config, index: Index, position: int) -> np.ndarray:
-    """The rank of each latent, row after row, of each row crop after crop.
+    """The rank of each latent, (latents,) int64: row after row, of each row crop after crop.
 
     First those held out, then those to train on in the order of the plan, in the crop that each epoch uses; then first
     crops that no epoch was looked at for, second ones, and so on.

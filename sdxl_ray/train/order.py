@@ -86,8 +86,9 @@ class Epoch(Sequence[MicroBatch]):
     def __getitem__(self, place: int | slice) -> MicroBatch | list[MicroBatch]:
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
-        if not 0 <= place < len(self):
+        if not -len(self) <= place < len(self):
             raise IndexError(f"epoch {self.number} has {len(self)} micro-batches, asked for number {place}")
+        place %= len(self)
         start, end = (int(self._ends[place - 1]) if place else 0), int(self._ends[place])
         return MicroBatch(
             number=self.first + place,

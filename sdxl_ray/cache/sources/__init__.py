@@ -1,4 +1,4 @@
-"""Where images come from: folders, tar files, tables, Hugging Face; on disks, in buckets, behind URLs.
+"""Where images come from: folders, tar files, tables, Hugging Face; on disks, in cloud storage, behind URLs.
 
 list_dataset(section)   every image of a dataset, unopened: layouts.py and splits.py tell what its path holds, then
                         folder.py, webdataset.py or tables.py (with table_rows.py) lists it
@@ -43,7 +43,7 @@ def list_dataset(section: DatasetSection, memo: TextMemo | None = None) -> Itera
     files or a piece of a table; with `max_samples`, as many images as that.
 
     Args:
-        memo: what earlier runs have read of tar files in buckets.
+        memo: what earlier runs have read of tar files in cloud storage.
 
     Raises:
         DatasetError: nothing is there, or what is there cannot be used.

@@ -152,7 +152,7 @@ def split_folder(section: DatasetSection, root: str, image: str, *, is_clone: bo
     if not section.split or (section.format == "folder" and not _is_set(section)):
         return ""
     if image and "/" not in image and not is_clone and not _is_set(section):
-        return ""  # known without listing a bucket again
+        return ""  # known without listing cloud storage again
     data = storage.join(root, "data")
     if is_clone:
         folders = [storage.join(parent, section.split) for parent in (root, data)]

@@ -50,7 +50,7 @@ def list_tars(
     """Every image of these tar files, given as (path, entry): in their order, within each by name.
 
     Args:
-        memo: headers of those in buckets that earlier runs have read.
+        memo: headers of those in cloud storage that earlier runs have read.
 
     Raises:
         DatasetError: a file is compressed, damaged or cut short; or there is no image, or nowhere a mask or a name in

@@ -1,4 +1,4 @@
-"""Caption files and tar headers in buckets are read once. .venv/bin/pytest tests/unit/cache/test_text_memo.py"""
+"""Caption files and tar headers in cloud storage are read once. .venv/bin/pytest tests/unit/cache/test_text_memo.py"""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_a_damaged_memo_is_as_good_as_none(tmp_path, bucket):
     images = images_in(contents, 3)
     run(tmp_path, images)
     (tmp_path / text_memo.FILE_NAME).write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match=r"texts\.parquet: .*; what is in buckets is read again"):
+    with pytest.warns(UserWarning, match=r"texts\.parquet: .*; what is in cloud storage is read again"):
         assert run(tmp_path, images)[2] == ("caption 2",)
     assert len(read) == 6
     run(tmp_path, images)

@@ -99,6 +99,17 @@ def test_samples_may_have_different_repeats():
     assert seen == {0: 1, 1: 3, 2: 2}
 
 
+def test_an_epoch_is_a_sequence_from_both_ends():
+    epoch = make_order({"a": 8, "b": 5}).epoch(1)
+    whole = list(epoch)
+    assert len(whole) == 4
+    assert [epoch[place] for place in range(-4, 0)] == whole
+    assert list(reversed(epoch)) == whole[::-1]
+    for place in (4, -5):
+        with pytest.raises(IndexError, match=rf"^epoch 1 has 4 micro-batches, asked for number {place}$"):
+            epoch[place]
+
+
 def test_the_order_follows_from_seed_and_epoch():
     counts = AWKWARD["7, 1 and 13 images"]
     order = make_order(counts)
