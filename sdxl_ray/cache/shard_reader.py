@@ -78,8 +78,8 @@ class ShardReader:
     def read(self, shard: str, key: str) -> dict[str, torch.Tensor]:
         """The tensors of one entry, on the CPU, without the row dimension.
 
-        latents  mean, std (4, H/8, W/8) bf16, of the VAE's posterior, times the scaling factor; of images that have one,
-                 mask (H/8, W/8) uint8
+        latents  mean, std (4, H/8, W/8) bf16, of the VAE's posterior, times the scaling factor; mask (H/8, W/8) uint8,
+                 where the image has one
         text     prompt_embeds (77 for each chunk, 2048) bf16, pooled_prompt_embeds (1280,) bf16
 
         Raises:
