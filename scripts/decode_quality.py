@@ -61,11 +61,9 @@ def reference(content: bytes, record: ImageRecord) -> np.ndarray:
     image = decode(content)
     profile = image.info.get("icc_profile")
     if profile and image.mode in ("RGB", "CMYK", "L"):
-        try:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a profile that cannot be used is no profile
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
-        except (ImageCms.PyCMSError, OSError):
-            pass
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -1,6 +1,7 @@
 """Stage 2: from encoded shards to a LoRA.
 
-launch.py       the driver: caches what is missing, starts Ray Train, shows progress, passes on Ctrl-C
+launch.py       the driver: caches what is missing, starts Ray Train, hands back the LoRA
+watching.py     the driver beside the running trainer: progress one way, Ctrl-C the other
 worker.py       one rank: loads the model, builds everything, calls the loop, exports
 loop.py         the loop and the step, without Ray
 state.py        what a restart brings back

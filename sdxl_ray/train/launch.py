@@ -1,13 +1,10 @@
-"""The driver of a run: cache what is missing, start Ray Train, show progress, pass on Ctrl-C, hand back the LoRA."""
+"""The driver of a run: cache what is missing, start Ray Train, hand back the LoRA."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,11 @@ from ray.train.torch import TorchTrainer
 from sdxl_ray import errors
 from sdxl_ray.cache.generations import in_use
 from sdxl_ray.cache.jobs.ray_jobs import Reserved, check_spare
-from sdxl_ray.cache.pipeline import Background, build_cache
+from sdxl_ray.cache.pipeline import build_cache
 from sdxl_ray.config.load import load_config, with_overrides
 from sdxl_ray.config.schema import Config
 from sdxl_ray.connection import check_room, connect, is_local, worker_resources
-from sdxl_ray.errors import Interrupted, SdxlRayError, TrainingError
+from sdxl_ray.errors import Interrupted
 from sdxl_ray.records import ExportedFile
 from sdxl_ray.run_folder import find_checkpoint, list_checkpoints
 from sdxl_ray.train.checkpoints import check_resumable, read_progress
@@ -33,9 +30,7 @@ from sdxl_ray.train.folder import claim_folder, inspect_folder, keep_index, prun
 from sdxl_ray.train.on_demand import order_of_need
 from sdxl_ray.train.preflight import check_methods
 from sdxl_ray.train.try_out import from_earlier_run, with_batch_size
-
-Event = dict[str, Any]
-_SAVE_WITHIN_S = 120.0
+from sdxl_ray.train.watching import Event, RunMonitor, run_and_watch
 
 
 @dataclass(frozen=True)
@@ -56,41 +51,6 @@ def train_worker(settings: Event) -> Event | None:
     from sdxl_ray.train import worker
 
     return worker.train_worker(settings)
-
-
-class RunMonitor:
-    """Ray actor between the driver and rank 0: progress one way, the wish to stop the other."""
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-        self.stop = False
-        self.fatal: tuple[str, str] | None = None
-        self.encoded = True  # with cache.mode = "ondemand": whether nothing more will be
-
-    def post(self, event: str) -> None:
-        self.events.append(event)
-
-    def drain(self) -> list[str]:
-        events, self.events = self.events, []
-        return events
-
-    def request_stop(self) -> None:
-        self.stop = True
-
-    def stop_requested(self) -> bool:
-        return self.stop
-
-    def report_fatal(self, kind: str, text: str) -> None:
-        self.fatal = self.fatal or (kind, text)
-
-    def set_encoded(self, encoded: bool) -> None:
-        self.encoded = encoded
-
-    def encoding_state(self) -> tuple[tuple[str, str] | None, bool]:
-        return self.fatal, self.encoded
-
-    def fatal_error(self) -> tuple[str, str] | None:
-        return self.fatal
 
 
 def fit(
@@ -192,7 +152,7 @@ def fit(
         ray.get(monitor.set_encoded.remote(False))
     try:
         with in_use(collection) if collection else nullcontext():  # of a trial it is the sweep that says so
-            returned = _run_and_watch(trainer, monitor, on_event, background)
+            returned = run_and_watch(trainer, monitor, on_event, background)
     finally:
         if background is not None:
             background.stop(lambda text: on_event({"event": "line", "text": text}))
@@ -244,134 +204,6 @@ def _worker_environment() -> dict[str, str]:
         # Forty bucket shapes fragment the allocator's fixed segments until it runs out although there is room.
         "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
     }
-
-
-def _run_and_watch(
-    trainer: TorchTrainer, monitor: Any, on_event: Callable[[Event], None], background: Background | None
-) -> dict[str, Any]:
-    """`trainer.fit()` in a thread, so that this one can show progress and hear signals."""
-    outcome: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            outcome["result"] = trainer.fit()
-        except Exception as error:  # handed to the main thread, which explains it
-            outcome["error"] = error
-
-    thread = threading.Thread(target=work, daemon=True)
-    shown: dict[str, tuple[int, int]] = {}
-    placed = False
-    try:
-        with _signals_heard() as asked:
-            thread.start()
-            told = False
-            while thread.is_alive():
-                thread.join(0.25)
-                placed = _show_events(monitor, on_event) or placed
-                # Once the workers run: encoders that came first might take what the workers need.
-                if background is not None and placed:
-                    _watch_background(background, monitor, on_event, shown)
-                if asked.is_set() and not told:
-                    told = True
-                    monitor.request_stop.remote()
-                    text = "stopping: the step is finished and saved first (again to stop at once)"
-                    on_event({"event": "line", "text": text})
-        _show_events(monitor, on_event)
-        if background is not None:
-            _show_notes(background, on_event, shown)
-        fatal = ray.get(monitor.fatal_error.remote())
-    except ray.exceptions.RayActorError as error:
-        thread.join(_SAVE_WITHIN_S)  # the workers notice it too, and save
-        raise TrainingError(
-            "the process that this one and the workers talk through has died, and the run ends with it. Killed for "
-            "want of memory? `dmesg` tells. Checkpoints are kept; --resume continues from the last one."
-        ) from error
-    if "error" in outcome or fatal:
-        raise _explained(outcome.get("error"), fatal)
-    returned: dict[str, Any] = outcome["result"].return_value
-    return returned
-
-
-def _watch_background(
-    background: Background, monitor: Any, on_event: Callable[[Event], None], shown: dict[str, tuple[int, int]]
-) -> None:
-    """Start encoding on demand; show how far it is; where it failed, tell the workers that wait for it."""
-    background.start()
-    for stage, (done, total) in list(background.progress.items()):
-        if shown.get(stage) != (done, total):
-            shown[stage] = (done, total)
-            on_event({"event": "progress", "stage": stage, "done": done, "total": total})
-    _show_notes(background, on_event, shown)
-    if not background.running and "end" not in shown:
-        shown["end"] = (0, 0)
-        monitor.set_encoded.remote(True)
-    if background.error is not None and "error" not in shown:
-        shown["error"] = (0, 0)
-        monitor.report_fatal.remote(type(background.error).__name__, str(background.error))
-
-
-def _show_notes(background: Background, on_event: Callable[[Event], None], shown: dict[str, tuple[int, int]]) -> None:
-    """Images that turned out damaged, each once, and how many captions were cut."""
-    notes = [f"{item.path}: {item.reason}; it does not count in training" for item in background.skipped]
-    if background.num_long_captions:
-        notes.append(
-            f"{background.num_long_captions} captions are longer than {background.plan.max_tokens} tokens; the rest of "
-            "them is not seen (cache.caption_chunks)"
-        )
-    for note in notes:
-        if note not in shown:
-            shown[note] = (0, 0)
-            on_event({"event": "line", "text": f"note: {note}"})
-
-
-def _show_events(monitor: Any, on_event: Callable[[Event], None]) -> bool:
-    """Whether there were any."""
-    events = ray.get(monitor.drain.remote())
-    for event in events:
-        on_event(json.loads(event))
-    return bool(events)
-
-
-@contextmanager
-def _signals_heard() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second ends this process as usual.
-
-    The handler does nothing else: it can interrupt a line that is just being printed.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # inside a Tune trial: signals are the sweep's
-        return
-
-    def hear(number: int, frame: Any) -> None:
-        asked.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _explained(error: Exception | None, fatal: tuple[str, str] | None) -> SdxlRayError:
-    """What a worker said, without the five layers that Ray wraps around it."""
-    if fatal is not None:
-        kind, text = fatal
-        known = getattr(errors, kind, errors.RunError)
-        explained: SdxlRayError = known(text)
-        explained.__cause__ = error
-        return explained
-    reasons = {str(failure).strip().splitlines()[-1] for failure in getattr(error, "worker_failures", {}).values()}
-    reason = "; ".join(sorted(reasons)) or str(error).strip().splitlines()[-1]
-    explained = TrainingError(
-        f"the workers failed: {reason}\nCheckpoints are kept; --resume continues from the last one. "
-        "Ray's logs: /tmp/ray/session_latest/logs. With --traceback, the whole error is shown."
-    )
-    explained.__cause__ = error
-    return explained
 
 
 def export_lora(run: str | Path, *, step: int | None = None, formats: Sequence[str] = ()) -> tuple[ExportedFile, ...]:

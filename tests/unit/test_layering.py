@@ -37,6 +37,7 @@ HOMES = {
         "cache.jobs.room",
         "cache.jobs.waves",
         "train.launch",
+        "train.watching",
         "train.worker",
         "sweeps.*",
         "doctor.cluster",

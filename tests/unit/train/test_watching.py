@@ -3,21 +3,22 @@
 from types import SimpleNamespace
 
 from sdxl_ray.cache.skipped import Skipped
-from sdxl_ray.train.launch import _show_notes
+from sdxl_ray.train.watching import WatchedBackground
 
 
 def test_damaged_images_and_captions_that_are_cut_are_told_once_each():
     lines = []
-    shown = {}
     background = SimpleNamespace(
         skipped=[Skipped("/a.png", "cannot be decoded: cut", "images")],
         num_long_captions=0,
         plan=SimpleNamespace(max_tokens=77),
     )
 
+    watched = WatchedBackground(background, None, lambda event: lines.append(event["text"]))
+
     def look():
         before = len(lines)
-        _show_notes(background, lambda event: lines.append(event["text"]), shown)
+        watched.show_notes()
         return lines[before:]
 
     assert look() == ["note: /a.png: cannot be decoded: cut; it does not count in training"]
