@@ -133,10 +133,11 @@ def test_an_encoder_that_dies_each_time_is_not_started_for_ever(tmp_path, tiny_m
     """It is no fault of an image: nothing is skipped."""
 
     class Dying(actors.WriteLatentShard):
-        def __call__(self, batch):
+        def written(self, name, row):
             import os
             import signal
 
+            self.ready()
             os.kill(os.getpid(), signal.SIGKILL)
 
     images = write_folder(tmp_path / "images", range(3))
@@ -144,7 +145,7 @@ def test_an_encoder_that_dies_each_time_is_not_started_for_ever(tmp_path, tiny_m
     config = small_config(tmp_path / "runs", tmp_path / "cache", "dying", tiny_model, dataset=[dataset])
     monkeypatch.setattr(ray_jobs, "WriteLatentShard", Dying)
     monkeypatch.setattr(ray_jobs, "_ACTOR_RETRIES", 1)
-    with pytest.raises(CacheError, match=r"^encoding failed: .*Finished shards are kept"):
+    with pytest.raises(CacheError, match=r"^encoding failed: the process that encodes on .* has died 1 times\."):
         build_cache(config)
     assert ray.data.DataContext.get_current().max_errored_blocks == 0  # of other jobs, such as those of captions
 

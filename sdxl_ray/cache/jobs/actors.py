@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from sdxl_ray.cache.images import UnreadableImage
-from sdxl_ray.cache.jobs.reports import ShardReport, error_text, record_from, unpacked
+from sdxl_ray.cache.jobs.reports import ShardReport, died_too_often, error_text, record_from, unpacked
 from sdxl_ray.cache.planning import TextShard, max_tokens
 from sdxl_ray.cache.reading import is_web, load_image, not_given, reason_of
 from sdxl_ray.cache.shards import DAMAGED_SUFFIX, OtherVersion, read_header, write_shard
@@ -51,20 +51,29 @@ class _ShardWriter(ABC, Generic[Encoder]):
         fingerprint: str,
         device: str = "cpu",
         threads: int = 0,
-        began: Callable[[], None] = lambda: None,
+        began: Callable[[], int] = lambda: 1,
+        max_starts: int = 0,
         **encoder: Any,
     ) -> None:
         """
         Args:
             fingerprint: of the model that encodes; written into each shard.
             threads: of torch on the CPU; 0 leaves them as they are.
-            began: called at once, so that the driver knows that Ray has found a place for this actor.
+            began: called at once, so that the driver knows that Ray has found a place for this actor; it returns how
+                often that was.
+            max_starts: where it has begun more often, it has died too often: each of its shards is an error. Left to
+                Ray, the last death of an actor is now and then one that Ray Data never hears of, and the job waits for
+                ever (Ray 2.60). 0: no limit.
             encoder: what the encoder is made with.
         """
-        began()
+        num_starts = began()
         self.cache, self.fingerprint, self.device, self.threads = cache, fingerprint, device, threads
         self.settings = encoder
-        self.loading: Future[Encoder] = _LOADER.submit(lambda: self.load(torch_device(device)))
+        self.loading: Future[Encoder] = Future()
+        if max_starts and num_starts > max_starts:
+            self.loading.set_exception(died_too_often(num_starts - 1))
+        else:
+            self.loading = _LOADER.submit(lambda: self.load(torch_device(device)))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         row = {name: column[0] for name, column in batch.items()}
@@ -78,7 +87,7 @@ class _ShardWriter(ABC, Generic[Encoder]):
         """The encoder, waited for, with its threads for the thread that calls this.
 
         Raises:
-            SdxlRayError: it cannot be loaded.
+            SdxlRayError: it cannot be loaded, or has died too often.
         """
         encoder = self.loading.result()
         limit_threads(self.device, self.threads)

@@ -25,7 +25,7 @@ from sdxl_ray.cache.jobs.lost_shards import LostShards, Undecodable
 from sdxl_ray.cache.jobs.pools import Node, Share, share_cluster
 from sdxl_ray.cache.jobs.ray_rows import InThread, quiet, reports_of, rows_of
 from sdxl_ray.cache.jobs.reports import ShardReport
-from sdxl_ray.cache.jobs.room import Reserved, Room, marked
+from sdxl_ray.cache.jobs.room import Begun, Reserved, Room, marked
 from sdxl_ray.cache.jobs.scanning import ScanChunk, files_as_row, scanned_files
 from sdxl_ray.cache.jobs.waves import Wave, dataset_of, waves_of
 from sdxl_ray.cache.planning import CachePlan
@@ -306,7 +306,7 @@ def _written_by(
     num_actors, max_actors = (min(number, num_shards) for number in (share.num_actors, share.max_actors))
     return dataset.map_batches(
         writer,
-        fn_constructor_kwargs={**arguments, "began": room.encoding.set},
+        fn_constructor_kwargs={**arguments, "began": Begun(room.encoding), "max_starts": _ACTOR_RETRIES},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=num_actors, max_size=max_actors),
         **needs,

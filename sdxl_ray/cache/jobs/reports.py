@@ -86,6 +86,15 @@ def failure(failed: str, reason: str, kept: str, *, memory: bool) -> str:
     return f"{failed}: {reason}. {cure}{kept}; run again to go on. With --traceback, the whole error is shown."
 
 
+def died_too_often(num: int) -> CacheError:
+    """Of an encoder's process on this node."""
+    reason = (
+        f"the process that encodes on {socket.gethostname()} has died {num} times. Killed for want of memory? `dmesg` "
+        "there tells; for fewer at once, lower cache.num_encoders or cache.batch_size"
+    )
+    return CacheError(failure("encoding failed", reason, "Finished shards are kept", memory=False))
+
+
 def error_text(error: Exception) -> str:
     """An error as part of a row."""
     message, shown = str(error), ""

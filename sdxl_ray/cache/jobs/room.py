@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import ray
-from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
+from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_get, _internal_kv_put
 
 from sdxl_ray.cache.jobs.pools import Share
 
@@ -43,6 +43,24 @@ class Mark:
 
     def is_set(self) -> bool:
         return bool(_internal_kv_exists(self.key))
+
+
+class Begun:
+    """Called by an encoder as it begins, on its node: sets the mark, and counts. May be pickled."""
+
+    def __init__(self, mark: Mark) -> None:
+        self.mark = mark
+
+    def __call__(self) -> int:
+        """How often this actor has begun by now: more than once where its process has died. 1 where nobody can tell."""
+        self.mark.set()
+        try:
+            key = f"{self.mark.key}/{ray.get_runtime_context().get_actor_id()}"
+            number = int(_internal_kv_get(key) or b"0") + 1
+            _internal_kv_put(key, str(number).encode())
+        except Exception:  # as for the mark; Ray counts too
+            return 1
+        return number
 
 
 class Room:

@@ -302,8 +302,22 @@ def test_captions_that_are_there_by_now_need_no_encoder(tmp_path, tiny_model):
 @pytest.mark.parametrize("actor", [WriteTextShard, WriteLatentShard])
 def test_an_actor_says_at_once_that_it_has_a_place(actor, tmp_path):
     said = []
-    actor(**settings(tmp_path, "/nowhere", actor), began=lambda: said.append(1))
+    actor(**settings(tmp_path, "/nowhere", actor), began=lambda: said.append(1) or 1)
     assert said == [1]
+
+
+@pytest.mark.parametrize("actor", [WriteTextShard, WriteLatentShard])
+def test_an_encoder_that_has_died_too_often_says_so_instead_of_dying_again(actor, tmp_path, images, tiny_model):
+    batch = batch_of(actor, images, tiny_model)
+    arguments = settings(tmp_path / "cache", tiny_model, actor, max_starts=10)
+    error = raised(actor(**arguments, began=lambda: 11)(batch))
+    assert type(error) is CacheError
+    assert str(error) == (
+        f"encoding failed: the process that encodes on {socket.gethostname()} has died 10 times. Killed for want of "
+        "memory? `dmesg` there tells; for fewer at once, lower cache.num_encoders or cache.batch_size. Finished shards "
+        "are kept; run again to go on. With --traceback, the whole error is shown."
+    )
+    assert ShardReport.from_row(actor(**arguments, began=lambda: 10)(batch)).error == ""
 
 
 # ---- images that a node cannot read ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -9,7 +10,7 @@ from ray import cloudpickle
 
 from sdxl_ray.cache.jobs import room as module
 from sdxl_ray.cache.jobs.pools import Share
-from sdxl_ray.cache.jobs.room import Mark, Reserved, Room, marked
+from sdxl_ray.cache.jobs.room import Begun, Mark, Reserved, Room, marked
 
 ON_GPUS = Share(8, 8, 0.0, 1.0, 1.0, "cuda")
 ON_CPUS = Share(1, 1, 0.2, 0.0, 0.4, "cpu")
@@ -81,6 +82,17 @@ def test_a_mark_that_cannot_be_set_ends_no_shard(monkeypatch):
 
     monkeypatch.setattr(module, "_internal_kv_put", fail)
     assert marked(lambda row: row["x"], Mark(), name="x")({"x": 1}) == 1
+
+
+def test_an_encoder_counts_how_often_it_has_begun(store, monkeypatch):
+    actor = ["a"]
+    monkeypatch.setattr(module, "_internal_kv_get", store.get)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: actor[0]))
+    mark = Mark()
+    assert [cloudpickle.loads(cloudpickle.dumps(Begun(mark)))() for _ in range(3)] == [1, 2, 3]
+    assert mark.is_set()
+    actor[0] = "b"
+    assert [Begun(mark)(), Begun(Mark())()] == [1, 1]
 
 
 def slow(pauses):

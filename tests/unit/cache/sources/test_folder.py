@@ -106,7 +106,10 @@ def test_a_file_that_is_no_dataset(tmp_path, name, text):
     ("path", "text"),
     [
         ("path/to/images", "dataset.path is still the example's. Set it to the folder that holds your images."),
-        ("/somewhere/path/to/images", "dataset.path is still the example's. Set it to the folder that holds your images."),
+        (
+            "/somewhere/path/to/images",
+            "dataset.path is still the example's. Set it to the folder that holds your images.",
+        ),
         ("/$DATA/cats", "dataset.path: /$DATA/cats does not exist. Variables such as $HOME are not filled in: "),
         ("/${DATA}/cats", "dataset.path: no file fits /${DATA}/cats. Variables such as $HOME are not filled in: "),
         ("/none/list.csv", "dataset.path: /none/list.csv does not exist. Check its name."),
