@@ -253,10 +253,11 @@ def _drop_raylet_noise() -> None:
     def filtered(data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         kept = []
         if any("Raylet is terminated" in line for line in data.get("lines", ())):  # with fifty lines of its log
-            if ("raylet",) not in told:
-                told.add(("raylet",))
+            machine = str(data.get("ip", "a machine"))
+            if ("raylet", machine) not in told:
+                told.add(("raylet", machine))
                 print(
-                    f"note: Ray's own process on {data.get('ip', 'a machine')} died. Killed for want of memory? "
+                    f"note: Ray's own process on {machine} died. Killed for want of memory? "
                     "`dmesg` tells. Where that is this machine, the run ends; what is finished is kept: run again",
                     file=sys.stderr,
                 )

@@ -170,6 +170,7 @@ def _open_shard(source: Path | bytes) -> _OpenShard:
 
     tensors: Callable[[int], dict[str, torch.Tensor]]
     if isinstance(source, Path):
+        source.open("rb").close()  # whose errors have numbers; those of `safe_open` have none
         file = safe_open(source, "pt")  # refuses what is no such file
         names, metadata = list(file.keys()), file.metadata()
         with source.open("rb") as start:

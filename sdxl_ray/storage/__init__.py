@@ -334,7 +334,7 @@ class _LocalFolder(Folder):
 
 
 def _cannot_be_listed(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # deleted while we look
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # deleted while we look; a file in its place
         raise StorageError(
             f"{error.filename}: cannot be listed: {error.strerror}. Make it readable for the user that runs this, or "
             "mount it again; then run again: what is done is kept."

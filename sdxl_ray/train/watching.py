@@ -99,11 +99,16 @@ def run_and_watch(
             encoding.show_notes()
         fatal = ray.get(monitor.fatal_error.remote())
     except ray.exceptions.RayActorError as error:
+        if threading.current_thread() is not threading.main_thread():
+            raise  # inside a Tune trial: Tune has stopped it, with all of its processes
         thread.join(_SAVE_WITHIN_S)  # the workers notice it too, and save
-        raise TrainingError(
-            "the process that this one and the workers talk through has died, and the run ends with it. Killed for "
-            "want of memory? `dmesg` tells. Checkpoints are kept; --resume continues from the last one."
-        ) from error
+        if not outcome.get("result") or not outcome["result"].return_value["finished"]:
+            also = f" The workers: {_explained(outcome['error'], None)}" if "error" in outcome else ""
+            raise TrainingError(
+                "the process that this one and the workers talk through has died, and the run ends with it. Killed for "
+                f"want of memory? `dmesg` tells. Checkpoints are kept; --resume continues from the last one.{also}"
+            ) from error
+        fatal = None
     if "error" in outcome or fatal:
         raise _explained(outcome.get("error"), fatal)
     returned: dict[str, Any] = outcome["result"].return_value
@@ -151,7 +156,10 @@ class WatchedBackground:
 
 def _show_events(monitor: Any, on_event: Callable[[Event], None]) -> bool:
     """Whether there were any."""
-    events = ray.get(monitor.drain.remote())
+    try:
+        events = ray.get(monitor.drain.remote())
+    except ray.exceptions.ActorUnavailableError:  # its machine cannot be reached just now
+        return False
     for event in events:
         on_event(json.loads(event))
     return bool(events)

@@ -317,10 +317,12 @@ class RayReporter:
                 if ray.get(self.monitor.stop_requested.remote(), timeout=10):
                     self._stop.set()
                     return
-            except ray.exceptions.GetTimeoutError:
+            except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
                 continue
-            except ray.exceptions.RayError:  # nobody hears of this run any more; if the driver is gone, Ray ends it too
+            except ray.exceptions.RayActorError:  # nobody hears of this run any more
                 self._stop.set()
+                return
+            except ray.exceptions.RayError:  # the driver is gone; Ray is about to end this worker too
                 return
 
 

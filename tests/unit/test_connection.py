@@ -249,11 +249,12 @@ def test_the_death_of_a_raylet_is_one_line_with_what_to_do(monkeypatch, capsys):
     printed = []
     monkeypatch.setattr(worker, "print_to_stdstream", lambda data: printed.append(data))
     connection._drop_raylet_noise()
-    for _ in range(2):
+    for machine in (2, 3, 2):
         lines = ["Raylet is terminated. Termination is unexpected. Last 20 lines of the Raylet logs:", "[state-dump] x"]
-        worker.print_to_stdstream({"pid": "raylet", "ip": "192.0.2.2", "lines": lines})
+        worker.print_to_stdstream({"pid": "raylet", "ip": f"192.0.2.{machine}", "lines": lines})
     assert printed == []
-    assert capsys.readouterr().err == (
-        "note: Ray's own process on 192.0.2.2 died. Killed for want of memory? `dmesg` tells. Where that is this "
-        "machine, the run ends; what is finished is kept: run again\n"
+    assert capsys.readouterr().err == "".join(
+        f"note: Ray's own process on 192.0.2.{machine} died. Killed for want of memory? `dmesg` tells. Where that is "
+        "this machine, the run ends; what is finished is kept: run again\n"
+        for machine in (2, 3)
     )

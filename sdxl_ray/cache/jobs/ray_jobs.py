@@ -43,7 +43,8 @@ SCAN_ON_RAY_FROM = 5_000
 _SPARE_CPUS = 0.5
 # Of one Ray Data job, shards whose decode task may die before the job ends. More of them are no accident.
 _LOST_AT_MOST = 100
-# How often Ray tries again what has died: for ever, if it is not told. Nodes that were preempted do not count.
+# How often Ray tries again what has died: for ever, if it is not told. For Ray, nodes that were preempted do not
+# count; an encoder counts each of its starts (`Begun`).
 _TASK_RETRIES = 3
 _ACTOR_RETRIES = 10
 

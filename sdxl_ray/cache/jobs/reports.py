@@ -89,8 +89,8 @@ def failure(failed: str, reason: str, kept: str, *, memory: bool) -> str:
 def died_too_often(num: int) -> CacheError:
     """Of an encoder's process on this node."""
     reason = (
-        f"the process that encodes on {socket.gethostname()} has died {num} times. Killed for want of memory? `dmesg` "
-        "there tells; for fewer at once, lower cache.num_encoders or cache.batch_size"
+        f"the process that encodes on {socket.gethostname()} has died {num} times. Killed for want of memory, or its "
+        "machines taken away? `dmesg` there tells; for fewer at once, lower cache.num_encoders or cache.batch_size"
     )
     return CacheError(failure("encoding failed", reason, "Finished shards are kept", memory=False))
 

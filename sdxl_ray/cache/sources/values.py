@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,15 +30,18 @@ def joined_tags(tags: Iterable[str], separator: str) -> str:
     return (separator if separator[-1].isspace() else f"{separator} ").join(tags)
 
 
+_HALF = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+
+
 def json_value(content: bytes) -> Any:
     """`json.loads`, with U+FFFD for half of a character ("\\ud83d" alone), which no file's name or caption can hold.
 
     Raises:
         ValueError, RecursionError: it is no JSON; UnicodeDecodeError: nor text.
     """
-    text = content.decode(json.detect_encoding(content))
+    text = content.decode(json.detect_encoding(content), "surrogatepass")
     value = json.loads(text)
-    return _whole(value) if "\\ud" in text or "\\uD" in text else value
+    return _whole(value) if _HALF.search(text) else value
 
 
 def _whole(value: Any) -> Any:

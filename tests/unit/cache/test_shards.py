@@ -432,11 +432,11 @@ def test_a_copy_that_cannot_be_opened_now_is_kept(remote, tmp_path, monkeypatch)
     read_remote(remote, tmp_path).read(name, "a")
     reader = read_remote(remote, tmp_path)
 
-    def refuse(path):
+    def refuse(path, mode):
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch, pytest.raises(CacheError, match="Too many open files"):
-        patch.setattr(shard_reader, "_open_shard", refuse)
+        patch.setattr(Path, "open", refuse)
         reader.read(name, "a")
     assert same_bits(reader.read(name, "a")["std"], tensors()["std"][0])
     assert remote.reads == [name]

@@ -314,8 +314,8 @@ def test_an_encoder_that_has_died_too_often_says_so_instead_of_dying_again(actor
     assert type(error) is CacheError
     assert str(error) == (
         f"encoding failed: the process that encodes on {socket.gethostname()} has died 10 times. Killed for want of "
-        "memory? `dmesg` there tells; for fewer at once, lower cache.num_encoders or cache.batch_size. Finished shards "
-        "are kept; run again to go on. With --traceback, the whole error is shown."
+        "memory, or its machines taken away? `dmesg` there tells; for fewer at once, lower cache.num_encoders or "
+        "cache.batch_size. Finished shards are kept; run again to go on. With --traceback, the whole error is shown."
     )
     assert ShardReport.from_row(actor(**arguments, began=lambda: 10)(batch)).error == ""
 
