@@ -96,28 +96,25 @@ def storage_errors(doing: str, path: str | Path, cure: str) -> Iterator[None]:
     "Remove what is in its place" or "Check the disk or its mount" where room is not what is missing. Other OSErrors
     pass unchanged.
     """
-    reasons = {
-        errno.ENOSPC: "no space left on the device",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "permission denied",
-        errno.EPERM: "not permitted",
-        errno.EIO: "input/output error",
-        errno.ESTALE: "stale file handle",
-        errno.ENOTDIR: "a file is in the place of a folder",
-        errno.EEXIST: "a file is in the place of a folder",
-        errno.EISDIR: "a folder is in the place of the file",
+    no_room, no_right = "Free some space", "Make it writable"
+    in_place, faulty = "Remove what is in its place", "Check the disk or its mount"
+    known = {  # reason, and what takes the place of "Free some space"
+        errno.ENOSPC: ("no space left on the device", no_room),
+        errno.EDQUOT: ("the disk quota is used up", no_room),
+        errno.EROFS: ("the file system is read-only", no_right),
+        errno.EACCES: ("permission denied", no_right),
+        errno.EPERM: ("not permitted", no_right),
+        errno.EIO: ("input/output error", faulty),
+        errno.ESTALE: ("stale file handle", faulty),
+        errno.ENOTDIR: ("a file is in the place of a folder", in_place),
+        errno.EEXIST: ("a file is in the place of a folder", in_place),
+        errno.EISDIR: ("a folder is in the place of the file", in_place),
     }
     try:
         yield
     except OSError as error:
-        reason = reasons.get(error.errno or 0)
-        if reason is None:
+        if error.errno not in known:
             raise
-        if error.errno in (errno.EIO, errno.ESTALE):
-            cure = cure.replace("Free some space", "Check the disk or its mount")
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            cure = cure.replace("Free some space", "Make it writable")
-        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            cure = cure.replace("Free some space", "Remove what is in its place")
+        reason, instead = known[error.errno]
+        cure = cure.replace(no_room, instead)
         raise StorageError(f"{path}: {reason} while {doing}. {cure}") from error

@@ -179,7 +179,7 @@ def _find_again(plan: CachePlan, encoded: np.ndarray, damaged: set[str]) -> None
             return
         if time.monotonic() > deadline:
             raise _still_missing(plan)
-        if not told and LATE_S:
+        if not told:
             told = True
             warnings.warn(
                 f"{num_late} of the entries that were just encoded are not to be seen yet; a network drive may take "

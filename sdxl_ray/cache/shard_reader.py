@@ -170,11 +170,10 @@ def _open_shard(source: Path | bytes) -> _OpenShard:
 
     tensors: Callable[[int], dict[str, torch.Tensor]]
     if isinstance(source, Path):
-        source.open("rb").close()  # whose errors have numbers; those of `safe_open` have none
-        file = safe_open(source, "pt")  # refuses what is no such file
-        names, metadata = list(file.keys()), file.metadata()
-        with source.open("rb") as start:
+        with source.open("rb") as start:  # first, since its errors have numbers; those of `safe_open` have none
+            file = safe_open(source, "pt")  # refuses what is no such file
             parse_header(start.read(int.from_bytes(start.read(8), "little")))
+        names, metadata = list(file.keys()), file.metadata()
 
         def tensors(row: int) -> dict[str, torch.Tensor]:
             return {name: file.get_slice(name)[row] for name in names}

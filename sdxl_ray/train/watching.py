@@ -99,8 +99,8 @@ def run_and_watch(
             encoding.show_notes()
         fatal = ray.get(monitor.fatal_error.remote())
     except ray.exceptions.RayActorError as error:
-        if threading.current_thread() is not threading.main_thread():
-            raise  # inside a Tune trial: Tune has stopped it, with all of its processes
+        if _in_trial():
+            raise  # Tune has stopped it, with all of its processes
         thread.join(_SAVE_WITHIN_S)  # the workers notice it too, and save
         if not outcome.get("result") or not outcome["result"].return_value["finished"]:
             also = f" The workers: {_explained(outcome['error'], None)}" if "error" in outcome else ""
@@ -165,6 +165,11 @@ def _show_events(monitor: Any, on_event: Callable[[Event], None]) -> bool:
     return bool(events)
 
 
+def _in_trial() -> bool:
+    """Tune runs its trials in threads."""
+    return threading.current_thread() is not threading.main_thread()
+
+
 @contextmanager
 def _signals_heard() -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets; the second ends this process as usual.
@@ -172,8 +177,8 @@ def _signals_heard() -> Iterator[threading.Event]:
     The handler does nothing else: it can interrupt a line that is just being printed.
     """
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # inside a Tune trial: signals are the sweep's
+    if _in_trial():
+        yield asked  # signals are the sweep's
         return
 
     def hear(number: int, frame: Any) -> None:

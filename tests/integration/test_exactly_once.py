@@ -133,7 +133,7 @@ def test_an_encoder_that_dies_each_time_is_not_started_for_ever(tmp_path, tiny_m
     """It is no fault of an image: nothing is skipped."""
 
     class Dying(actors.WriteLatentShard):
-        def written(self, name, row):
+        def written(self, item, row):
             import os
             import signal
 

@@ -77,11 +77,11 @@ class _ShardWriter(ABC, Generic[Encoder]):
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         row = {name: column[0] for name, column in batch.items()}
-        name = self.name_of(row)
+        item = self.item_of(row)
         try:
-            return self.written(name, row).to_row()
+            return self.written(item, row).to_row()
         except Exception as error:
-            return ShardReport(name, error=error_text(error)).to_row()
+            return ShardReport(item["name"], error=error_text(error)).to_row()
 
     def ready(self) -> Encoder:
         """The encoder, waited for, with its threads for the thread that calls this.
@@ -101,12 +101,12 @@ class _ShardWriter(ABC, Generic[Encoder]):
     def load(self, device: torch.device) -> Encoder: ...
 
     @abstractmethod
-    def name_of(self, row: dict[str, Any]) -> str:
-        """Of the row's shard."""
+    def item_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What the row says of its shard: "name" and more."""
 
     @abstractmethod
-    def written(self, name: str, row: dict[str, Any]) -> ShardReport:
-        """Encode the row's shard and write it."""
+    def written(self, item: dict[str, Any], row: dict[str, Any]) -> ShardReport:
+        """Encode the row's shard and write it. `item`: of `item_of`."""
 
 
 def limit_threads(kind: str, threads: int) -> None:
@@ -167,20 +167,20 @@ class WriteTextShard(_ShardWriter["TextEncoder"]):
         with loading("the text encoders", device):
             return TextEncoder(device=device, **self.settings)
 
-    def name_of(self, row: dict[str, Any]) -> str:
-        return str(unpacked(row["shard"])["name"])
+    def item_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        return unpacked(row["shard"])
 
-    def written(self, name: str, row: dict[str, Any]) -> ShardReport:
-        shard = TextShard(**unpacked(row["shard"]))
+    def written(self, item: dict[str, Any], row: dict[str, Any]) -> ShardReport:
+        shard = TextShard(**item)
         started = time.perf_counter()
-        there = _written_meanwhile(self.cache, name, shard.keys)
+        there = _written_meanwhile(self.cache, shard.name, shard.keys)
         if there is not None:
             num_tokens = json.loads(there["sdxl_ray.num_tokens"])
-            return ShardReport(name, num_there=len(shard.keys), long=self._num_long(num_tokens))
+            return ShardReport(shard.name, num_there=len(shard.keys), long=self._num_long(num_tokens))
         tensors, num_tokens = self.ready().encode(shard.captions)
-        self.write(name, shard.keys, tensors, num_tokens=json.dumps(num_tokens))
+        self.write(shard.name, shard.keys, tensors, num_tokens=json.dumps(num_tokens))
         return ShardReport(
-            name, num=len(shard.keys), encode_s=time.perf_counter() - started, long=self._num_long(num_tokens)
+            shard.name, num=len(shard.keys), encode_s=time.perf_counter() - started, long=self._num_long(num_tokens)
         )
 
     def _num_long(self, num_tokens: Sequence[int]) -> int:
@@ -267,32 +267,33 @@ class WriteLatentShard(_ShardWriter["LatentEncoder"]):
         with loading("the VAE", device):
             return LatentEncoder(device=device, **self.settings)
 
-    def name_of(self, row: dict[str, Any]) -> str:
-        return str(json.loads(str(row["header"]))["name"])
+    def item_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        header: dict[str, Any] = json.loads(str(row["header"]))
+        return header
 
-    def written(self, name: str, row: dict[str, Any]) -> ShardReport:
-        header = json.loads(str(row["header"]))
-        if header["num_there"] is not None:
-            return ShardReport(name, num_there=header["num_there"])
-        if header["unreadable"]:
-            return ShardReport(name, unreadable=header["unreadable"])
+    def written(self, item: dict[str, Any], row: dict[str, Any]) -> ShardReport:
+        name = item["name"]
+        if item["num_there"] is not None:
+            return ShardReport(name, num_there=item["num_there"])
+        if item["unreadable"]:
+            return ShardReport(name, unreadable=item["unreadable"])
         started = time.perf_counter()
         tiled = 0
-        if header["keys"] or self.write_empty:
+        if item["keys"] or self.write_empty:
             encoder = self.ready()
-            tensors = _encode(encoder, row["pixels"], header["paths"])
+            tensors = _encode(encoder, row["pixels"], item["paths"])
             tiled = len(encoder.tiled)
             encoder.tiled.clear()
             if row["masks"].shape[1]:
                 tensors["mask"] = torch_tensor(row["masks"])
-            self.write(name, header["keys"], tensors)
+            self.write(name, item["keys"], tensors)
         return ShardReport(
             name,
-            num=len(header["keys"]),
-            skipped=header["skipped"],
-            node=header["node"],
+            num=len(item["keys"]),
+            skipped=item["skipped"],
+            node=item["node"],
             encode_s=time.perf_counter() - started,
-            decode_s=header["decode_s"],
+            decode_s=item["decode_s"],
             tiled=tiled,
         )
 

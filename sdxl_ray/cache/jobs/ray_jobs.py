@@ -114,7 +114,7 @@ def encode_text(
     config: Config, plan: CachePlan, progress: Progress, clock: Clock, reserved: Reserved | None = None
 ) -> int:
     """Every caption that is missing; how many were encoded. What another job has written meanwhile is not."""
-    total, done, num_encoded = plan.num_missing_text, 0, 0
+    total = plan.num_missing_text
     if not total:
         return 0
     progress("text", 0, total)  # the encoders take some seconds to start
@@ -125,17 +125,13 @@ def encode_text(
         "num_chunks": plan.num_chunks,
         **encoder_arguments(config, plan, share),
     }
-    with contextlib.closing(waves_of(plan.text_shards(), share, reserved)) as waves:  # an error ends all, and at once
-        for wave, dataset in waves:
-            room = Room("text", share, reserved)
-            written = _written_by(WriteTextShard, arguments, dataset, room, config, len(wave))
-            with contextlib.closing(room.watched(reports_of(written))) as reports:
-                for report in reports:
-                    num_encoded += report.num
-                    done += report.num + report.num_there
-                    clock.add(report, "encode_text")
-                    progress("text", done, total)
-    return num_encoded
+
+    def run(wave: Wave, dataset: ray.data.Dataset) -> Generator[ShardReport, None, None]:
+        room = Room("text", share, reserved)
+        return room.watched(reports_of(_written_by(WriteTextShard, arguments, dataset, room, config, len(wave))))
+
+    reports = _each_report(waves_of(plan.text_shards(), share, reserved), run)
+    return _counted(reports, lambda done: progress("text", done, total), clock, "encode_text")
 
 
 # ---- (3) images: decode on CPUs, encode where there is an accelerator ------------------------------------------------
@@ -153,20 +149,13 @@ def encode_latents(
 
     Images that cannot be decoded are added to `undecodable`.
     """
-    total, done, num_encoded = plan.num_missing_latents, 0, 0
+    total = plan.num_missing_latents
     if not total:
         return 0
     progress("images", 0, total)
     job = _LatentJob(config, plan, undecodable, reserved)
-    with contextlib.closing(waves_of(plan.latent_shards(), job.share, reserved)) as waves:
-        for wave, dataset in waves:
-            with contextlib.closing(job.finished(wave, dataset)) as reports:
-                for report in reports:
-                    num_encoded += report.num
-                    done += report.num + report.num_there
-                    clock.add(report, "encode")
-                    progress("images", done, total - len(undecodable))
-    return num_encoded
+    reports = _each_report(waves_of(plan.latent_shards(), job.share, reserved), job.finished)
+    return _counted(reports, lambda done: progress("images", done, total - len(undecodable)), clock, "encode")
 
 
 class _LatentJob:
@@ -274,6 +263,31 @@ class _LatentJob:
 
 
 # ---- shared by text and images ---------------------------------------------------------------------------------------
+
+
+def _each_report(
+    waves: Generator[tuple[Wave, ray.data.Dataset], None, None],
+    run: Callable[[Wave, ray.data.Dataset], Generator[ShardReport, None, None]],
+) -> Generator[ShardReport, None, None]:
+    """Of one wave after the other. Closed, it ends the job that runs, and no further wave is made."""
+    with contextlib.closing(waves):
+        for wave, dataset in waves:
+            with contextlib.closing(run(wave, dataset)) as reports:
+                yield from reports
+
+
+def _counted(
+    reports: Generator[ShardReport, None, None], progress: Callable[[int], None], clock: Clock, encoding: str
+) -> int:
+    """How many entries were encoded. `progress` is called with how many are done; `encoding`: as in `Clock.add`."""
+    num_encoded = done = 0
+    with contextlib.closing(reports):  # an error ends the job, and at once
+        for report in reports:
+            num_encoded += report.num
+            done += report.num + report.num_there
+            clock.add(report, encoding)
+            progress(done)
+    return num_encoded
 
 
 def encoder_arguments(config: Config, plan: CachePlan, share: Share | None = None) -> dict[str, Any]:

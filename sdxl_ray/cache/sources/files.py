@@ -234,8 +234,9 @@ def find_files(section: DatasetSection) -> list[tuple[str, FileEntry]]:
         matches = _glob(path) if is_pattern(path) else [(path, storage.status(path))]
         here = {name: entry for name, entry in matches if entry is not None}
         if not here:
-            folder = next((name for name, _ in matches if folder_exists(name)), "")
-            if folder and is_pattern(section.path):
+            named = (name for name, _ in matches) if is_pattern(section.path) else ()
+            folder = next(filter(folder_exists, named), "")
+            if folder:
                 raise DatasetError(
                     f"{setting_of(section)}: {folder} is a folder, and {section.path} stands for files. Give each "
                     f"folder a [[dataset]] of its own, or write {section.path}/*.jpg."

@@ -225,9 +225,10 @@ def _listed(level: _Level, rules: _Rules, tables: Sequence[str]) -> Iterator[Lis
     if level.stamps:
         stamps: Iterable[str] = (level.stamps[image] for image in level.images)
     else:
-        stamps = _stamps_in_pieces(level)
+        stamps = _stamps_in_pieces(level, level.images)
     masks = [level.masks.get(_stem(image) + rules.mask_suffix, "") for image in level.images]
-    mask_stamps = level.stamps or _stamps_of(level, [mask for mask in masks if mask])
+    used = [mask for mask in masks if mask]
+    mask_stamps = level.stamps or dict(zip(used, _stamps_in_pieces(level, used), strict=True))
     captions = [_caption_of(image, level, rules) for image in level.images]
     others = _others(level, captions) if rules.captions and "" in captions else {}
     for image, stamp, caption, mask in zip(level.images, stamps, captions, masks, strict=True):
@@ -259,14 +260,10 @@ def _others(level: _Level, captions: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _stamps_of(level: _Level, names: Sequence[str]) -> dict[str, str]:
-    return dict(zip(names, local_stamps([storage.join(level.folder, name) for name in names], _NOWHERE), strict=True))
-
-
-def _stamps_in_pieces(level: _Level, piece: int = 8192) -> Iterator[str]:
-    for start in range(0, len(level.images), piece):
-        names = level.images[start : start + piece]
-        yield from local_stamps([storage.join(level.folder, name) for name in names], _NOWHERE)
+def _stamps_in_pieces(level: _Level, names: Sequence[str], piece: int = 8192) -> Iterator[str]:
+    for start in range(0, len(names), piece):
+        paths = [storage.join(level.folder, name) for name in names[start : start + piece]]
+        yield from local_stamps(paths, _NOWHERE)
 
 
 def _shared_text(shared: list[tuple[str, list[str]]], rules: _Rules) -> str:

@@ -118,7 +118,7 @@ def _schema(path: str) -> Any:
     import pyarrow.parquet as pq
 
     with storage.reading_errors(path):
-        if not path.lower().endswith(".parquet"):
+        if _kind(path) != "parquet":
             return ArrowTable(path).schema
         with storage.open_arrow(path) as source:
             return pq.read_schema(source)
