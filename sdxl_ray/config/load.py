@@ -7,12 +7,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +28,11 @@ from sdxl_ray.config.keys import (
     line_of,
     locate_keys,
     names_of_tables,
-    unit_of,
     without_number,
 )
-from sdxl_ray.config.methods import BlockRule
 from sdxl_ray.config.names import fill_names, name_of
-from sdxl_ray.config.schema import Config, SearchSpace
+from sdxl_ray.config.problems import Problem, as_error, explain_all
+from sdxl_ray.config.schema import Config
 from sdxl_ray.errors import ConfigError
 from sdxl_ray.storage import local_path
 
@@ -44,15 +40,6 @@ BUILTIN_PHOTOGRAPHS = Path(__file__).parent.parent / "demo" / "photographs"
 
 # Where Ray unpacks `--working-dir` on each node; it deletes the folder some time after the job.
 _RAY_JOB_FOLDER = "runtime_resources/working_dir_files"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is wrong with one setting."""
-
-    key: str  # dotted path, datasets counted: dataset.2.repeats
-    text: str
-    given: Any = None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -238,12 +225,12 @@ def _check(raw: dict[str, Any], problems: list[Problem], place: Callable[[str, i
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems += _explain_all(error)
-        raise _as_error(problems, place, title) from None
+        problems += explain_all(error)
+        raise as_error(problems, place, title) from None
     problems += [Problem(key, text) for key, text in contradictions(config)]
     problems += _check_sweep(config)
     if problems:
-        raise _as_error(problems, place, title)
+        raise as_error(problems, place, title)
     return config
 
 
@@ -291,7 +278,7 @@ def _replace(config: Config, changes: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(_without_none(raw))
     except ValidationError as error:
-        explained = [f"{label(problem.key, names)}: {problem.text}" for problem in _explain_all(error)]
+        explained = [f"{label(problem.key, names)}: {problem.text}" for problem in explain_all(error)]
         raise ConfigError("; ".join(dict.fromkeys(explained))) from None
 
 
@@ -299,96 +286,6 @@ def _without_none(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _without_none(value) for key, value in node.items() if value is not None}
     return [_without_none(item) for item in node] if isinstance(node, list) else node
-
-
-def _explain_all(error: ValidationError) -> list[Problem]:
-    items = error.errors(include_url=False)
-    around = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
-    # A list whose items are wrong is too short as well, says pydantic.
-    return [_explain(item) for item in items if item["type"] != "too_short" or item["loc"] not in around]
-
-
-def _explain(item: Any) -> Problem:
-    """One pydantic error in our words: the value given and what was expected."""
-    location = list(item["loc"])
-    if location[0] == "dataset" and len(location) > 1:
-        location[1] = str(location[1] + 1)
-    key = ".".join(str(part) for part in location if not isinstance(part, int))  # positions in lists say little
-    given, context = item["input"], item.get("ctx", {})
-    match item["type"]:
-        case "extra_forbidden" if key.startswith("sweep.parameters."):
-            return Problem(key, f"unknown key; known: {', '.join(SearchSpace.model_fields)}")
-        case "extra_forbidden" if key.startswith("adapter.blocks."):
-            return Problem(key, f"unknown key; known: {', '.join(BlockRule.model_fields)}")
-        case "extra_forbidden":
-            return Problem(key, f"unknown key.{did_you_mean(without_number(key), known_keys())}")
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            words = {
-                "greater_than": "above",
-                "greater_than_equal": "at least",
-                "less_than": "below",
-                "less_than_equal": "at most",
-            }[item["type"]]
-            limit = next(iter(context.values()))
-            text = f"must be {words} {limit if isinstance(limit, int) else f'{limit:g}'}{unit_of(key)}"
-        case "multiple_of":
-            text = f"must be a multiple of {context['multiple_of']}{unit_of(key)}"
-        case "literal_error":
-            text = f"must be one of {context['expected'].replace(' or ', ', ')}"
-            close = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", context["expected"]), n=1)
-            if close:
-                text += f'. Did you mean "{close[0]}"?'
-        case "int_type" | "int_from_float":
-            text = f"must be a whole number{unit_of(key)}"
-        case "float_type":
-            text = f"must be a number{unit_of(key)}, without quotes"
-        case "finite_number":
-            text = f"must be a finite number{unit_of(key)}"
-        case "bool_type":
-            text = "must be true or false"
-        case "string_type":
-            text = "must be text in quotes"
-        case "tuple_type" | "missing" | "too_long" if key.endswith(".caption_replace"):
-            text = "must be a list of pairs: [['pattern', 'replacement']]"
-        case "tuple_type" | "model_type" if re.fullmatch(r"dataset(\.\d+)?", key):
-            text = "must be a section: [[dataset]]"
-        case "tuple_type":
-            text = 'must be a list, such as ["one", "two"]'
-        case "missing" | "too_long":  # only pairs have a fixed length: [low, high] of a sweep
-            text = "must be a list of two numbers: [low, high]"
-        case "string_too_short" if context["min_length"] > 1:
-            text = f"must have at least {context['min_length']} characters"
-        case "too_short" | "string_too_short":
-            text = "must not be empty"
-        case "value_error":
-            text = str(context["error"])
-        case "model_type" | "dict_type":
-            text = f"must be a section: [{key}]"
-        case _:
-            text = item["msg"]
-    return Problem(key, text, given)
-
-
-def _as_error(problems: Sequence[Problem], place: Callable[[str, int], str], title: str) -> ConfigError:
-    """`place` is called with a key and the number of datasets that have the same problem: it is told once."""
-    plain = [(without_number(problem.key), repr(problem.given), problem.text) for problem in problems]
-    lines = []
-    for problem, alike in zip(problems, plain, strict=True):
-        given = f" = {_toml_value(problem.given)}" if _is_plain(problem.given) else ""
-        lines.append(f"{place(problem.key, plain.count(alike))}{given}: {problem.text}")
-    lines = list(dict.fromkeys(lines))
-    if len(lines) == 1:
-        return ConfigError(lines[0])
-    return ConfigError(f"{title}: {len(lines)} problems:\n" + "\n".join(f"  {line}" for line in lines))
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (str, int, float, bool))
-
-
-def _toml_value(value: Any) -> str:
-    shown = tomli_w.dumps({"v": value}).partition("= ")[2].strip()
-    return re.sub(r"://[^/@\s]*:[^/@\s]*@", "://***@", shown)  # an address may hold a key, and logs are read by others
 
 
 def _absolute(path: str, base: Path, key: str) -> str:
